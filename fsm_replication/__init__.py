@@ -1,0 +1,113 @@
+"""Keep data the same at several sites without a central database.
+
+Every lifecycle in here is an explicit finite-state machine, declared as a table in
+:mod:`fsm_replication.tables`; start reading there.
+"""
+
+from __future__ import annotations
+
+from fsm_replication.config import (
+    ColdPathConfig,
+    CursorConfig,
+    HotPathConfig,
+    PeerConfig,
+    PeerHealthConfig,
+    ReplicationConfig,
+    Settings,
+    SloConfig,
+    StoreConfig,
+)
+from fsm_replication.engine import ReplicationEngine
+from fsm_replication.errors import (
+    AlreadyRunningError,
+    CircuitOpenError,
+    ConfigError,
+    ConnectionLostError,
+    CursorStoreError,
+    DrainTimeoutError,
+    EngineStoppedError,
+    InvalidKeyError,
+    InvalidStateError,
+    NetworkError,
+    NoPeerError,
+    PeerError,
+    PeerRefusedError,
+    ReplicationError,
+    StartupError,
+    StoreError,
+    StoreTimeoutError,
+    UnreachableStateError,
+    UsageError,
+    WatcherLagged,
+    WorkerCrashedError,
+)
+from fsm_replication.health import HealthCheck, PeerHealth
+from fsm_replication.items import LastWriterWins, Resolver, Stamp, SyncItem
+from fsm_replication.journal import Transition
+from fsm_replication.ports import DeadLetter, GapRow, Ports
+from fsm_replication.reports import PauseReason
+from fsm_replication.stores import (
+    ApplyResult,
+    MemorySyncEngine,
+    NoOpSyncEngine,
+    Outcome,
+    Received,
+    RedisSyncEngine,
+    SyncEngine,
+)
+from fsm_replication.tables import CircuitState, EngineState, PeerState
+
+__all__ = (
+    "AlreadyRunningError",
+    "ApplyResult",
+    "CircuitOpenError",
+    "CircuitState",
+    "ColdPathConfig",
+    "ConfigError",
+    "ConnectionLostError",
+    "CursorConfig",
+    "CursorStoreError",
+    "DeadLetter",
+    "DrainTimeoutError",
+    "EngineState",
+    "EngineStoppedError",
+    "GapRow",
+    "HealthCheck",
+    "HotPathConfig",
+    "InvalidKeyError",
+    "InvalidStateError",
+    "LastWriterWins",
+    "MemorySyncEngine",
+    "NetworkError",
+    "NoOpSyncEngine",
+    "NoPeerError",
+    "Outcome",
+    "PauseReason",
+    "PeerConfig",
+    "PeerError",
+    "PeerHealth",
+    "PeerHealthConfig",
+    "PeerRefusedError",
+    "PeerState",
+    "Ports",
+    "Received",
+    "RedisSyncEngine",
+    "ReplicationConfig",
+    "ReplicationEngine",
+    "ReplicationError",
+    "Resolver",
+    "Settings",
+    "SloConfig",
+    "Stamp",
+    "StartupError",
+    "StoreConfig",
+    "StoreError",
+    "StoreTimeoutError",
+    "SyncEngine",
+    "SyncItem",
+    "Transition",
+    "UnreachableStateError",
+    "UsageError",
+    "WatcherLagged",
+    "WorkerCrashedError",
+)

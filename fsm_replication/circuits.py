@@ -1,0 +1,145 @@
+"""Circuit breakers on pybreaker, made right for asyncio.
+
+pybreaker keeps the counters and the state. What it cannot do on an event loop is done here: it is
+told outcomes *after* an await and never holds its lock across one; a cancelled call is neither a
+success nor a failure (pybreaker alone would count it as one or the other); in HalfOpen one call
+runs at a time (pybreaker alone lets every concurrent caller through); time comes from the port;
+and an outcome belongs to the state in which its call began, so that a slow failure from before the
+circuit opened cannot spoil a probe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Any
+
+import pybreaker
+
+from fsm_replication.errors import CircuitOpenError
+from fsm_replication.ports import Clock
+
+__all__ = ("Circuit", "CircuitState")
+
+
+class CircuitState(StrEnum):
+    """Where a circuit breaker is."""
+
+    CLOSED = "Closed"
+    OPEN = "Open"
+    HALF_OPEN = "HalfOpen"
+
+
+_STATES = {
+    pybreaker.STATE_CLOSED: CircuitState.CLOSED,
+    pybreaker.STATE_OPEN: CircuitState.OPEN,
+    pybreaker.STATE_HALF_OPEN: CircuitState.HALF_OPEN,
+}
+
+CircuitListener = Callable[["Circuit", CircuitState, CircuitState], None]
+
+
+class Circuit(pybreaker.CircuitBreakerListener):
+    """One circuit: opens after ``failures`` in a row, closes after ``successes`` probes in a row.
+
+    ``reset_sec`` is the time in Open before a probe may run, in seconds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        failures: int,
+        reset_sec: float,
+        successes: int,
+        clock: Clock,
+        on_change: CircuitListener | None = None,
+    ) -> None:
+        self.name = name
+        self.reset_sec = reset_sec
+        self._clock = clock
+        self._on_change = on_change
+        self._opened_at = 0.0
+        self._probing = False
+        self._era = 0
+        self.last_success: float | None = None
+        self._breaker = pybreaker.CircuitBreaker(
+            fail_max=failures,
+            reset_timeout=reset_sec,
+            success_threshold=successes,
+            listeners=[self],
+            name=name,
+            throw_new_error_on_trip=False,
+        )
+
+    @property
+    def state(self) -> CircuitState:
+        """The present state."""
+        return _STATES[self._breaker.current_state]
+
+    @property
+    def failure_count(self) -> int:
+        """Failures in a row since the last success."""
+        return self._breaker.fail_counter
+
+    @property
+    def probe_in_sec(self) -> float:
+        """Seconds until a call would be let through; 0 where it would be now."""
+        if self.state is CircuitState.CLOSED:
+            return 0.0
+        if self.state is CircuitState.HALF_OPEN:
+            return self.reset_sec if self._probing else 0.0
+        return max(0.0, self._opened_at + self.reset_sec - self._clock.monotonic())
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Run a call inside; an Exception is a failure, a cancellation is nothing.
+
+        :raises CircuitOpenError: if the call must not be made now.
+        """
+        if self.probe_in_sec > 0.0:
+            raise CircuitOpenError(self.name)
+        if self.state is CircuitState.OPEN:
+            self._breaker.half_open()
+        probe = self.state is CircuitState.HALF_OPEN
+        self._probing = self._probing or probe
+        era = self._era
+        try:
+            yield
+        except Exception as error:
+            if era == self._era:
+                self._tell(error)
+            raise
+        else:
+            self.last_success = self._clock.monotonic()
+            if era == self._era:
+                self._tell(None)
+        finally:
+            if probe and era == self._era:
+                self._probing = False
+
+    def _tell(self, error: Exception | None) -> None:
+        def outcome() -> None:
+            if error is not None:
+                raise error
+
+        # The probe is over before pybreaker hears of it, since hearing may change the state.
+        self._probing = False
+        try:
+            self._breaker.call(outcome)
+        except Exception as raised:
+            if raised is not error:
+                raise
+
+    def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
+        """Hear of a change from pybreaker."""
+        self._era += 1
+        self._probing = False
+        if new_state.name == pybreaker.STATE_OPEN:
+            self._opened_at = self._clock.monotonic()
+        if self._on_change is not None and old_state is not None:
+            self._on_change(self, _STATES[old_state.name], _STATES[new_state.name])
+
+    def __repr__(self) -> str:
+        return f"<Circuit {self.name} {self.state}>"

@@ -1,0 +1,155 @@
+"""The commands of ``fsm-replication``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from fsm_replication.cli.node import check_node, run_node
+from fsm_replication.cli.runtime import LogFormat, configure_logging, run_async
+from fsm_replication.config import ReplicationConfig
+from fsm_replication.cursor import SqliteCursorStore
+from fsm_replication.diagram import render_all
+from fsm_replication.errors import ReplicationError
+from fsm_replication.ports import DeadLetter
+
+__all__ = ("app",)
+
+app = typer.Typer(
+    name="fsm-replication",
+    help="Keep data the same at several sites without a central database.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+letters_app = typer.Typer(help="The entries that could not be applied.", no_args_is_help=True)
+app.add_typer(letters_app, name="dead-letters")
+console = Console()
+errors = Console(stderr=True)
+
+ConfigPath = Annotated[Path, typer.Argument(help="The node's YAML configuration.")]
+
+
+def _load(path: Path) -> ReplicationConfig:
+    try:
+        return ReplicationConfig.load(path)
+    except ReplicationError as error:
+        raise _fail(error) from None
+
+
+def _fail(error: BaseException) -> typer.Exit:
+    errors.print(Text(str(error), style="red"))
+    return typer.Exit(1)
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_format: Annotated[LogFormat, typer.Option(help="How log lines look.")] = LogFormat.CONSOLE,
+) -> None:
+    """Run a node in the foreground until SIGINT or SIGTERM."""
+    loaded = _load(config)
+    configure_logging(log_level, log_format)
+    try:
+        run_async(run_node(loaded))
+    except ReplicationError as error:
+        raise _fail(error) from None
+
+
+@app.command()
+def check(config: ConfigPath) -> None:
+    """Say what is wrong with a configuration or, if nothing is, whether each peer answers."""
+    loaded = _load(config)
+    console.print("[green]✓[/] configuration: no problem found")
+    if not run_async(check_node(loaded, console)):
+        raise typer.Exit(1)
+
+
+@app.command()
+def diagram(
+    folder: Annotated[Path, typer.Argument(help="Where the files go.")] = Path("diagrams"),
+    check_only: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit 1 if a file differs.")
+    ] = False,
+) -> None:
+    """Write the state diagrams of all machines, as Mermaid, from their tables."""
+    differing = []
+    for name, text in render_all().items():
+        path = folder / name
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            continue
+        differing.append(name)
+        if not check_only:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            console.print(f"wrote {path}")
+    if check_only and differing:
+        errors.print(f"{folder} differs from the tables: {', '.join(differing)}", style="red")
+        raise typer.Exit(1)
+
+
+@letters_app.command("list")
+def list_letters(
+    config: ConfigPath,
+    peer: Annotated[str | None, typer.Option(help="Only those of one peer.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 1000,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """List dead letters; works beside a running node."""
+    letters = run_async(_read_letters(_load(config), peer, limit))
+    if as_json:
+        for letter in letters:
+            sys.stdout.write(json.dumps(_as_json(letter)) + "\n")
+        return
+    if not letters:
+        console.print("no dead letters")
+        return
+    table = RichTable("id", "peer", "stream id", "at (UTC)", "reason", "key", "bytes", "detail")
+    for letter in letters:
+        at = datetime.fromtimestamp(letter.at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        table.add_row(
+            *(
+                Text(part)
+                for part in (
+                    str(letter.id),
+                    letter.peer_id,
+                    letter.stream_id,
+                    at,
+                    letter.reason,
+                    letter.key or "",
+                    str(letter.size),
+                    letter.detail,
+                )
+            )
+        )
+    console.print(table)
+
+
+async def _read_letters(
+    config: ReplicationConfig, peer: str | None, limit: int
+) -> list[DeadLetter]:
+    store = SqliteCursorStore(config.cursor.sqlite_path, read_only=True)
+    try:
+        await store.open()
+        return list(await store.dead_letters(peer, limit=limit))
+    except ReplicationError as error:
+        raise _fail(error) from None
+    finally:
+        await store.close()
+
+
+def _as_json(letter: DeadLetter) -> dict[str, Any]:
+    plain = asdict(letter)
+    if letter.fields is not None:
+        plain["fields"] = [part.decode("utf-8", "backslashreplace") for part in letter.fields]
+    return plain

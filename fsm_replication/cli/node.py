@@ -1,0 +1,144 @@
+"""Runs one node in the foreground, and checks one."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from rich.console import Console
+from rich.markup import escape
+
+from fsm_replication.config import ReplicationConfig
+from fsm_replication.cursor import SqliteCursorStore
+from fsm_replication.engine import ReplicationEngine
+from fsm_replication.errors import AlreadyRunningError, ConfigError, ReplicationError
+from fsm_replication.items import LastWriterWins
+from fsm_replication.log import get_logger
+from fsm_replication.stores import (
+    MemorySyncEngine,
+    NoOpSyncEngine,
+    RedisSyncEngine,
+    SyncEngine,
+)
+from fsm_replication.transport import RedisTransport
+from fsm_replication.workers.connector import open_lines
+
+__all__ = ("check_node", "open_store", "run_node")
+
+
+@asynccontextmanager
+async def open_store(config: ReplicationConfig) -> AsyncIterator[SyncEngine]:
+    """Open the store that ``store.kind`` names, and close it in the end.
+
+    :raises ConfigError: if the configuration names none.
+    :raises StoreError: if it cannot be opened.
+    """
+    store, tombstones = config.store, config.settings.tombstones
+    if store is None:
+        raise ConfigError(["store.kind: needed to run a node: redis, memory or noop"])
+    if store.kind == "redis":
+        assert store.redis_url is not None
+        async with RedisSyncEngine(
+            store.redis_url,
+            node_id=config.local_node_id,
+            redis_prefix=store.redis_prefix,
+            stream_maxlen=store.stream_maxlen,
+            tombstone_ttl_sec=tombstones.ttl,
+            tombstone_grace_sec=tombstones.grace,
+            payload_bytes=config.settings.limits.payload_bytes,
+            timeout_sec=config.settings.timeouts.store_call,
+        ) as engine:
+            yield engine
+    elif store.kind == "memory":
+        yield MemorySyncEngine(
+            node_id=config.local_node_id,
+            tombstone_ttl_sec=tombstones.ttl,
+            tombstone_grace_sec=tombstones.grace,
+        )
+    else:
+        yield NoOpSyncEngine()
+
+
+async def run_node(config: ReplicationConfig) -> None:
+    """Run until SIGINT or SIGTERM, or until the engine fails.
+
+    :raises ReplicationError: what the engine failed of.
+    """
+    log = get_logger("cli", node_id=config.local_node_id)
+    for warning in config.warnings:
+        log.warning("configuration", problem=warning)
+    loop = asyncio.get_running_loop()
+    asked = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, asked.set)
+    async with open_store(config) as store:
+        engine = ReplicationEngine(config, sync_engine=store)
+        starting = asyncio.create_task(engine.start(), name="start")
+        closed = asyncio.create_task(engine.wait_closed(), name="closed")
+        stopping = asyncio.create_task(asked.wait(), name="signal")
+        try:
+            await asyncio.wait((closed, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if stopping.done():
+                log.info("stopping", why="a signal")
+        finally:
+            stopping.cancel()
+            await engine.shutdown()
+            # What start() raises is the engine's kept error, which is raised below.
+            await asyncio.gather(starting, closed, stopping, return_exceptions=True)
+        if engine.error is not None:
+            raise engine.error
+
+
+async def check_node(config: ReplicationConfig, console: Console) -> bool:
+    """Say whether the store, the cursor file and each peer answer; True if all do."""
+    well = True
+    for warning in config.warnings:
+        console.print(f"[yellow]![/] {escape(warning)}")
+    try:
+        async with open_store(config):
+            kind = config.store.kind if config.store is not None else "none"
+            console.print(f"[green]✓[/] store: {kind} is ready")
+    except ReplicationError as error:
+        well = False
+        console.print(f"[red]✗[/] store: {escape(str(error))}")
+    well = await _check_cursor(config, console) and well
+    if not config.peers:
+        console.print("[yellow]![/] peers: none is configured")
+    for peer in sorted(config.peers, key=lambda peer: peer.priority):
+        try:
+            lines = await open_lines(
+                local_node_id=config.local_node_id,
+                peer=peer,
+                settings=config.settings,
+                resolver=LastWriterWins.name,
+                transport=RedisTransport(),
+            )
+        except ReplicationError as error:
+            well = False
+            console.print(f"[red]✗[/] peer {escape(peer.node_id)}: {escape(str(error))}")
+            continue
+        lines.close()
+        await lines.wait_closed()
+        whose = "a foreign node" if lines.foreign else "a node of ours"
+        where = escape(peer.display_url)
+        console.print(f"[green]✓[/] peer {escape(peer.node_id)}: {where} answers, {whose}")
+    return well
+
+
+async def _check_cursor(config: ReplicationConfig, console: Console) -> bool:
+    path = config.cursor.sqlite_path
+    store = SqliteCursorStore(path, wal_mode=config.cursor.wal_mode)
+    try:
+        await store.open()
+    except AlreadyRunningError:
+        console.print(f"[yellow]![/] cursors: a node is running with {escape(path)}")
+        return True
+    except ReplicationError as error:
+        console.print(f"[red]✗[/] cursors: {escape(str(error))}")
+        return False
+    finally:
+        await store.close()
+    console.print(f"[green]✓[/] cursors: {escape(path)} can be used")
+    return True

@@ -1,0 +1,77 @@
+"""What a process of our own may do and the library never does: logging, gc, the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import sys
+from collections.abc import Callable, Coroutine
+from enum import StrEnum
+from typing import Any, Final, TypeVar
+
+import structlog
+
+__all__ = ("LogFormat", "configure_logging", "run_async", "tune_gc", "uvloop_factory")
+
+# The engine allocates many short-lived containers and almost no cycles: collecting less often
+# saves up to a third of the time, and costs a few megabytes.
+GC_THRESHOLDS: Final = (50_000, 20, 50)
+_T = TypeVar("_T")
+
+
+class LogFormat(StrEnum):
+    """How log lines look."""
+
+    CONSOLE = "console"
+    JSON = "json"
+
+
+def configure_logging(level: str, form: LogFormat) -> None:
+    """Send the library's log events to standard error."""
+    render: Any
+    if form is LogFormat.JSON:
+        render = structlog.processors.JSONRenderer()
+    else:
+        render = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[
+                structlog.stdlib.add_log_level,
+                structlog.stdlib.add_logger_name,
+                structlog.stdlib.ExtraAdder(),
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                structlog.processors.format_exc_info,
+            ],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],
+        )
+    )
+    root = logging.getLogger("fsm_replication")
+    root.handlers[:] = [handler]
+    root.propagate = False
+    root.setLevel(level.upper())
+
+
+def uvloop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return uvloop's loop factory where it is installed."""
+    try:
+        import uvloop  # noqa: PLC0415 - part of the extra, and not on every platform
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+def tune_gc() -> None:
+    """Set this process's own gc thresholds."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
+
+
+def run_async(main: Coroutine[Any, Any, _T]) -> _T:
+    """Run a coroutine with the command line's settings."""
+    tune_gc()
+    with asyncio.Runner(loop_factory=uvloop_factory()) as runner:
+        return runner.run(main)

@@ -1,0 +1,646 @@
+"""The front door: a replication engine, and the effects of the engine table.
+
+``async with ReplicationEngine(config, sync_engine=store): ...`` connects to every peer of the
+configuration and keeps the local store up to date until the block ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from enum import StrEnum
+from functools import partial
+from types import TracebackType
+from typing import Any, Final, Self, cast
+
+from prometheus_client import CollectorRegistry
+
+from fsm_replication.circuits import Circuit
+from fsm_replication.config import PeerConfig, ReplicationConfig
+from fsm_replication.cursor import SqliteCursorStore
+from fsm_replication.dead_letters import DeadLetters
+from fsm_replication.driver import Driver, Observer
+from fsm_replication.errors import (
+    CursorStoreError,
+    DrainTimeoutError,
+    EngineStoppedError,
+    InvalidStateError,
+    NoPeerError,
+    ReplicationError,
+    StartupError,
+    UsageError,
+)
+from fsm_replication.health import HealthCheck
+from fsm_replication.journal import Journal, StateWaiter, Transition, Watcher
+from fsm_replication.limiter import PrioritySlot, RateLimiter
+from fsm_replication.log import get_logger
+from fsm_replication.machine import Move
+from fsm_replication.metrics import Metrics
+from fsm_replication.peer_link import PeerLink
+from fsm_replication.ports import GapRow, PeerRecord, Ports
+from fsm_replication.reports import EngineFact, PauseReason, Report, Reporter
+from fsm_replication.stores.noop import NoOpSyncEngine
+from fsm_replication.stores.protocol import SyncEngine
+from fsm_replication.tables import ENGINE, LINK, CircuitState, EngineState, PeerState
+from fsm_replication.transport import RedisTransport
+from fsm_replication.workers.context import ChangeFeed, ChangeWatcher, LinkContext, LinkProgress
+from fsm_replication.workers.cursor_flush import CursorBook, flush_cursors
+from fsm_replication.workers.ping import ping_idle_peers
+from fsm_replication.workers.prober import probe_circuits
+from fsm_replication.workers.supervisor import CrashCounter, supervise
+
+__all__ = ("Circuits", "ReplicationEngine")
+
+# The last fifth of the drain timeout is kept for closing connections and the cursor store.
+DRAIN_SHARE: Final = 0.8
+_FINAL: Final = frozenset({EngineState.STOPPED, EngineState.FAILED})
+_CIRCUIT_VALUES: Final = {
+    CircuitState.CLOSED: 0,
+    CircuitState.HALF_OPEN: 1,
+    CircuitState.OPEN: 2,
+}
+
+
+class Circuits:
+    """The circuits that guard the local sync engine."""
+
+    __slots__ = ("reads", "writes")
+
+    def __init__(self, reads: Circuit, writes: Circuit) -> None:
+        self.reads = reads
+        self.writes = writes
+
+
+class ReplicationEngine(Observer):
+    """Replicates from the peers of ``config`` into ``sync_engine``; lives once.
+
+    ``ports`` replaces the world outside (time, wall clock, randomness, Redis transport, cursor
+    store); ``registry`` is where metrics are registered, by default a registry of its own.
+    """
+
+    def __init__(
+        self,
+        config: ReplicationConfig,
+        sync_engine: SyncEngine | None = None,
+        *,
+        ports: Ports | None = None,
+        registry: CollectorRegistry | None = None,
+    ) -> None:
+        self._config = config
+        self._store = sync_engine if sync_engine is not None else NoOpSyncEngine()
+        self._ports = ports if ports is not None else _system_ports(config)
+        self._log = get_logger("engine", node_id=config.local_node_id)
+        self.metrics = Metrics(config.local_node_id, registry)
+        self._journal = Journal(config.settings.limits.journal)
+        self._error: BaseException | None = None
+        self._book = CursorBook(self._ports.cursor_store, self.metrics)
+        self._feed = ChangeFeed()
+        self._links: dict[str, PeerLink] = {}
+        self._link_moved = asyncio.Event()
+        self._crashes: dict[str, CrashCounter] = {}
+        self.circuit = Circuits(
+            reads=self._circuit("store-reads", failures=5, reset_sec=30.0, successes=2),
+            writes=self._circuit("store-writes", failures=3, reset_sec=60.0, successes=3),
+        )
+        self._driver = Driver(
+            ENGINE,
+            self,
+            name="engine",
+            journal=self._journal,
+            wall_clock=self._ports.wall_clock,
+            observer=self,
+            on_fact=self._on_fact,
+            on_crash=lambda name, _ticket, error: self._crashed(f"engine:{name}", error),
+        )
+        self._make_links()
+        self._show_state()
+
+    def _circuit(self, name: str, *, failures: int, reset_sec: float, successes: int) -> Circuit:
+        return Circuit(
+            name,
+            failures=failures,
+            reset_sec=reset_sec,
+            successes=successes,
+            clock=self._ports.clock,
+            on_change=self._circuit_changed,
+        )
+
+    def _make_links(self) -> None:
+        settings = self._config.settings
+        hot = settings.hot_path
+        limiter = None
+        if hot.rate_limit_enabled:
+            limiter = RateLimiter(hot.rate_limit_per_sec, hot.rate_limit_burst, self._ports.clock)
+        slot = PrioritySlot()
+        for peer in sorted(self._config.peers, key=lambda peer: peer.priority):
+            context = self._link_context(peer, limiter, slot)
+            self._links[peer.node_id] = PeerLink(
+                context,
+                journal=self._journal,
+                observer=self,
+                on_crash=self._crashed,
+            )
+
+    def _link_context(
+        self, peer: PeerConfig, limiter: RateLimiter | None, slot: PrioritySlot
+    ) -> LinkContext:
+        return LinkContext(
+            local_node_id=self._config.local_node_id,
+            peer=peer,
+            settings=self._config.settings,
+            ports=self._ports,
+            store=self._store,
+            writes=self.circuit.writes,
+            reads=self.circuit.reads,
+            peer_circuit=self._circuit(
+                f"peer:{peer.node_id}",
+                failures=peer.circuit_failure_threshold,
+                reset_sec=peer.circuit_reset_timeout_sec,
+                successes=1,
+            ),
+            cursors=self._book,
+            metrics=self.metrics.peer(peer.node_id),
+            limiter=limiter,
+            copy_slot=slot,
+            feed=self._feed,
+            progress=LinkProgress(),
+            on_synced=self._link_moved.set,
+            log=get_logger("link", node_id=self._config.local_node_id, peer_id=peer.node_id),
+        )
+
+    # What may be asked at any time, from any thread.
+
+    @property
+    def state(self) -> EngineState:
+        """Where the engine is in its life."""
+        return cast("EngineState", self._driver.state)
+
+    @property
+    def error(self) -> BaseException | None:
+        """The error that was kept, or None."""
+        return self._error
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the engine is in Running."""
+        return self.state is EngineState.RUNNING
+
+    @property
+    def node_id(self) -> str:
+        """This node."""
+        return self._config.local_node_id
+
+    @property
+    def config(self) -> ReplicationConfig:
+        """The configuration in force."""
+        return self._config
+
+    @property
+    def sync_engine(self) -> SyncEngine:
+        """The local store."""
+        return self._store
+
+    @property
+    def peers(self) -> dict[str, PeerState]:
+        """The state of every link, by the peer's node id."""
+        return {peer_id: link.state for peer_id, link in self._links.items()}
+
+    @property
+    def journal(self) -> tuple[Transition, ...]:
+        """The latest moves of the engine and its links, oldest first."""
+        return self._journal.snapshot()
+
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """The entries that could not be applied."""
+        return DeadLetters(self._ports.cursor_store)
+
+    def health_check(self) -> HealthCheck:
+        """Return how the engine is, from memory alone."""
+        peers = tuple(link.health() for link in self._links.values())
+        connected = sum(peer.connected for peer in peers)
+        accepting = self._store.should_accept_writes()
+        ready = self.is_running and (connected > 0 or not peers)
+        error = self._book.last_error
+        return HealthCheck(
+            state=self.state,
+            ready=ready,
+            healthy=ready and accepting,
+            synced=all(peer.synced for peer in peers),
+            sync_engine_accepting_writes=accepting,
+            peers_total=len(peers),
+            peers_connected=connected,
+            peers_circuit_open=sum(peer.circuit_open for peer in peers),
+            peers_catching_up=sum(peer.catching_up for peer in peers),
+            peers=peers,
+            cursor_store_error="" if error is None else str(error),
+        )
+
+    # Starting and stopping.
+
+    async def start(self) -> None:
+        """Open the cursor store, connect to the peers, and return when the engine runs.
+
+        A start that fails or is cancelled leaves nothing behind.
+
+        :raises InvalidStateError: unless the engine is Created.
+        :raises EngineStoppedError: if ``shutdown()`` interrupted it.
+        :raises CursorStoreError: if the cursor store cannot be used.
+        :raises NoPeerError: if no peer was reached in time and ``when_no_peer`` is ``fail``.
+        """
+        waiter = self._waiter(frozenset({EngineState.RUNNING}) | _FINAL)
+        self._driver.request("start", why="start() was called")
+        try:
+            state = await waiter.wait()
+        except asyncio.CancelledError:
+            self._driver.request_if_legal("shutdown", why="start() was cancelled")
+            await self._drained()
+            raise
+        if state is EngineState.RUNNING:
+            return
+        if self._error is not None:
+            raise self._error
+        raise EngineStoppedError("start() was interrupted by shutdown()")
+
+    async def shutdown(self) -> None:
+        """Stop within the drain timeout; safe to call in any state and more than once."""
+        self._driver.request_if_legal("shutdown", why="shutdown() was called")
+        await self._waiter(_FINAL).wait()
+
+    async def wait_closed(self) -> None:
+        """Return when the engine has stopped.
+
+        :raises ReplicationError: the kept error, if it ended in Failed.
+        """
+        await self._waiter(_FINAL).wait()
+        if self._error is not None:
+            raise self._error
+
+    async def _drained(self) -> None:
+        """Wait for the end whatever happens: it is bounded by the drain timeout."""
+        cancelled: asyncio.CancelledError | None = None
+        ended = asyncio.ensure_future(self._waiter(_FINAL).wait())
+        while not ended.done():
+            try:
+                await asyncio.shield(ended)
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._driver.request_if_legal("shutdown", why="the async with block ended")
+        await self._drained()
+        if exc is None and self._error is not None:
+            raise self._error
+
+    # Watching.
+
+    def watch_state(self, peer_id: str | None = None) -> Watcher:
+        """Follow the engine's moves, or a link's: the present state first, the end after a final.
+
+        :raises UsageError: if there is no such peer.
+        """
+        return self._driver.watch() if peer_id is None else self._link(peer_id).watch()
+
+    async def wait_for_state(
+        self, *states: EngineState | PeerState, peer_id: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - the port's clock measures it
+    ) -> EngineState | PeerState:  # fmt: skip
+        """Wait until the engine, or a link, passes through one of ``states``.
+
+        :raises UnreachableStateError: once none of them can come any more.
+        :raises TimeoutError: after ``timeout`` seconds.
+        """
+        driver = self._driver if peer_id is None else self._link(peer_id).driver
+        for state in states:
+            if state not in set(driver.machine.table.states):
+                raise UsageError(f"{driver.name} has no state {state!r}")
+        waiter = driver.waiter(frozenset[StrEnum](states))
+        async with self._ports.clock.timeout(timeout):
+            return cast("EngineState | PeerState", await waiter.wait())
+
+    async def wait_synced(self, timeout: float | None = None) -> None:  # noqa: ASYNC109
+        """Wait until every configured peer was fully read or compared once.
+
+        :raises TimeoutError: after ``timeout`` seconds.
+        :raises EngineStoppedError: if the engine ends first.
+        """
+        async with self._ports.clock.timeout(timeout):
+            while not all(link.context.progress.synced for link in self._links.values()):
+                if self.state in _FINAL:
+                    raise EngineStoppedError("the engine ended before all peers were read")
+                self._link_moved.clear()
+                await self._link_moved.wait()
+
+    def changes(self, prefix: str = "") -> ChangeWatcher:
+        """Follow what replication applies to keys with a prefix, for cache invalidation."""
+        return self._feed.watch(prefix)
+
+    async def ledger(self, peer_id: str | None = None) -> Sequence[GapRow]:
+        """Return the loss ledger: every gap that was found in a stream, and how it was healed."""
+        return await self._ports.cursor_store.gaps(peer_id)
+
+    # Operating.
+
+    async def pause(self, peer_id: str) -> None:
+        """Pause a link until ``resume``; kept over reconnects and restarts.
+
+        :raises UsageError: if there is no such peer.
+        :raises CursorStoreError: if the wish cannot be kept on disk; it is in force all the same.
+        """
+        self._link(peer_id).pause()
+        await self._ports.cursor_store.set_operator_pause(peer_id, True)
+
+    async def resume(self, peer_id: str) -> None:
+        """End a pause of an operator.
+
+        :raises UsageError: if there is no such peer.
+        :raises CursorStoreError: if the wish cannot be kept on disk; it is in force all the same.
+        """
+        self._link(peer_id).resume()
+        await self._ports.cursor_store.set_operator_pause(peer_id, False)
+
+    def _link(self, peer_id: str) -> PeerLink:
+        try:
+            return self._links[peer_id]
+        except KeyError:
+            known = ", ".join(self._links) or "none"
+            raise UsageError(f"there is no peer {peer_id!r} (configured: {known})") from None
+
+    def _waiter(self, states: frozenset[EngineState]) -> StateWaiter:
+        return self._driver.waiter(frozenset[StrEnum](states))
+
+    # Guards and effects, named in the table.
+
+    def no_error_kept(self) -> bool:
+        """Guard of stopped."""
+        return self._error is None
+
+    def error_kept(self) -> bool:
+        """Guard of failed."""
+        return self._error is not None
+
+    def start_up(self, _move: Move) -> None:
+        """Start the worker that opens the cursor store and connects the links."""
+        self._driver.start_worker("starter", str(EngineState.CONNECTING), self._start_up)
+
+    def start_workers(self, _move: Move) -> None:
+        """Start what Running owns."""
+        settings, clock = self._config.settings, self._ports.clock
+        self._supervise("cursor-flush", lambda r: flush_cursors(self._book, clock, r))
+        circuits = (self.circuit.writes, self.circuit.reads)
+        self._supervise("prober", lambda _r: probe_circuits(circuits, self._grant_probe, clock))
+        if settings.peer_health.enabled:
+            self._supervise(
+                "pinger", lambda _r: ping_idle_peers(self._idle_peers, settings.peer_health, clock)
+            )
+
+    def _supervise(self, name: str, work: Callable[[Reporter], Coroutine[Any, Any, None]]) -> None:
+        def supervised(report: Reporter) -> Coroutine[Any, Any, None]:
+            return supervise(
+                name,
+                partial(work, report),
+                clock=self._ports.clock,
+                rng=self._ports.random,
+                metrics=self.metrics,
+                report=report,
+            )
+
+        self._driver.start_worker(name, str(EngineState.RUNNING), supervised)
+
+    def keep_error(self, move: Move) -> None:
+        """Keep the first error."""
+        if self._error is None:
+            error = move.payload
+            self._error = error if isinstance(error, BaseException) else ReplicationError(move.why)
+
+    def drain(self, _move: Move) -> None:
+        """Start the worker that ends everything."""
+        self._driver.start_worker("drainer", str(EngineState.SHUTTING_DOWN), self._drain)
+
+    def release(self, _move: Move) -> None:
+        """Tell whoever follows that nothing more will come."""
+        self._feed.close()
+        self._link_moved.set()
+
+    # The work of starting.
+
+    async def _start_up(self, report: Reporter) -> None:
+        store, settings = self._ports.cursor_store, self._config.settings
+        try:
+            await store.open()
+            for link in self._links.values():
+                self._take_record(link, await store.load(link.peer_id))
+        except CursorStoreError as error:
+            report(EngineFact.BROKEN, str(error), error)
+            return
+        for link in self._links.values():
+            link.connect()
+        if not self._links or settings.startup.when_no_peer == "run":
+            report(EngineFact.READY, "it may run without peers")
+            return
+        try:
+            async with self._ports.clock.timeout(settings.startup.timeout):
+                no_peer = await self._first_peer()
+        except TimeoutError:
+            no_peer = self._no_peer(f"within {settings.startup.timeout:g} s")
+        if no_peer is None:
+            report(EngineFact.READY, "a peer is up")
+        else:
+            report(EngineFact.BROKEN, str(no_peer), no_peer)
+
+    def _take_record(self, link: PeerLink, record: PeerRecord) -> None:
+        if record.operator_pause:
+            link.pause()
+        progress = link.context.progress
+        progress.synced = record.synced
+        progress.gaps_open = len(record.gaps)
+        progress.dead_letters = record.dead_letters
+
+    async def _first_peer(self) -> StartupError | None:
+        """Return None when a link is up, or an error as soon as all have failed for good."""
+        while True:
+            states = [link.state for link in self._links.values()]
+            if any(state.is_running for state in states):
+                return None
+            if all(state is PeerState.FAILED for state in states):
+                return self._no_peer("and waiting will not help")
+            self._link_moved.clear()
+            await self._link_moved.wait()
+
+    def _no_peer(self, when: str) -> NoPeerError:
+        told = "; ".join(
+            f"{link.peer_id}: {link.context.progress.last_error or link.state}"
+            for link in self._links.values()
+        )
+        return NoPeerError(
+            f"no peer could be reached {when} ({told}); set startup.when_no_peer to 'run' to start"
+            " without"
+        )
+
+    # The work of stopping.
+
+    async def _drain(self, report: Reporter) -> None:
+        clock, timeout = self._ports.clock, self._config.settings.timeouts.drain
+        left: tuple[str, ...] = ()
+        began = clock.monotonic()
+        for link in self._links.values():
+            link.shutdown("the engine stops")
+        try:
+            async with clock.timeout(timeout * DRAIN_SHARE):
+                await self._all_ended()
+        except TimeoutError:
+            left = self._unfinished()
+            await self._cancel_all(timeout * (1 - DRAIN_SHARE) / 2)
+        error: ReplicationError | None = None
+        rest = max(timeout * (1 - DRAIN_SHARE) / 2, timeout - (clock.monotonic() - began))
+        try:
+            async with clock.timeout(rest):
+                error = await self._close_cursors()
+        except TimeoutError:
+            left = (*left, "cursor store")
+        if left:
+            error = DrainTimeoutError(left, timeout_sec=timeout)
+        report(EngineFact.DRAINED, "everything has ended", error)
+
+    async def _all_ended(self) -> None:
+        for link in self._links.values():
+            await link.waiter(PeerState.STOPPED).wait()
+        await self._driver.wait_ended(but="drainer")
+
+    def _unfinished(self) -> tuple[str, ...]:
+        names = [name for link in self._links.values() for name in link.driver.workers]
+        names += [name for name in self._driver.workers if name != "engine:drainer"]
+        return tuple(sorted(names))
+
+    async def _cancel_all(self, timeout_sec: float) -> None:
+        for link in self._links.values():
+            link.driver.cancel_all()
+        self._driver.cancel_all(but="drainer")
+        try:
+            async with self._ports.clock.timeout(timeout_sec):
+                await self._all_ended()
+        except TimeoutError:
+            self._log.error("drain_incomplete", left=self._unfinished())
+
+    async def _close_cursors(self) -> ReplicationError | None:
+        error: ReplicationError | None = None
+        try:
+            await self._book.flush()
+        except CursorStoreError as failed_flush:
+            error = failed_flush
+        try:
+            await self._ports.cursor_store.close()
+        except CursorStoreError as failed_close:
+            error = error or failed_close
+        return error
+
+    # What Running's workers need to know.
+
+    def _idle_peers(self) -> list[tuple[LinkProgress, Callable[[], Coroutine[Any, Any, None]]]]:
+        return [
+            (link.context.progress, link.ping)
+            for link in self._links.values()
+            if link.state.is_running
+        ]
+
+    def _grant_probe(self) -> bool:
+        for link in self._links.values():
+            if PauseReason.CIRCUIT in link.pause_reasons:
+                link.clear(PauseReason.CIRCUIT, "it may probe the store")
+                return True
+        return False
+
+    def _circuit_changed(self, circuit: Circuit, old: CircuitState, new: CircuitState) -> None:
+        self._log.warning("circuit_changed", circuit=circuit.name, source=old, dest=new)
+        self.metrics.get("circuit_state", circuit.name).set(_CIRCUIT_VALUES[new])
+        peer_id = circuit.name.removeprefix("peer:")
+        if peer_id != circuit.name:
+            self.metrics.get("peer_circuit_transitions", peer_id, old, new).inc()
+        elif new is CircuitState.CLOSED:
+            for link in self._links.values():
+                link.clear(PauseReason.CIRCUIT, "the store's circuit closed")
+
+    # What drivers say.
+
+    def _on_fact(self, report: Report) -> None:
+        if report.fact is EngineFact.DRAINED and isinstance(report.payload, BaseException):
+            self._error = self._error or report.payload
+
+    def _crashed(self, worker: str, error: Exception) -> None:
+        if worker == "engine:drainer":
+            # Nobody else would end the engine; what it did not close is named by the error.
+            ticket = self._driver.machine.ticket(str(EngineState.SHUTTING_DOWN))
+            self._driver.post(Report("drainer", EngineFact.DRAINED, ticket, str(error), error))
+            return
+        counter = self._crashes.setdefault(worker, CrashCounter(self._ports.clock))
+        verdict: BaseException | None = counter.verdict(worker, counter.add(), error)
+        if isinstance(error, CursorStoreError) and not error.may_pass:
+            verdict = error
+        if verdict is not None or worker.startswith("engine:"):
+            self._driver.request_if_legal(
+                "abort", why=f"{worker} died: {error}", payload=verdict or error
+            )
+
+    def moved(self, machine: str, move: Move) -> None:
+        """Log and count every move of every machine."""
+        self._log.info(
+            "transition",
+            machine=machine,
+            trigger=move.trigger,
+            source=move.source,
+            dest=move.dest,
+            why=move.why,
+        )
+        self.metrics.get("transitions", machine, move.trigger, move.source, move.dest).inc()
+        peer_id = machine.removeprefix("link:")
+        if peer_id != machine:
+            self.metrics.get("peer_state", peer_id, move.source).set(0)
+            self.metrics.get("peer_state", peer_id, move.dest).set(1)
+        self._show_state()
+        self._link_moved.set()
+
+    def _show_state(self) -> None:
+        self.metrics.get("engine_state").set(list(EngineState).index(self.state))
+        connected = sum(link.state.is_running for link in self._links.values())
+        self.metrics.get("connected_peers").set(connected)
+
+    def dropped(self, machine: str, report: Report, state: StrEnum) -> None:
+        """Count reports that came too late or moved nothing."""
+        self.metrics.get("stale_reports", machine, report.fact).inc()
+        self._log.debug("report_dropped", machine=machine, fact=report.fact, state=state)
+
+    def effect_failed(self, machine: str, move: Move | None, error: Exception) -> None:
+        """Give up: an effect that raises is a bug, and nothing it owns can be trusted."""
+        self._log.error("effect_failed", machine=machine, exc_info=error)
+        self._driver.request_if_legal("abort", why=f"an effect of {machine} failed", payload=error)
+
+    def worker_failed(self, machine: str, worker: str, error: BaseException) -> None:
+        """Log a worker's death with its traceback."""
+        self._log.error("worker_died", machine=machine, worker=worker, exc_info=error)
+        self.metrics.get("worker_restarts", worker).inc()
+
+    def __repr__(self) -> str:
+        return f"<ReplicationEngine {self.node_id!r} {self.state}>"
+
+
+def _system_ports(config: ReplicationConfig) -> Ports:
+    cursor = config.cursor
+    return Ports(
+        transport=RedisTransport(),
+        cursor_store=SqliteCursorStore(
+            cursor.sqlite_path,
+            wal_mode=cursor.wal_mode,
+            timeout_sec=config.settings.timeouts.cursor,
+        ),
+    )

@@ -1,0 +1,75 @@
+"""What health_check() returns: immutable snapshots, made without I/O (guarantee G10)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fsm_replication.reports import PauseReason
+from fsm_replication.tables import CircuitState, EngineState, PeerState
+
+__all__ = ("HealthCheck", "PeerHealth")
+
+
+@dataclass(frozen=True, slots=True)
+class PeerHealth:
+    """One link, as it is now.
+
+    ``since`` is the wall-clock time of its last move, in milliseconds since the epoch.
+    ``lag_ms`` is 0 where nothing is unsettled; ``lag_events`` is None where the peer's Redis does
+    not count entries. ``millis_since_success`` is None before the first success. ``bootstrap``
+    tells how far a copy has come, "" where none runs. ``gaps_open`` counts gaps not healed yet.
+    """
+
+    node_id: str
+    state: PeerState
+    since: int
+    connected: bool
+    circuit_state: CircuitState
+    circuit_open: bool
+    failure_count: int
+    millis_since_success: int | None
+    lag_ms: int
+    lag_events: int | None
+    catching_up: bool
+    pause_reasons: frozenset[PauseReason]
+    last_error: str
+    bootstrap: str
+    gaps_open: int
+    dead_letters: int
+    events_read: int
+    events_applied: int
+    synced: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HealthCheck:
+    """The engine and its links, as they are now.
+
+    ``ready``: Running and at least one peer connected, or none configured. ``healthy``: ready and
+    the sync engine accepts writes. ``synced``: each configured peer was fully read or compared
+    once. ``cursor_store_error`` is "" while cursors reach the disk.
+    """
+
+    state: EngineState
+    ready: bool
+    healthy: bool
+    synced: bool
+    sync_engine_accepting_writes: bool
+    peers_total: int
+    peers_connected: int
+    peers_circuit_open: int
+    peers_catching_up: int
+    peers: tuple[PeerHealth, ...]
+    cursor_store_error: str = ""
+
+    def max_lag_ms(self) -> int:
+        """Return the largest lag of any peer, in milliseconds."""
+        return max((peer.lag_ms for peer in self.peers), default=0)
+
+    def has_healthy_peer(self) -> bool:
+        """Say whether any peer is connected with its circuit closed."""
+        return any(peer.connected and not peer.circuit_open for peer in self.peers)
+
+    def unhealthy_peers(self) -> tuple[PeerHealth, ...]:
+        """Return the peers that are not connected or whose circuit is open."""
+        return tuple(p for p in self.peers if not p.connected or p.circuit_open)

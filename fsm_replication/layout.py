@@ -1,0 +1,153 @@
+"""What lies in a node's Redis, and under which names (the layout of our own nodes).
+
+Item values begin with the order tuple as a fixed-width byte string, so that a script can compare
+two of them from the first bytes alone, and end with the content exactly as the stream's ``data``
+field spells it, so that a batch travels to Redis once and not twice.
+
+======== ===== =======================================================
+bytes    what  meaning
+======== ===== =======================================================
+0..7     time  updated_at, unsigned, big-endian
+8..15    ver   version, unsigned, big-endian
+16       del   1 for a tombstone
+17..48   hash  SHA-256 of the content
+49       type  0 binary, 1 json
+50       len   bytes of the origin that follows, 0 .. 255
+51..     node  origin, UTF-8
+rest     data  the content as on the stream: zstd where that is smaller
+======== ===== =======================================================
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from fsm_replication.errors import BadEntryError
+from fsm_replication.items import NUMBER_MAX, Stamp, SyncItem, check_key
+from fsm_replication.stream import DataDecoder
+
+__all__ = (
+    "FORMAT",
+    "STAMP_BYTES",
+    "Keys",
+    "decode_item",
+    "decode_stamp",
+    "encode_origin",
+    "encode_stamp",
+    "encode_value",
+    "glob_escape",
+    "item_data",
+)
+
+FORMAT: Final = 1
+STAMP_BYTES: Final = 50
+_TYPE_CODES: Final = {"binary": 0, "json": 1}
+_TYPE_NAMES: Final = ("binary", "json")
+_STAMP: Final = struct.Struct(">QQB32sB")
+_ORIGIN_BYTES_MAX: Final = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The names of a node's keys under its ``redis_prefix``."""
+
+    prefix: str = ""
+
+    @property
+    def stream(self) -> str:
+        """The CDC stream."""
+        return f"{self.prefix}cdc"
+
+    @property
+    def marker(self) -> str:
+        """The hash by which a node of ours is known."""
+        return f"{self.prefix}fsm:node"
+
+    @property
+    def positions(self) -> str:
+        """A hash: peer id to the stream position that was applied with its last batch."""
+        return f"{self.prefix}fsm:positions"
+
+    @property
+    def item_prefix(self) -> str:
+        """What every item key begins with."""
+        return f"{self.prefix}item:"
+
+    def item(self, key: str) -> str:
+        """Return the Redis key that holds the item of ``key``."""
+        return f"{self.prefix}item:{key}"
+
+
+def encode_stamp(item: SyncItem) -> bytes:
+    """Return the order tuple as 50 bytes that compare like the tuple."""
+    return _STAMP.pack(
+        item.updated_at,
+        item.version,
+        item.deleted,
+        item.content_hash,
+        _TYPE_CODES[item.content_type],
+    )
+
+
+def encode_origin(origin: str) -> bytes:
+    """Return the origin with its length before it; names over 255 bytes are cut."""
+    raw = origin.encode()[:_ORIGIN_BYTES_MAX]
+    return bytes((len(raw),)) + raw
+
+
+def encode_value(item: SyncItem, data: bytes) -> bytes:
+    """Return the value of an item key; ``data`` is the content as on the stream."""
+    return encode_stamp(item) + encode_origin(item.origin) + data
+
+
+def decode_stamp(raw: bytes) -> Stamp:
+    """Return the order tuple at the beginning of an item value.
+
+    :raises BadEntryError: if it is not one.
+    """
+    try:
+        updated_at, version, deleted, digest, code = _STAMP.unpack_from(raw)
+        content_type = _TYPE_NAMES[code]
+    except (struct.error, IndexError):
+        raise BadEntryError("item", "the value does not begin with an order tuple") from None
+    if updated_at > NUMBER_MAX or version > NUMBER_MAX or deleted > 1:
+        raise BadEntryError("range", "updated_at, version or deleted flag out of range")
+    return Stamp(updated_at, version, deleted == 1, digest, content_type)
+
+
+def decode_item(key: str, raw: bytes, decoder: DataDecoder) -> SyncItem:
+    """Return the item in a value, its content decompressed and its hash verified.
+
+    :raises BadEntryError: if anything about it is wrong.
+    :raises InvalidKeyError: if the key is not one.
+    """
+    check_key(key)
+    stamp = decode_stamp(raw)
+    begin = STAMP_BYTES + 1
+    if len(raw) < begin or len(raw) < begin + raw[STAMP_BYTES]:
+        raise BadEntryError("item", "the value ends within the origin")
+    end = begin + raw[STAMP_BYTES]
+    origin = raw[begin:end].decode("utf-8", "replace")
+    content = b"" if stamp.deleted else decoder.decode(raw[end:], stamp.content_hash)
+    return SyncItem(
+        key,
+        content,
+        stamp.content_type,
+        stamp.content_hash,
+        stamp.version,
+        stamp.updated_at,
+        stamp.deleted,
+        origin,
+    )
+
+
+def item_data(raw: bytes) -> bytes:
+    """Return the tail of an item value: its content as on the stream."""
+    return raw[STAMP_BYTES + 1 + raw[STAMP_BYTES] :]
+
+
+def glob_escape(text: str) -> str:
+    """Return ``text`` so that a glob pattern of Redis matches it literally."""
+    return "".join(f"\\{c}" if c in "*?[]\\^-" else c for c in text)

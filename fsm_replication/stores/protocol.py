@@ -1,0 +1,150 @@
+"""The store protocol: what replication needs from a node's own store.
+
+Five bulk calls are needed; the single forms are conveniences over them. A store decides by order
+tuple what is newer, keeps tombstones, and answers per item; it may be called by several tasks at
+once and must then still compare and set atomically per item.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from fsm_replication.errors import StoreError
+from fsm_replication.items import LastWriterWins, Resolver, Stamp, SyncItem
+from fsm_replication.ports import Position
+from fsm_replication.stream import WireForm
+
+__all__ = ("ApplyResult", "Outcome", "Received", "SyncEngine", "WireForm")
+
+
+class Outcome(IntEnum):
+    """What became of one item that was handed to a store."""
+
+    APPLIED = 0
+    """It is newer than what was held, and is held now."""
+    SUPERSEDED = 1
+    """Something at least as new was held already."""
+    REFUSED = 2
+    """The store will never take it: it becomes a dead letter."""
+    FAILED = 3
+    """It could not be stored now: it is tried again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Where changes came from.
+
+    ``position`` is the peer's stream position that is settled once all of them are; a durable
+    store keeps it in the same transaction, and keeps nothing of it if any item failed. ``wire``,
+    where given, is aligned with the changes; None in it means the item must be encoded.
+    """
+
+    peer_id: str
+    position: Position | None = None
+    wire: Sequence[WireForm | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyResult:
+    """One outcome per change, in order.
+
+    ``reasons`` tells, by index, why a change was refused or failed. ``live_deleted`` counts the
+    live items that tombstones among the changes replaced.
+    """
+
+    outcomes: Sequence[Outcome]
+    reasons: Mapping[int, str] = field(default_factory=dict)
+    live_deleted: int = 0
+
+    @property
+    def applied(self) -> int:
+        """How many changes are held now and were not before."""
+        return self.outcomes.count(Outcome.APPLIED)
+
+    @property
+    def superseded(self) -> int:
+        """How many changes were not newer than what is held."""
+        return self.outcomes.count(Outcome.SUPERSEDED)
+
+    @property
+    def refused(self) -> int:
+        """How many changes the store will never take."""
+        return self.outcomes.count(Outcome.REFUSED)
+
+    @property
+    def failed(self) -> int:
+        """How many changes should be tried again."""
+        return self.outcomes.count(Outcome.FAILED)
+
+
+class SyncEngine(ABC):
+    """A node's own store, as replication sees it."""
+
+    @property
+    def resolver(self) -> Resolver:
+        """How two live items of one key become one; the same at every node of a mesh."""
+        return LastWriterWins()
+
+    @abstractmethod
+    async def incarnation(self) -> str:
+        """Return a name of this store's content: it changes when the store starts empty again."""
+
+    @abstractmethod
+    async def apply_many(
+        self, changes: Sequence[SyncItem], received: Received | None = None
+    ) -> ApplyResult:
+        """Compare each change with what is held, by order tuple, and keep the newer.
+
+        Idempotent. The keys of one call may repeat. An exception means that any part of it may
+        have been applied; the caller will hand in all of it again.
+        """
+
+    @abstractmethod
+    async def get_many(self, keys: Sequence[str]) -> list[SyncItem | None]:
+        """Return what is held for each key, tombstones included, None where nothing is."""
+
+    @abstractmethod
+    async def stamps(self, keys: Sequence[str]) -> list[Stamp | None]:
+        """Return the order tuple held for each key, tombstones included."""
+
+    @abstractmethod
+    async def applied_position(self, peer_id: str) -> Position | None:
+        """Return the position stored with the last batch from this peer, if the store keeps it."""
+
+    def should_accept_writes(self) -> bool:
+        """Say without I/O whether replication may write now; False pauses the links."""
+        return True
+
+    # Conveniences over the bulk calls.
+
+    async def submit(self, item: SyncItem) -> bool:
+        """Apply one item; returns whether it was newer than what was held.
+
+        :raises StoreError: if the store refused it or could not store it.
+        """
+        result = await self.apply_many([item])
+        if result.outcomes[0] in (Outcome.REFUSED, Outcome.FAILED):
+            raise StoreError(f"{item.key!r} was not stored: {result.reasons.get(0, 'no reason')}")
+        return result.outcomes[0] is Outcome.APPLIED
+
+    async def delete_replicated(self, tombstone: SyncItem) -> bool:
+        """Apply one delete that another node made; returns whether it was newer.
+
+        :raises ValueError: if the item is not a tombstone.
+        """
+        if not tombstone.deleted:
+            raise ValueError(f"{tombstone.key!r} is not a tombstone")
+        return await self.submit(tombstone)
+
+    async def is_current(self, key: str, stamp: Stamp) -> bool:
+        """Say whether what is held is at least as new as ``stamp``."""
+        held = (await self.stamps([key]))[0]
+        return held is not None and held >= stamp
+
+    async def get(self, key: str) -> SyncItem | None:
+        """Return the live item, or None where there is none or only a tombstone."""
+        item = (await self.get_many([key]))[0]
+        return None if item is None or item.deleted else item

@@ -1,0 +1,416 @@
+"""A node's store in its own Redis: the real one.
+
+An item, its stream entry and the peer's position change together in one script, so no crash can
+separate them, and any number of processes may write at once. Scripts are kept short (at most 128
+items and 4 MiB a call), because Redis serves nobody else meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Final, Self
+
+import zstandard
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+
+from fsm_replication.errors import BadEntryError, StoreError, redact
+from fsm_replication.items import (
+    CONTENT_TYPES,
+    EMPTY_HASH,
+    Stamp,
+    SyncItem,
+    check_key,
+    content_hash,
+)
+from fsm_replication.layout import (
+    FORMAT,
+    STAMP_BYTES,
+    Keys,
+    decode_item,
+    decode_stamp,
+    encode_origin,
+    encode_value,
+    glob_escape,
+)
+from fsm_replication.ports import Clock, Position, StreamId, SystemClock
+from fsm_replication.stores import redis_scripts as scripts
+from fsm_replication.stores.protocol import ApplyResult, Outcome, Received, SyncEngine, WireForm
+from fsm_replication.stream import DataDecoder, encode_data, encode_meta
+
+__all__ = ("RedisSyncEngine",)
+
+ITEMS_PER_CALL: Final = 128
+BYTES_PER_CALL: Final = 4 * 1024 * 1024
+SCAN_COUNT: Final = 500
+# After Redis refused a write for lack of memory or the like, links pause this long.
+REFUSAL_SEC: Final = 1.0
+_REFUSALS: Final = ("OOM", "READONLY", "MISCONF", "NOREPLICAS")
+_OUTCOMES: Final = {ord("0"): Outcome.APPLIED, ord("1"): Outcome.SUPERSEDED}
+_TYPE_BYTE: Final = {"binary": b"\x00", "json": b"\x01"}
+
+
+class RedisSyncEngine(SyncEngine):
+    """Keeps items in Redis and publishes each change to the node's CDC stream.
+
+    ``url`` is redis://, rediss:// or unix://. ``redis_prefix`` stands before every key and carries
+    its own trailing colon. The stream is trimmed to about ``stream_maxlen`` entries. Tombstones
+    are kept until max(expiry, arrival) + grace. Times are in seconds, sizes in bytes. Use it as
+    an async context manager, or call ``open`` and ``close``.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        node_id: str,
+        redis_prefix: str = "",
+        stream_maxlen: int = 100_000,
+        tombstone_ttl_sec: float = 7 * 86_400,
+        tombstone_grace_sec: float = 86_400,
+        payload_bytes: int = 16 * 1024 * 1024,
+        timeout_sec: float = 10.0,
+        connections_max: int = 64,
+        clock: Clock | None = None,
+    ) -> None:
+        self.node_id = node_id
+        self.keys = Keys(redis_prefix)
+        self._where = redact(url)
+        self._maxlen = stream_maxlen
+        self._ttl_ms = round(tombstone_ttl_sec * 1000)
+        self._grace_ms = round(tombstone_grace_sec * 1000)
+        self._clock = clock or SystemClock()
+        self._payload_bytes = payload_bytes
+        self._decoder = DataDecoder(payload_bytes)
+        self._compressor = zstandard.ZstdCompressor(level=3)
+        self._origin = encode_origin(node_id)
+        self._meta_tail = f',"origin":{json.dumps(node_id, ensure_ascii=False)}}}'.encode()
+        self._incarnation: str | None = None
+        self._refused_until = 0.0
+        self._redis = Redis.from_url(
+            url,
+            decode_responses=False,
+            protocol=2,
+            socket_timeout=timeout_sec,
+            socket_connect_timeout=timeout_sec,
+            max_connections=connections_max,
+            retry=Retry(NoBackoff(), 0),
+            health_check_interval=0,
+        )
+        self._scripts = {
+            text: self._redis.register_script(text)
+            for text in (scripts.OPEN, scripts.APPLY, scripts.PUT, scripts.DELETE)
+        }
+
+    # Opening and closing.
+
+    async def open(self) -> None:
+        """Write the node's marker key, or check the one that is there.
+
+        :raises StoreError: if Redis cannot be reached, is too old, or belongs to another node.
+        """
+        await self._check_server()
+        problem, value = await self._run(
+            scripts.OPEN,
+            [self.keys.marker],
+            [self.node_id, FORMAT, self._ttl_ms, self.resolver.name, uuid.uuid4().hex],
+        )
+        if problem:
+            raise StoreError(
+                f"{self._where} belongs to another node: its {problem.decode()} is"
+                f" {value.decode('utf-8', 'replace')!r} (this is node {self.node_id!r}, format"
+                f" {FORMAT})"
+            )
+        self._incarnation = value.decode()
+
+    async def _check_server(self) -> None:
+        try:
+            info: dict[str, Any] = await self._redis.info("server")
+        except (RedisError, OSError) as error:
+            raise self._store_error(error) from None
+        version = tuple(int(part) for part in str(info["redis_version"]).split(".")[:2])
+        if version < (6, 2):
+            raise StoreError(f"{self._where} runs Redis {info['redis_version']}, 6.2 is needed")
+
+    async def close(self) -> None:
+        """Close all connections; a second call does nothing."""
+        await self._redis.aclose()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.open()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    # What replication needs.
+
+    async def incarnation(self) -> str:
+        """Return the random id written when this Redis was first opened.
+
+        :raises StoreError: if it cannot be read, or is gone: then the store is another one.
+        """
+        raw = await self._call("HGET", self.keys.marker, "incarnation")
+        if raw is None:
+            await self.open()
+            assert self._incarnation is not None
+            return self._incarnation
+        text: str = raw.decode()
+        self._incarnation = text
+        return text
+
+    def should_accept_writes(self) -> bool:
+        """Return False for a second after Redis refused a write (out of memory, read-only)."""
+        return self._clock.monotonic() >= self._refused_until
+
+    async def apply_many(
+        self, changes: Sequence[SyncItem], received: Received | None = None
+    ) -> ApplyResult:
+        """Keep what is newer, publish it, and note the peer's position with the last part.
+
+        :raises StoreError: if Redis fails; what was applied until then stays applied.
+        """
+        outcomes: list[Outcome] = []
+        live_deleted = 0
+        reasons: dict[int, str] = {}
+        fixed = [self._maxlen, self._ttl_ms, self._grace_ms, self.keys.item_prefix]
+        for args, last in self._calls(changes, received):
+            peer, position = _position_args(received) if last else ("", "")
+            codes, deleted = await self._run(
+                scripts.APPLY,
+                [self.keys.stream, self.keys.positions],
+                [*fixed, peer, position, *args],
+            )
+            outcomes += [_OUTCOMES[code] for code in codes]
+            live_deleted += deleted
+        return ApplyResult(outcomes, reasons, live_deleted)
+
+    def _calls(
+        self, changes: Sequence[SyncItem], received: Received | None
+    ) -> Iterator[tuple[list[Any], bool]]:
+        """Yield the arguments of each script call, and whether it is the last."""
+        wire = received.wire if received is not None else None
+        args: list[Any] = []
+        filled = 0
+        for index, item in enumerate(changes):
+            form = wire[index] if wire is not None else None
+            data, meta = form if form is not None else self._wire_form(item)
+            if args and (len(args) >= 4 * ITEMS_PER_CALL or filled + len(data) > BYTES_PER_CALL):
+                yield args, False
+                args, filled = [], 0
+            digest = b"" if item.deleted else item.content_hash.hex()
+            args += (item.key, encode_value(item, b"" if item.deleted else data), digest, meta)
+            filled += len(data)
+        if args or (received is not None and received.position is not None):
+            yield args, True
+
+    def _wire_form(self, item: SyncItem) -> WireForm:
+        return WireForm(encode_data(item.content, self._compressor), encode_meta(item))
+
+    async def get_many(self, keys: Sequence[str]) -> list[SyncItem | None]:
+        """Return what is held, tombstones included.
+
+        :raises StoreError: if Redis fails or an item cannot be read.
+        """
+        found: list[SyncItem | None] = []
+        for begin in range(0, len(keys), ITEMS_PER_CALL):
+            part = keys[begin : begin + ITEMS_PER_CALL]
+            values = await self._call("MGET", *(self.keys.item(key) for key in part))
+            found += [
+                None if raw is None else self._decode(key, raw)
+                for key, raw in zip(part, values, strict=True)
+            ]
+        return found
+
+    def _decode(self, key: str, raw: bytes) -> SyncItem:
+        try:
+            return decode_item(key, raw, self._decoder)
+        except BadEntryError as error:
+            raise StoreError(f"{self._where}: the item {key!r} cannot be read: {error}") from None
+
+    async def stamps(self, keys: Sequence[str]) -> list[Stamp | None]:
+        """Return the order tuples of what is held.
+
+        :raises StoreError: if Redis fails.
+        """
+        try:
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for key in keys:
+                    pipe.getrange(self.keys.item(key), 0, STAMP_BYTES - 1)
+                raws = await pipe.execute()
+            return [decode_stamp(raw) if raw else None for raw in raws]
+        except (RedisError, OSError, BadEntryError) as error:
+            raise self._store_error(error) from None
+
+    async def applied_position(self, peer_id: str) -> Position | None:
+        """Return the position stored with the last batch from this peer.
+
+        :raises StoreError: if Redis fails.
+        """
+        raw = await self._call("HGET", self.keys.positions, peer_id)
+        if raw is None:
+            return None
+        stream_id, _, count = raw.decode().partition(" ")
+        return Position(StreamId.parse(stream_id), None if count == "-" else int(count))
+
+    # What the application needs.
+
+    async def put(self, key: str, content: bytes, content_type: str = "binary") -> SyncItem:
+        """Write an item and publish it; returns it as it is held.
+
+        :raises InvalidKeyError: if the key is not one.
+        :raises ValueError: if the content is too large or its type is neither binary nor json.
+        :raises StoreError: if Redis fails; the write may then have happened or not.
+        """
+        return (await self.put_many([(key, content)], content_type))[0]
+
+    async def put_many(
+        self,
+        items: Mapping[str, bytes] | Sequence[tuple[str, bytes]],
+        content_type: str = "binary",
+    ) -> list[SyncItem]:
+        """Write several items, each as ``put`` would, in as few calls as are short enough.
+
+        :raises StoreError: if Redis fails; some of the writes may then have happened.
+        """
+        pairs = list(items.items()) if isinstance(items, Mapping) else list(items)
+        if content_type not in CONTENT_TYPES:
+            raise ValueError(f"content_type is 'binary' or 'json', not {content_type!r}")
+        written: list[SyncItem] = []
+        batch: list[tuple[str, bytes]] = []
+        args: list[Any] = []
+        filled = 0
+        for key, content in pairs:
+            check_key(key)
+            if len(content) > self._payload_bytes:
+                raise ValueError(
+                    f"{key!r}: {len(content)} bytes of content, the limit is {self._payload_bytes}"
+                )
+            if batch and (len(batch) >= ITEMS_PER_CALL or filled + len(content) > BYTES_PER_CALL):
+                written += await self._put_batch(batch, args, content_type)
+                batch, args, filled = [], [], 0
+            digest = content_hash(content)
+            data = encode_data(content, self._compressor)
+            tail = digest + _TYPE_BYTE[content_type] + self._origin + data
+            head = f'{{"content_type":"{content_type}","version":'.encode()
+            batch.append((key, content))
+            args += (key, tail, digest.hex(), head, self._meta_tail)
+            filled += len(content)
+        if batch:
+            written += await self._put_batch(batch, args, content_type)
+        return written
+
+    async def _put_batch(
+        self, batch: Sequence[tuple[str, bytes]], args: Sequence[Any], content_type: str
+    ) -> list[SyncItem]:
+        reply = await self._run(
+            scripts.PUT, [self.keys.stream], [self._maxlen, self.keys.item_prefix, *args]
+        )
+        return [
+            SyncItem(
+                key,
+                content,
+                content_type,
+                bytes(args[5 * i + 1][:32]),
+                int(reply[2 * i + 1]),
+                int(reply[2 * i]),
+                False,
+                self.node_id,
+            )
+            for i, (key, content) in enumerate(batch)
+        ]
+
+    async def put_json(self, key: str, value: Any) -> SyncItem:
+        """Write a value as compact JSON.
+
+        :raises TypeError: if the value cannot be written as JSON.
+        """
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        return await self.put(key, text.encode(), "json")
+
+    async def delete(self, key: str) -> bool:
+        """Delete an item and publish that; False, and no event, if there was no live one.
+
+        :raises InvalidKeyError: if the key is not one.
+        :raises StoreError: if Redis fails; the delete may then have happened or not.
+        """
+        check_key(key)
+        tail = EMPTY_HASH + _TYPE_BYTE["binary"] + self._origin
+        args = [
+            self._maxlen, self.keys.item_prefix, key, tail, self._meta_tail, self._ttl_ms,
+            self._grace_ms,
+        ]  # fmt: skip
+        return bool(await self._run(scripts.DELETE, [self.keys.stream], args))
+
+    async def scan(self, prefix: str = "") -> AsyncIterator[SyncItem]:
+        """Yield live items whose keys start with ``prefix``, in no order.
+
+        What changes meanwhile may or may not be seen, and an item may come twice, as with SCAN.
+
+        :raises StoreError: if Redis fails or an item cannot be read.
+        """
+        begin = self.keys.item(prefix)
+        cut = len(self.keys.item_prefix.encode())
+        cursor: Any = 0
+        while True:
+            cursor, raws = await self._call(
+                "SCAN", cursor, "MATCH", glob_escape(begin) + "*", "COUNT", SCAN_COUNT
+            )
+            keys = [raw[cut:].decode() for raw in raws]
+            for item in await self.get_many(keys):
+                if item is not None and not item.deleted:
+                    yield item
+            if int(cursor) == 0:
+                return
+
+    # Calls to Redis; foreign exceptions end here.
+
+    async def _call(self, *args: Any) -> Any:
+        try:
+            return await self._redis.execute_command(*args)  # type: ignore[no-untyped-call]
+        except (RedisError, OSError) as error:
+            raise self._store_error(error) from None
+
+    async def _run(self, text: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        script = self._scripts[text]
+        try:
+            try:
+                return await self._redis.evalsha(script.sha, len(keys), *keys, *args)
+            except NoScriptError:
+                return await self._redis.eval(text, len(keys), *keys, *args)
+        except (RedisError, OSError) as error:
+            if isinstance(error, ResponseError) and str(error).startswith("RANGE "):
+                raise ValueError(
+                    f"{str(error)[6:]!r}: version or updated_at would go over 2**53-1"
+                ) from None
+            raise self._store_error(error) from None
+
+    def _store_error(self, error: Exception) -> StoreError:
+        text = str(error) or type(error).__name__
+        if any(word in text for word in _REFUSALS) or "OutOfMemory" in type(error).__name__:
+            self._refused_until = self._clock.monotonic() + REFUSAL_SEC
+        return StoreError(f"{self._where}: {text}")
+
+    def __repr__(self) -> str:
+        return f"<RedisSyncEngine {self.node_id!r} at {self._where}>"
+
+
+def _position_args(received: Received | None) -> tuple[str, str]:
+    if received is None or received.position is None:
+        return "", ""
+    count = received.position.entries_read
+    return received.peer_id, f"{received.position.stream_id} {'-' if count is None else count}"

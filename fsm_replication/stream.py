@@ -1,0 +1,269 @@
+"""The entries of a CDC stream: how they are written, and what a reader makes of them.
+
+Theory of operation. Reading happens in two steps, because most of the work of an entry is in its
+content and most entries need not be looked into: :func:`parse_entry` takes the fields apart and
+validates the stamp, which is all that is needed to see that something newer is held; only what
+survives goes through :class:`DataDecoder`, which decompresses and checks the hash. One decoder is
+made per link and reused: a new zstd context costs five times the decompression of a small entry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from binascii import Error as HexError
+from binascii import unhexlify
+from collections.abc import Sequence
+from typing import Annotated, Final, Literal, NamedTuple
+
+import msgspec
+import zstandard
+
+from fsm_replication.errors import BadEntryError
+from fsm_replication.items import EMPTY_HASH, KEY_BYTES_MAX, NUMBER_MAX, SyncItem
+
+__all__ = (
+    "COMPRESS_FROM_BYTES",
+    "MAGIC",
+    "DataDecoder",
+    "Entry",
+    "WireForm",
+    "encode_data",
+    "encode_fields",
+    "encode_meta",
+    "parse_entry",
+)
+
+MAGIC: Final = b"\x28\xb5\x2f\xfd"
+COMPRESS_FROM_BYTES: Final = 64
+_ZSTD_LEVEL: Final = 3
+
+_Number = Annotated[int, msgspec.Meta(ge=0, le=NUMBER_MAX)]
+
+
+class _PutMeta(msgspec.Struct, frozen=True, gc=False):
+    content_type: Literal["json", "binary"]
+    version: _Number
+    updated_at: _Number
+    origin: str = ""
+
+
+class _DelMeta(msgspec.Struct, frozen=True, gc=False):
+    version: _Number
+    updated_at: _Number
+    origin: str = ""
+
+
+class Entry(msgspec.Struct, frozen=True, gc=False):
+    """One stream entry, taken apart but not looked into.
+
+    ``digest`` is None where the writer left the hash out. ``stamped`` is false for the deletes of
+    foreign nodes, which carry no meta: their time is the stream id's.
+    """
+
+    key: str
+    updated_at: int
+    version: int
+    deleted: bool
+    digest: bytes | None
+    content_type: str
+    origin: str
+    data: bytes
+    meta: bytes
+    stamped: bool = True
+
+
+class WireForm(NamedTuple):
+    """An item as its stream entry spelled it, so that a store need not encode it once more."""
+
+    data: bytes
+    meta: bytes
+
+
+_decode_put_meta = msgspec.json.Decoder(_PutMeta).decode
+_decode_del_meta = msgspec.json.Decoder(_DelMeta).decode
+_encode_json = msgspec.json.Encoder().encode
+_PUT_NAMES: Final = (b"op", b"key", b"hash", b"data", b"meta")
+_DELETE_OPS: Final = frozenset({b"DEL", b"DELETE"})
+# zstd contexts are not thread-safe; one engine, and all its stores, live on one event loop, but
+# two engines may live on two threads. Compression contexts are therefore made per writer.
+
+
+def encode_data(content: bytes, compressor: zstandard.ZstdCompressor | None = None) -> bytes:
+    """Return ``content`` as the ``data`` field holds it: zstd where that makes it smaller."""
+    if len(content) < COMPRESS_FROM_BYTES:
+        return content
+    smaller = (compressor or zstandard.ZstdCompressor(level=_ZSTD_LEVEL)).compress(content)
+    return smaller if len(smaller) < len(content) else content
+
+
+def encode_meta(item: SyncItem) -> bytes:
+    """Return the ``meta`` field of an item or tombstone as JSON."""
+    if item.deleted:
+        return _encode_json(_DelMeta(item.version, item.updated_at, item.origin))
+    return _encode_json(
+        {
+            "content_type": item.content_type,
+            "version": item.version,
+            "updated_at": item.updated_at,
+            "origin": item.origin,
+        }
+    )
+
+
+def encode_fields(item: SyncItem, data: bytes | None = None) -> list[bytes]:
+    """Return the fields of the entry that announces ``item``, as a flat list."""
+    key = item.key.encode()
+    if item.deleted:
+        return [b"op", b"DEL", b"key", key, b"meta", encode_meta(item)]
+    if data is None:
+        data = encode_data(item.content)
+    digest = item.content_hash.hex().encode()
+    meta = encode_meta(item)
+    return [b"op", b"PUT", b"key", key, b"hash", digest, b"data", data, b"meta", meta]
+
+
+def parse_entry(fields: Sequence[bytes] | None) -> Entry:
+    """Take the fields of an entry apart; extra fields are ignored, order does not matter.
+
+    :raises BadEntryError: if a field is missing or cannot be what it should be.
+    """
+    if fields is None:
+        raise BadEntryError("field", "the entry holds no fields")
+    # The order in which every writer we know writes them, tried first for speed.
+    if len(fields) == 10 and tuple(fields[::2]) == _PUT_NAMES:
+        op, key, digest, data, meta = fields[1::2]
+        if op == b"PUT":
+            return _parse_put(key, digest, data, meta)
+    if len(fields) % 2:
+        raise BadEntryError("field", "a field has a name but no value")
+    named = dict(zip(fields[::2], fields[1::2], strict=True))
+    try:
+        op, key = named[b"op"].upper(), named[b"key"]
+    except KeyError as missing:
+        raise _missing(missing) from None
+    if op in _DELETE_OPS:
+        return _parse_del(key, named.get(b"meta"))
+    if op != b"PUT":
+        raise BadEntryError("op", f"unknown operation {op[:32]!r}")
+    try:
+        return _parse_put(key, named.get(b"hash"), named[b"data"], named[b"meta"])
+    except KeyError as missing:
+        raise _missing(missing) from None
+
+
+def _missing(error: KeyError) -> BadEntryError:
+    name: bytes = error.args[0]
+    return BadEntryError("field", f"field {name.decode()!r} is missing")
+
+
+def _parse_key(key: bytes) -> str:
+    if not 0 < len(key) <= KEY_BYTES_MAX:
+        raise BadEntryError("key", f"a key has 1 to {KEY_BYTES_MAX} bytes, not {len(key)}")
+    try:
+        return key.decode()
+    except UnicodeDecodeError:
+        raise BadEntryError("text", "the key is not UTF-8") from None
+
+
+def _parse_put(key: bytes, digest: bytes | None, data: bytes, meta: bytes) -> Entry:
+    text = _parse_key(key)
+    try:
+        parsed = _decode_put_meta(meta)
+        raw_digest = None if digest is None else unhexlify(digest)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise _bad_meta(error) from None
+    except (HexError, ValueError):
+        raise BadEntryError("hash", "the hash is not hexadecimal") from None
+    if raw_digest is not None and len(raw_digest) != 32:
+        raise BadEntryError("hash", "the hash is not 64 hexadecimal characters")
+    return Entry(
+        text,
+        parsed.updated_at,
+        parsed.version,
+        False,
+        raw_digest,
+        parsed.content_type,
+        parsed.origin,
+        data,
+        meta,
+    )
+
+
+def _parse_del(key: bytes, meta: bytes | None) -> Entry:
+    text = _parse_key(key)
+    if meta is None:
+        return Entry(text, 0, 0, True, EMPTY_HASH, "binary", "", b"", b"", stamped=False)
+    try:
+        parsed = _decode_del_meta(meta)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise _bad_meta(error) from None
+    return Entry(
+        text,
+        parsed.updated_at,
+        parsed.version,
+        True,
+        EMPTY_HASH,
+        "binary",
+        parsed.origin,
+        b"",
+        meta,
+    )
+
+
+def _bad_meta(error: Exception) -> BadEntryError:
+    text = str(error)
+    reason = "range" if "`int`" in text and ("<=" in text or ">=" in text) else "meta"
+    if "out of range" in text:
+        reason = "range"
+    return BadEntryError(reason, f"meta: {text}")
+
+
+class DataDecoder:
+    """Turns ``data`` fields into verified contents, none larger than ``payload_bytes``."""
+
+    __slots__ = ("_decompress", "payload_bytes")
+
+    def __init__(self, payload_bytes: int) -> None:
+        self.payload_bytes = payload_bytes
+        self._decompress = zstandard.ZstdDecompressor().decompress
+
+    def decode(self, data: bytes, digest: bytes | None) -> bytes:
+        """Return the content; with a digest of None any content that decompresses will do.
+
+        :raises BadEntryError: if it is too large, does not decompress or has another hash.
+        """
+        if data[:4] != MAGIC:
+            if len(data) > self.payload_bytes:
+                raise self._too_large(len(data))
+            if digest is not None and hashlib.sha256(data).digest() != digest:
+                raise BadEntryError("hash", "the content does not match its hash")
+            return data
+        return self._decode_compressed(data, digest)
+
+    def _decode_compressed(self, data: bytes, digest: bytes | None) -> bytes:
+        fault: BadEntryError
+        try:
+            # The declared size is looked at first: zstd allocates what the header asks for.
+            declared = zstandard.frame_content_size(data)
+            if declared > self.payload_bytes:
+                raise self._too_large(declared)
+            content = self._decompress(data, max_output_size=self.payload_bytes)
+        except zstandard.ZstdError as error:
+            fault = BadEntryError("data", f"the content does not decompress: {error}")
+        except BadEntryError as error:
+            fault = error
+        else:
+            if digest is None or hashlib.sha256(content).digest() == digest:
+                return content
+            fault = BadEntryError("hash", "the content does not match its hash")
+        # A content that itself begins with the magic may stand there as it is.
+        if (
+            digest is not None
+            and len(data) <= self.payload_bytes
+            and hashlib.sha256(data).digest() == digest
+        ):
+            return data
+        raise fault
+
+    def _too_large(self, size: int) -> BadEntryError:
+        return BadEntryError("size", f"{size} bytes of content, the limit is {self.payload_bytes}")

@@ -1,0 +1,1 @@
+"""The workers: each does one job, reports facts, and knows no machine."""

@@ -1,0 +1,313 @@
+"""Takes chunks of entries to the local store, and settles them.
+
+A chunk is settled (guarantee G1) once each of its entries was applied, found superseded, or kept
+as a dead letter. Only then does the cursor move. Store calls go through the write circuit, each
+with its own timeout; what fails is tried again until the circuit opens or the mode changes, and
+stays in the hands of the caller meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeVar
+
+from fsm_replication.batch import BatchBuilder, Part, Selection
+from fsm_replication.circuits import Circuit
+from fsm_replication.errors import (
+    BadEntryError,
+    CircuitOpenError,
+    CursorStoreError,
+    ReplicationError,
+    StoreError,
+    StoreTimeoutError,
+)
+from fsm_replication.items import SyncItem
+from fsm_replication.ports import Cursor, DeadLetter, Position
+from fsm_replication.reports import PauseReason
+from fsm_replication.stores.protocol import ApplyResult, Outcome, Received
+from fsm_replication.workers.context import LinkContext
+
+__all__ = ("Applier", "Blocked", "Chunk", "Prepared", "Unsettled")
+
+# Where this share of a chunk was superseded, the next is first compared with what is held.
+CHECK_FIRST_SHARE: Final = 0.2
+RETRY_FIRST_SEC: Final = 0.05
+RETRY_MAX_SEC: Final = 1.0
+_T = TypeVar("_T")
+
+
+class Blocked(Exception):  # noqa: N818 - it is an outcome, not an error
+    """Applying must pause; the chunk is not settled and stays with the caller."""
+
+    def __init__(self, reason: PauseReason, why: str) -> None:
+        self.reason = reason
+        super().__init__(why)
+
+
+class Unsettled(Exception):  # noqa: N818 - it is an outcome, not an error
+    """A store call failed while the mode changed; the chunk stays with the caller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Entries that are settled together, and the position that this settles.
+
+    ``first_ms`` is the stream time of the first; ``seen_at`` the monotonic time it was read at.
+    """
+
+    entries: Sequence[Any]
+    end: Position
+    first_ms: int
+    seen_at: float
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A chunk whose first part is decoded; later parts are decoded when their turn comes."""
+
+    chunk: Chunk
+    selection: Selection
+    first: Part
+    rest: Iterator[Part]
+
+
+class Applier:
+    """Applies the chunks of one link, one after the other."""
+
+    def __init__(
+        self,
+        context: LinkContext,
+        builder: BatchBuilder,
+        incarnation: str,
+        interrupted: Callable[[], bool],
+    ) -> None:
+        self._context = context
+        self._builder = builder
+        self._incarnation = incarnation
+        self._interrupted = interrupted
+        self._check_first = False
+        self._warned_ahead = False
+
+    # Step one: decide and decode, while the chunk before may still be on its way to the store.
+
+    async def prepare(self, chunk: Chunk) -> Prepared:
+        """Choose what to apply, and decode the first part of it."""
+        builder = self._builder
+        selection = builder.select(chunk.entries)
+        if selection.candidates and (builder.foreign or (self._check_first and builder.coalesce)):
+            await self._drop_current(selection)
+        parts = builder.materialise(selection)
+        return Prepared(chunk, selection, next(parts), parts)
+
+    async def _drop_current(self, selection: Selection) -> None:
+        context = self._context
+        keys = [candidate.entry.key for candidate in selection.candidates]
+        try:
+            held = await self._call_once(context.reads, lambda: context.store.stamps(keys))
+        except StoreError:
+            # Looking first only saves work: the store compares again when it applies. A foreign
+            # entry, though, cannot be stamped without knowing what is held.
+            if not self._builder.foreign:
+                return
+            held = await self.call(context.reads, lambda: context.store.stamps(keys))
+        self._builder.drop_current(selection, held)
+
+    # Step two: apply and settle.
+
+    async def apply(self, prepared: Prepared) -> None:
+        """Hand a chunk to the store and settle it.
+
+        :raises Blocked: if the link must pause.
+        :raises Unsettled: if it failed and the mode has changed meanwhile.
+        :raises CursorStoreError: if dead letters cannot be kept, for good.
+        """
+        context, chunk = self._context, prepared.chunk
+        part: Part | None = prepared.first
+        applied = superseded = 0
+        while part is not None:
+            following = next(prepared.rest, None)
+            position = chunk.end if following is None else None
+            result = await self.hand_over(part, position)
+            applied += result.applied
+            superseded += result.superseded
+            prepared.selection.letters.extend(self._refused(prepared, part, result))
+            part = following
+        # Parts are decoded once only; a chunk that is tried again is prepared again.
+        cursor = Cursor(chunk.end, self._incarnation)
+        if prepared.selection.letters:
+            await self._keep_letters(cursor, prepared.selection.letters)
+        else:
+            context.cursors.settle(context.peer_id, cursor)
+        self._count(prepared, applied, superseded)
+
+    async def hand_over(self, part: Part, position: Position | None) -> ApplyResult:
+        """Hand one part to the store, again and again until it takes it."""
+        context = self._context
+        received = Received(context.peer_id, position, part.wire)
+        began = context.ports.clock.monotonic()
+        result = await self.call(
+            context.writes, lambda: self._apply_many(part.items, received), writing=True
+        )
+        took = context.ports.clock.monotonic() - began
+        context.metrics.flush_seconds.observe(took)
+        if took * 1000 > context.settings.slo.max_batch_flush_latency_ms:
+            context.metrics.slo("batch_flush_latency")
+        if context.feed.watchers:
+            self._publish(part.items, result)
+        return result
+
+    async def _apply_many(self, items: Sequence[SyncItem], received: Received) -> ApplyResult:
+        result = await self._context.store.apply_many(items, received)
+        if len(result.outcomes) != len(items):
+            raise StoreError(
+                f"the store answered {len(result.outcomes)} outcomes for {len(items)} changes"
+            )
+        if Outcome.FAILED in result.outcomes:
+            why = next(iter(result.reasons.values()), "no reason given")
+            raise StoreError(f"{result.failed} changes could not be stored: {why}")
+        return result
+
+    async def call(
+        self,
+        circuit: Circuit,
+        function: Callable[[], Awaitable[_T]],
+        *,
+        writing: bool = False,
+    ) -> _T:
+        """Call the store until it succeeds, unless the link must pause or the mode changes."""
+        context = self._context
+        wait = RETRY_FIRST_SEC
+        while True:
+            if writing and not context.store.should_accept_writes():
+                raise Blocked(PauseReason.BACKPRESSURE, "the store accepts no writes")
+            try:
+                return await self._call_once(circuit, function)
+            except CircuitOpenError as error:
+                raise Blocked(PauseReason.CIRCUIT, str(error)) from None
+            except StoreError as error:
+                context.progress.failed(error)
+                context.metrics.batch_errors.inc()
+                context.log.warning("store_call_failed", error=error, circuit=circuit.name)
+                if self._interrupted():
+                    raise Unsettled from error
+            await context.ports.clock.sleep(wait * (0.5 + context.ports.random.random() / 2))
+            wait = min(RETRY_MAX_SEC, wait * 2)
+
+    async def _call_once(self, circuit: Circuit, function: Callable[[], Awaitable[_T]]) -> _T:
+        clock, limit = self._context.ports.clock, self._context.settings.timeouts.store_call
+        with circuit.guard():
+            try:
+                async with clock.timeout(limit):
+                    return await function()
+            except TimeoutError:
+                raise StoreTimeoutError(
+                    f"a call into the store took longer than {limit:g} s"
+                ) from None
+            except ReplicationError as error:
+                if isinstance(error, StoreError):
+                    raise
+                raise StoreError(f"the store failed: {error}") from error
+            except Exception as error:
+                # A user's store may raise anything; to the link it is a failure like any other.
+                raise StoreError(f"the store failed: {type(error).__name__}: {error}") from error
+
+    # Dead letters
+
+    def _refused(self, prepared: Prepared, part: Part, result: ApplyResult) -> Iterator[DeadLetter]:
+        if Outcome.REFUSED not in result.outcomes:
+            return
+        by_key = {c.entry.key: c.index for c in prepared.selection.candidates}
+        for index, outcome in enumerate(result.outcomes):
+            if outcome is Outcome.REFUSED:
+                stream_id, fields = prepared.chunk.entries[by_key[part.items[index].key]]
+                error = BadEntryError("refused", result.reasons.get(index, "no reason given"))
+                yield self._builder.letter(stream_id, fields, error)
+
+    async def _keep_letters(self, cursor: Cursor, letters: Sequence[DeadLetter]) -> None:
+        context = self._context
+        limit = context.settings.limits.dead_letters
+        store, progress = context.ports.cursor_store, context.progress
+        wait = RETRY_FIRST_SEC
+        while True:
+            try:
+                if context.settings.dead_letters.when_full == "pause":
+                    await self._check_room(len(letters), limit)
+                await store.settle(context.peer_id, cursor, letters, keep=limit)
+                progress.dead_letters = (await store.load(context.peer_id)).dead_letters
+                break
+            except CursorStoreError as error:
+                # Without the letters on disk the cursor must not pass them.
+                if not error.may_pass:
+                    raise
+                progress.failed(error)
+                context.log.warning("dead_letters_not_kept", error=error, path=error.path)
+                if self._interrupted():
+                    raise Unsettled from error
+            await context.ports.clock.sleep(wait)
+            wait = min(RETRY_MAX_SEC, wait * 2)
+        context.cursors.saved(context.peer_id, cursor)
+        reasons: dict[str, int] = {}
+        for letter in letters:
+            reasons[letter.reason] = reasons.get(letter.reason, 0) + 1
+        for reason, count in reasons.items():
+            context.metrics.dead_letters(reason, count)
+        context.log.warning("dead_letters", count=len(letters), reasons=reasons)
+
+    async def _check_room(self, more: int, limit: int) -> None:
+        context = self._context
+        if context.progress.dead_letters + more <= limit:
+            return
+        held = (await context.ports.cursor_store.load(context.peer_id)).dead_letters
+        context.progress.dead_letters = held
+        if held >= limit:
+            raise Blocked(
+                PauseReason.DEAD_LETTERS_FULL,
+                f"{held} dead letters are kept, the limit is {limit}: retry or purge them",
+            )
+
+    def oversize_letter(self, position: Position, size: int) -> DeadLetter:
+        """Return the dead letter of an entry too large to be read."""
+        letter = self._builder.letter(
+            str(position.stream_id).encode(),
+            None,
+            BadEntryError("size", f"an entry of {size} bytes is over limits.batch_bytes"),
+        )
+        return replace(letter, size=size)
+
+    async def bury(self, letter: DeadLetter, end: Position) -> None:
+        """Settle a position that passes one entry which was never held."""
+        await self._keep_letters(Cursor(end, self._incarnation), [letter])
+
+    # Books
+
+    def _publish(self, items: Sequence[SyncItem], result: ApplyResult) -> None:
+        taken = [
+            item
+            for item, outcome in zip(items, result.outcomes, strict=True)
+            if outcome is Outcome.APPLIED
+        ]
+        for watcher in tuple(self._context.feed.watchers):
+            watcher.offer(taken)
+
+    def _count(self, prepared: Prepared, applied: int, superseded: int) -> None:
+        context, selection = self._context, prepared.selection
+        metrics, progress = context.metrics, context.progress
+        events = len(prepared.chunk.entries)
+        deduped = selection.deduped + superseded
+        self._check_first = deduped > events * CHECK_FIRST_SHARE
+        deletes = sum(1 for c in selection.candidates if c.entry.deleted)
+        metrics.batch_size.observe(events)
+        metrics.applied.inc(applied)
+        metrics.deduped.inc(deduped)
+        metrics.skipped.inc(superseded)
+        metrics.deleted.inc(deletes)
+        metrics.submitted.inc(max(0, len(selection.candidates) - deletes))
+        progress.events_applied += applied
+        progress.events_deduped += deduped
+        if selection.clock_ahead:
+            progress.clock_ahead += selection.clock_ahead
+            metrics.clock_ahead.inc(selection.clock_ahead)
+            if not self._warned_ahead:
+                self._warned_ahead = True
+                context.log.warning("peer_clock_ahead", events=selection.clock_ahead)

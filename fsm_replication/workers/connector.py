@@ -1,0 +1,168 @@
+"""Opens the two connections of a link and reads the peer's marker key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fsm_replication.config import PeerConfig, Settings
+from fsm_replication.errors import (
+    PeerRefusedError,
+    PeerReplyError,
+    ProtocolError,
+    ReplicationError,
+)
+from fsm_replication.layout import FORMAT, Keys
+from fsm_replication.ports import Connection, Transport
+from fsm_replication.reports import LinkFact, Reporter
+from fsm_replication.workers.context import LinkContext
+
+__all__ = ("Lines", "connect", "open_lines", "wait_for_mending", "wait_to_retry")
+
+MENDING_INTERVAL_SEC = 300.0
+
+
+@dataclass(slots=True)
+class Lines:
+    """A link's two connections: one for stream reads, which may block, one for all else."""
+
+    reading: Connection
+    asking: Connection
+    foreign: bool
+    marker: Mapping[bytes, bytes]
+
+    def close(self) -> None:
+        """Close both at once."""
+        self.reading.close()
+        self.asking.close()
+
+    async def wait_closed(self) -> None:
+        """Return when both sockets are closed."""
+        await self.reading.wait_closed()
+        await self.asking.wait_closed()
+
+
+async def connect(context: LinkContext, report: Reporter) -> None:
+    """Connect once; reports CONNECTED with :class:`Lines`, UNREACHABLE or HOPELESS."""
+    status = context.metrics
+    try:
+        with context.peer_circuit.guard():
+            lines = await open_lines(
+                local_node_id=context.local_node_id,
+                peer=context.peer,
+                settings=context.settings,
+                resolver=context.store.resolver.name,
+                transport=context.ports.transport,
+            )
+    except PeerRefusedError as error:
+        context.progress.failed(error)
+        status.connection("refused")
+        report(LinkFact.HOPELESS, str(error), error)
+    except ReplicationError as error:
+        context.progress.failed(error)
+        status.connection("failed")
+        status.error(type(error).__name__)
+        report(LinkFact.UNREACHABLE, str(error), error)
+    else:
+        status.connection("connected")
+        kind = "a foreign node" if lines.foreign else "the marker was accepted"
+        report(LinkFact.CONNECTED, kind, lines)
+
+
+async def open_lines(
+    *,
+    local_node_id: str,
+    peer: PeerConfig,
+    settings: Settings,
+    resolver: str,
+    transport: Transport,
+) -> Lines:
+    """Open both connections to a peer and accept or refuse what is found there.
+
+    :raises PeerRefusedError: if waiting cannot mend it.
+    :raises ReplicationError: if it cannot be reached, is not well, or holds no node yet.
+    """
+    name = "".join(c if "!" <= c <= "~" else "_" for c in f"fsm_replication:{local_node_id}")
+    timeout = settings.timeouts.connect
+    reading = await transport.connect(peer.redis_url, timeout_sec=timeout, name=name)
+    try:
+        asking = await transport.connect(peer.redis_url, timeout_sec=timeout, name=name)
+        try:
+            marker, has_stream = await _read_marker(asking, peer, settings.timeouts.command)
+            if marker or not has_stream:
+                _check_marker(marker, peer, settings, local_node_id, resolver)
+        except BaseException:
+            asking.close()
+            raise
+    except BaseException:
+        reading.close()
+        raise
+    return Lines(reading, asking, foreign=not marker, marker=marker)
+
+
+async def _read_marker(
+    connection: Connection, peer: PeerConfig, timeout_sec: float
+) -> tuple[dict[bytes, bytes], bool]:
+    keys = Keys(peer.redis_prefix)
+    replies: list[Any] = await connection.pipeline(
+        [["HGETALL", keys.marker], ["EXISTS", keys.stream]], timeout_sec=timeout_sec
+    )
+    for reply in replies:
+        if isinstance(reply, PeerReplyError):
+            if reply.code == "NOPERM":
+                raise PeerRefusedError(
+                    f"{peer.display_url}: the user may not read: {reply}", credentials=True
+                )
+            raise PeerReplyError(str(reply), peer=peer.display_url)
+    flat, has_stream = replies
+    if not isinstance(flat, list) or not all(isinstance(part, bytes) for part in flat):
+        raise ProtocolError(f"{peer.display_url}: the marker key cannot be read")
+    return dict(zip(flat[::2], flat[1::2], strict=True)), bool(has_stream)
+
+
+def _check_marker(
+    marker: Mapping[bytes, bytes],
+    peer: PeerConfig,
+    settings: Settings,
+    local_node_id: str,
+    resolver: str,
+) -> None:
+    """Accept or refuse a peer that is not a foreign node.
+
+    :raises PeerRefusedError: if waiting cannot mend it.
+    :raises PeerReplyError: if there is no node here yet.
+    """
+    where = f"peer {peer.node_id!r} at {peer.display_url}"
+    if not marker:
+        # A node of ours writes its marker before anything else, and a foreign one has nothing to
+        # tell before its first change: there is nobody here yet, and no need to guess who comes.
+        raise PeerReplyError("no node has written here yet", peer=where)
+
+    def field(name: str) -> str:
+        return marker.get(name.encode(), b"").decode("utf-8", "replace")
+
+    node_id, form = field("node_id"), field("format")
+    if node_id == local_node_id:
+        raise PeerRefusedError(f"{where} is this very node: check peers[].redis_url")
+    if node_id != peer.node_id:
+        raise PeerRefusedError(f"{where} calls itself {node_id!r}: check node_id and redis_url")
+    if not form.isdigit() or int(form) > FORMAT:
+        raise PeerRefusedError(f"{where} has format {form!r}, this version reads up to {FORMAT}")
+    ours = {"tombstone_ttl_ms": str(round(settings.tombstones.ttl * 1000)), "resolver": resolver}
+    for name, mine in ours.items():
+        if field(name) != mine:
+            raise PeerRefusedError(f"{where} has {name} {field(name)!r}, this node {mine!r}")
+
+
+async def wait_to_retry(context: LinkContext, delay_sec: float, report: Reporter) -> None:
+    """Wait out the backoff and the peer's circuit, then report DUE."""
+    await context.ports.clock.sleep(max(delay_sec, context.peer_circuit.probe_in_sec))
+    report(LinkFact.DUE, "the wait is over")
+
+
+async def wait_for_mending(context: LinkContext, report: Reporter) -> None:
+    """Wait five minutes and try again: credentials may be mended at the peer."""
+    wait = max(MENDING_INTERVAL_SEC, context.peer_circuit.probe_in_sec)
+    await context.ports.clock.sleep(wait)
+    report(LinkFact.DUE, "rejected credentials are tried again every five minutes")

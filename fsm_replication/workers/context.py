@@ -1,0 +1,192 @@
+"""What the workers of one link are given: settings, ports, and the books they keep."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from structlog.stdlib import BoundLogger
+
+from fsm_replication.circuits import Circuit
+from fsm_replication.config import PeerConfig, Settings
+from fsm_replication.errors import ReplicationError, WatcherLagged
+from fsm_replication.items import SyncItem
+from fsm_replication.limiter import PrioritySlot, RateLimiter
+from fsm_replication.metrics import PeerMetrics
+from fsm_replication.ports import Ports, Position, StreamId
+from fsm_replication.stores.protocol import SyncEngine
+from fsm_replication.workers.cursor_flush import CursorBook
+
+__all__ = ("HEAD_OF_EMPTY", "ChangeFeed", "ChangeWatcher", "LinkContext", "LinkProgress")
+
+CHANGES_KEPT: Final = 10_000
+
+
+@dataclass(slots=True)
+class LinkProgress:
+    """What one link has achieved; written by its workers, read by health without I/O.
+
+    Times of the monotonic clock are in seconds, stream times in milliseconds.
+    """
+
+    read: Position | None = None
+    settled: Position | None = None
+    events_read: int = 0
+    events_applied: int = 0
+    events_deduped: int = 0
+    newest_ms: int = 0
+    oldest_unsettled_ms: int | None = None
+    oldest_unsettled_seen: float = 0.0
+    unread_events: int | None = None
+    pending_events: int = 0
+    last_success: float | None = None
+    last_error: str = ""
+    failures: int = 0
+    dead_letters: int = 0
+    gaps_open: int = 0
+    clock_ahead: int = 0
+    bootstrap: str = ""
+    copied: int = 0
+    stream_too_short: bool = False
+    synced: bool = False
+
+    def succeeded(self, now: float) -> None:
+        """Note that the peer answered and what it sent was dealt with."""
+        self.last_success = now
+        self.failures = 0
+        self.last_error = ""
+
+    def failed(self, error: ReplicationError) -> None:
+        """Note an error of this link."""
+        self.failures += 1
+        self.last_error = str(error)
+
+    def settle(self, position: Position) -> None:
+        """Note a settled position; whoever calls says what is unsettled next."""
+        self.settled = position
+
+    def lag_ms(self, now: float) -> int:
+        """Return the lag in milliseconds: 0 where nothing is unsettled."""
+        if self.oldest_unsettled_ms is None:
+            return 0
+        behind = self.newest_ms - self.oldest_unsettled_ms
+        waited = int((now - self.oldest_unsettled_seen) * 1000)
+        return max(0, behind, waited)
+
+    def lag_events(self) -> int | None:
+        """Return how many events are not settled, None where the peer does not count them."""
+        if self.unread_events is None:
+            return None
+        return self.unread_events + self.pending_events
+
+
+class ChangeWatcher(AsyncIterator[SyncItem]):
+    """What replication applied, for keys with a prefix; bounded like every watcher."""
+
+    def __init__(self, feed: ChangeFeed, prefix: str) -> None:
+        self._feed = feed
+        self._prefix = prefix
+        self._queue: deque[SyncItem] = deque()
+        self._missed = 0
+        self._closed = False
+        self._woken = asyncio.Event()
+
+    def offer(self, items: Sequence[SyncItem]) -> None:
+        """Take in what was applied."""
+        for item in items:
+            if item.key.startswith(self._prefix):
+                if len(self._queue) >= CHANGES_KEPT:
+                    self._queue.popleft()
+                    self._missed += 1
+                self._queue.append(item)
+        self._woken.set()
+
+    def __aiter__(self) -> ChangeWatcher:
+        return self
+
+    async def __anext__(self) -> SyncItem:
+        """Return the next change; ends when the engine does.
+
+        :raises WatcherLagged: once, if changes were dropped since the last call.
+        """
+        while True:
+            if self._missed:
+                missed, self._missed = self._missed, 0
+                raise WatcherLagged(missed)
+            if self._queue:
+                return self._queue.popleft()
+            if self._closed:
+                raise StopAsyncIteration
+            self._woken.clear()
+            await self._woken.wait()
+
+    def close(self) -> None:
+        """Stop watching; iteration ends after what is queued."""
+        self._closed = True
+        self._feed.forget(self)
+        self._woken.set()
+
+    async def aclose(self) -> None:
+        """Stop watching, for ``contextlib.aclosing``."""
+        self.close()
+
+
+@dataclass(slots=True)
+class ChangeFeed:
+    """Hands applied changes to watchers; costs nothing while there are none."""
+
+    watchers: list[ChangeWatcher] = field(default_factory=list)
+    closed: bool = False
+
+    def watch(self, prefix: str) -> ChangeWatcher:
+        """Begin watching keys that start with ``prefix``."""
+        watcher = ChangeWatcher(self, prefix)
+        if self.closed:
+            watcher.close()
+        else:
+            self.watchers.append(watcher)
+        return watcher
+
+    def forget(self, watcher: ChangeWatcher) -> None:
+        """Stop offering to a watcher."""
+        if watcher in self.watchers:
+            self.watchers.remove(watcher)
+
+    def close(self) -> None:
+        """End all watchers: the engine has ended."""
+        self.closed = True
+        for watcher in tuple(self.watchers):
+            watcher.close()
+
+
+@dataclass(frozen=True, slots=True)
+class LinkContext:
+    """Everything a link's workers may use; one per link."""
+
+    local_node_id: str
+    peer: PeerConfig
+    settings: Settings
+    ports: Ports
+    store: SyncEngine
+    writes: Circuit
+    reads: Circuit
+    peer_circuit: Circuit
+    cursors: CursorBook
+    metrics: PeerMetrics
+    limiter: RateLimiter | None
+    copy_slot: PrioritySlot
+    feed: ChangeFeed
+    progress: LinkProgress
+    on_synced: Callable[[], None]
+    log: BoundLogger
+
+    @property
+    def peer_id(self) -> str:
+        """The peer's node id."""
+        return self.peer.node_id
+
+
+HEAD_OF_EMPTY: Final = Position(StreamId(0, 0), 0)

@@ -1,0 +1,49 @@
+"""Pings peers that have been idle, so that a dead connection is noticed without traffic."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from fsm_replication.config import PeerHealthConfig
+from fsm_replication.errors import NetworkError, PeerError
+from fsm_replication.ports import Clock, Connection
+from fsm_replication.reports import LinkFact, Reporter
+from fsm_replication.workers.context import LinkContext, LinkProgress
+
+__all__ = ("ping_idle_peers", "ping_once")
+
+IdlePeer = tuple[LinkProgress, Callable[[], Coroutine[Any, Any, None]]]
+
+
+async def ping_once(context: LinkContext, connection: Connection, report: Reporter) -> None:
+    """Ping over the connection that never blocks; reports LOST if there is no answer."""
+    clock = context.ports.clock
+    began = clock.monotonic()
+    try:
+        await connection.call("PING", timeout_sec=context.settings.timeouts.ping)
+    except (NetworkError, PeerError) as error:
+        context.progress.failed(error)
+        context.metrics.ping("failed")
+        report(LinkFact.LOST, f"ping: {error}", error)
+        return
+    took = clock.monotonic() - began
+    context.progress.last_success = clock.monotonic()
+    context.metrics.ping("ok", took)
+    if took * 1000 > context.settings.slo.max_peer_op_latency_ms:
+        context.metrics.slo("peer_op_latency")
+
+
+async def ping_idle_peers(
+    peers: Callable[[], Sequence[IdlePeer]], settings: PeerHealthConfig, clock: Clock
+) -> None:
+    """Ping, every interval, each peer that has been idle for the threshold; until cancelled."""
+    while True:
+        await clock.sleep(settings.ping_interval_sec)
+        now = clock.monotonic()
+        async with asyncio.TaskGroup() as pings:
+            for progress, ping in peers():
+                last = progress.last_success
+                if last is None or now - last >= settings.idle_threshold_sec:
+                    pings.create_task(ping())

@@ -1,0 +1,31 @@
+"""Lets an open store circuit be tried again.
+
+pybreaker leaves Open only when somebody calls, and paused links do not call: without this worker
+the circuit and the links would wait for each other for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from fsm_replication.circuits import Circuit, CircuitState
+from fsm_replication.ports import Clock
+
+__all__ = ("PROBE_INTERVAL_SEC", "probe_circuits")
+
+PROBE_INTERVAL_SEC: Final = 0.25
+
+
+async def probe_circuits(
+    circuits: tuple[Circuit, ...], grant_probe: Callable[[], bool], clock: Clock
+) -> None:
+    """When a reset time is over, let one paused link try; until cancelled.
+
+    ``grant_probe`` lets one link go on and says whether there was one.
+    """
+    while True:
+        waits = [c.probe_in_sec for c in circuits if c.state is not CircuitState.CLOSED]
+        if waits and min(waits) <= 0:
+            grant_probe()
+        await clock.sleep(max(PROBE_INTERVAL_SEC, min(waits, default=0.0)))

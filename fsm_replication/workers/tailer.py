@@ -1,0 +1,634 @@
+"""The tailer: reads one peer's stream and takes it to the local store.
+
+Theory of operation. One task lives from the moment the link is connected until it is not. It is
+handed a *mode* by the link and takes it up between batches; what it finds out it reports, and then
+waits for the next mode. Entries that were read stand in a queue of chunks until they are settled,
+whatever the mode does meanwhile: a pause holds them, the next decision begins by settling them.
+
+The next read is sent before the last one is worked on, and a chunk is decoded while the one before
+is on its way to the store, so network, decoding and store overlap. A chunk is small, so that other
+links of the same event loop get their turn.
+
+Memory: at most one reply being worked on and one arriving, each of at most half of
+``limits.batch_bytes``, and two decoded parts of a quarter; or one entry of up to ``batch_bytes``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, Final
+
+from fsm_replication.batch import BatchBuilder
+from fsm_replication.errors import (
+    ConnectionLostError,
+    CursorStoreError,
+    NetworkError,
+    PeerError,
+    ReplicationError,
+    ReplyTooLargeError,
+)
+from fsm_replication.layout import Keys
+from fsm_replication.ports import Cursor, Position, StreamId
+from fsm_replication.reports import LinkFact, PauseReason, Reporter
+from fsm_replication.workers.applier import Applier, Blocked, Chunk, Prepared, Unsettled
+from fsm_replication.workers.connector import Lines
+from fsm_replication.workers.context import LinkContext
+from fsm_replication.workers.copier import Copier, OwnItems
+from fsm_replication.workers.reader import (
+    Gap,
+    Read,
+    StreamInfo,
+    StreamReader,
+    ask_info,
+    check_history,
+)
+
+__all__ = ("Mode", "Tailer")
+
+# Bounds the work of one loop turn; another link's event waits no longer than one chunk takes.
+CHUNK_EVENTS: Final = 200
+BEHIND_MS: Final = 2000
+BEHIND_BATCHES: Final = 10
+HOLD_POLL_SEC: Final = 0.1
+HOLD_POLLS_PER_COUNT: Final = 50
+
+
+class Mode(Enum):
+    """What a tailer is to do."""
+
+    DECIDE = auto()
+    COPY = auto()
+    READ_IN_BULK = auto()
+    READ_AT_HEAD = auto()
+    HOLD = auto()
+    IDLE = auto()
+    STOP = auto()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Orders:
+    """A mode, and the reporter of the state entry that it was handed out in."""
+
+    mode: Mode
+    report: Reporter
+
+
+class Tailer:
+    """Reads one peer over one pair of connections.
+
+    ``reasons`` returns the reasons to pause that hold now.
+    """
+
+    def __init__(
+        self, context: LinkContext, lines: Lines, reasons: Callable[[], frozenset[PauseReason]]
+    ) -> None:
+        self._context = context
+        self._lines = lines
+        self._reasons = reasons
+        limits = context.settings.limits
+        self._builder = BatchBuilder(
+            context.peer_id,
+            payload_bytes=limits.payload_bytes,
+            part_bytes=limits.batch_bytes // 4,
+            now_ms=context.ports.wall_clock.now_ms,
+            coalesce=context.store.resolver.by_stamp,
+            foreign=lines.foreign,
+        )
+        self._keys = Keys(context.peer.redis_prefix)
+        self._reader = StreamReader(
+            self._keys.stream, context.settings.hot_path, limits.batch_bytes // 2
+        )
+        self._pending: deque[Chunk] = deque()
+        self._asked_at = 0.0
+        self._asked_bulk = False
+        self._outstanding: asyncio.Future[list[Any]] | None = None
+        self._orders: _Orders | None = None
+        self._obeyed: _Orders | None = None
+        self._changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._applier: Applier | None = None
+        self._copier: Copier | None = None
+        self._incarnation = ""
+        self._gap: tuple[Gap | None, str] = (None, "")
+
+    # What the link asks of it.
+
+    def set_mode(self, mode: Mode, report: Reporter) -> None:
+        """Hand over the next mode; it is taken up between batches."""
+        self._orders = _Orders(mode, report)
+        self._wake()
+
+    def stop(self) -> None:
+        """Ask it to flush once and end."""
+        if self._orders is not None:
+            self._orders = _Orders(Mode.STOP, self._orders.report)
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self._changed.done():
+            self._changed.set_result(None)
+
+    # Its life.
+
+    async def run(self, report: Reporter) -> None:
+        """Work until stopped or the connection is lost; reports LOST with the error."""
+        try:
+            try:
+                await self._live()
+            except (NetworkError, PeerError) as error:
+                self._context.progress.failed(error)
+                self._context.metrics.error(type(error).__name__)
+                report(LinkFact.LOST, str(error), error)
+            await self._last_flush()
+        finally:
+            self._context.copy_slot.release(self)
+            self._forget_pending()
+            self._lines.close()
+            await self._lines.wait_closed()
+
+    async def _live(self) -> None:
+        while True:
+            orders = self._orders
+            assert orders is not None, "a tailer is started with a mode"
+            if orders.mode is Mode.STOP:
+                return
+            self._obeyed = orders
+            try:
+                await self._obey(orders)
+            except Blocked as blocked:
+                if blocked.reason is PauseReason.BACKPRESSURE:
+                    self._context.metrics.backpressure.inc()
+                orders.report(LinkFact.BLOCKED, str(blocked), blocked.reason)
+            except Unsettled:
+                pass  # The mode has changed, and the next one begins with what is held.
+            await self._until_changed(orders)
+
+    async def _obey(self, orders: _Orders) -> None:
+        if orders.mode is not Mode.COPY:
+            self._context.copy_slot.release(self)
+        if orders.mode is Mode.DECIDE:
+            await self._decide(orders)
+        elif orders.mode is Mode.COPY:
+            await self._copy(orders)
+        elif orders.mode in (Mode.READ_IN_BULK, Mode.READ_AT_HEAD):
+            await self._read_on(orders)
+        elif orders.mode is Mode.HOLD:
+            await self._hold(orders)
+
+    # Waiting: always for the thing itself, a change of mode, or the loss of a connection.
+
+    async def _until_changed(self, orders: _Orders, seconds: float | None = None) -> None:
+        """Wait until the mode is another one, or ``seconds`` have passed."""
+        clock = self._context.ports.clock
+        try:
+            async with clock.timeout(seconds):
+                while self._orders is orders:
+                    await self._wait_for(())
+        except TimeoutError:
+            return
+
+    async def _wait_for(self, futures: tuple[asyncio.Future[Any], ...]) -> None:
+        """Return when one of ``futures`` is done or the mode may have changed.
+
+        :raises ConnectionLostError: if a connection is gone that nothing else would notice.
+        """
+        lost = (self._lines.asking.lost, self._lines.reading.lost)
+        await asyncio.wait((*futures, self._changed, *lost), return_when=asyncio.FIRST_COMPLETED)
+        if self._changed.done():
+            self._changed = asyncio.get_running_loop().create_future()
+        elif any(future.done() for future in futures):
+            return
+        elif any(future.done() for future in lost):
+            where = self._context.peer.display_url
+            raise ConnectionLostError(f"{where} closed a connection")
+
+    def _is_interrupted(self) -> bool:
+        return self._orders is not self._obeyed
+
+    # Deciding what comes next.
+
+    async def _decide(self, orders: _Orders) -> None:
+        context = self._context
+        reasons = sorted(self._reasons())
+        if reasons:
+            orders.report(LinkFact.BLOCKED, f"still paused: {reasons[0]}", reasons[0])
+            return None
+        applier = await self._get_applier()
+        await self._work_off(orders)
+        if self._is_interrupted():
+            return None
+        record = await context.ports.cursor_store.load(context.peer_id)
+        context.progress.dead_letters = record.dead_letters
+        context.progress.gaps_open = len(record.gaps)
+        context.progress.synced = context.progress.synced or record.synced
+        if not context.settings.hot_path.enabled:
+            orders.report(LinkFact.NO_HOT_PATH, "hot_path.enabled is false")
+            return None
+        if self._copier is not None:
+            return self._must_copy(orders, None, "the bootstrap goes on")
+        if record.bootstrap is not None and record.bootstrap.incarnation == self._incarnation:
+            return self._must_copy(orders, None, "a bootstrap is unfinished")
+        cursor = context.cursors.get(context.peer_id) or record.cursor
+        if cursor is None:
+            return self._must_copy(orders, None, "no cursor")
+        if cursor.incarnation != self._incarnation:
+            return self._must_copy(orders, None, "the local store is another incarnation")
+        applied = await applier.call(
+            context.reads, lambda: context.store.applied_position(context.peer_id)
+        )
+        position = cursor.position
+        if applied is not None and applied.stream_id < position.stream_id:
+            position = applied
+        return await self._decide_by_stream(orders, position)
+
+    async def _get_applier(self) -> Applier:
+        if self._applier is None:
+            context = self._context
+            asking = Applier(context, self._builder, "", self._is_interrupted)
+            self._incarnation = await asking.call(context.reads, context.store.incarnation)
+            self._applier = Applier(context, self._builder, self._incarnation, self._is_interrupted)
+        return self._applier
+
+    async def _decide_by_stream(self, orders: _Orders, position: Position) -> None:
+        asking, timeout = self._lines.asking, self._context.settings.timeouts.command
+        at = str(position.stream_id)
+        # In this order: what is trimmed between the two questions is seen by the second.
+        found = await asking.skim(
+            "XRANGE", self._keys.stream, at, at, "COUNT", 1, timeout_sec=timeout
+        )
+        info = await ask_info(asking, self._keys.stream, timeout)
+        gap = check_history(position, info, entry_is_there=bool(found))
+        if gap is not None:
+            return self._must_copy(orders, gap, gap.reason)
+        if self._reader.position != position and self._outstanding is not None:
+            await self._reopen_reading()
+        self._reader.position = position
+        self._context.progress.read = self._context.progress.settled = position
+        return self._report_distance(orders, position, info)
+
+    def _must_copy(self, orders: _Orders, gap: Gap | None, why: str) -> None:
+        self._gap = (gap, why)
+        orders.report(LinkFact.MUST_COPY, why)
+
+    def _report_distance(self, orders: _Orders, position: Position, info: StreamInfo) -> None:
+        behind = self._distance(position, info)
+        if behind:
+            orders.report(LinkFact.BEHIND, behind)
+        else:
+            orders.report(LinkFact.AT_HEAD, "close to the head")
+
+    def _distance(self, position: Position, info: StreamInfo) -> str:
+        """Return why the link should read in bulk; empty where it is close to the head."""
+        progress = self._context.progress
+        progress.newest_ms = info.last_id.ms
+        progress.unread_events = None
+        if info.added is not None and position.entries_read is not None:
+            unread = progress.unread_events = max(0, info.added - position.entries_read)
+            most = BEHIND_BATCHES * self._context.settings.hot_path.max_batch_size
+            if unread > most:
+                return f"{unread} events behind"
+        if position.stream_id >= info.last_id:
+            return ""
+        lag_ms = info.last_id.ms - max(position.stream_id.ms, 0)
+        return f"{lag_ms} ms behind" if lag_ms > BEHIND_MS else ""
+
+    # Bootstrapping.
+
+    async def _copy(self, orders: _Orders) -> None:
+        context = self._context
+        applier = await self._get_applier()
+        if not await self._enter_copy_slot(orders):
+            return
+        if self._copier is None:
+            context.progress.copied = 0
+            self._copier = Copier(
+                context,
+                self._lines,
+                applier,
+                OwnItems(self._keys, self._builder.decoder),
+                self._incarnation,
+                self._is_interrupted,
+            )
+        head = await self._copier.run(*self._gap)
+        if head is None:
+            return
+        self._copier = None
+        context.copy_slot.release(self)
+        if self._outstanding is not None:
+            await self._reopen_reading()
+        self._reader.position = head
+        context.progress.read = context.progress.settled = head
+        info = await ask_info(
+            self._lines.asking, self._keys.stream, context.settings.timeouts.command
+        )
+        self._report_distance(orders, head, info)
+
+    async def _enter_copy_slot(self, orders: _Orders) -> bool:
+        """Wait for the turn to copy; False if the mode changed first."""
+        context = self._context
+        context.progress.bootstrap = "waiting for another link's bootstrap"
+        turn = asyncio.ensure_future(context.copy_slot.acquire(self, context.peer.priority))
+        try:
+            while not turn.done() and self._orders is orders:
+                await self._wait_for((turn,))
+        finally:
+            if not turn.done():
+                turn.cancel()
+                await asyncio.wait((turn,))
+        if self._orders is orders:
+            context.progress.bootstrap = "copying"
+            return True
+        return False
+
+    # Reading on.
+
+    async def _read_on(self, orders: _Orders) -> None:
+        at_head = orders.mode is Mode.READ_AT_HEAD
+        # The first read asks for counts, so that what was trimmed since deciding is noticed.
+        ask_bulk = True
+        while self._orders is orders:
+            if self._outstanding is None:
+                self._ask(bulk=ask_bulk)
+            read = await self._next_read(orders)
+            if read is None:
+                continue
+            if read.gap is not None:
+                return self._must_copy(orders, read.gap, read.gap.reason)
+            self._take_in(read)
+            if read.at_head and not at_head:
+                await self._work_off(orders)
+                await self._note_head(read)
+                orders.report(LinkFact.AT_HEAD, "a read reached the head")
+                return None
+            # At the head a full read means there may be more, and an empty one that there is time
+            # to compare counts: both ask for them once.
+            ask_bulk = not at_head or read.full or (not read.entries and read.info is None)
+            await self._pace(orders, len(read.entries))
+            if self._orders is orders:
+                self._ask(bulk=ask_bulk)
+            await self._work_off(orders)
+            if read.at_head:
+                await self._note_head(read)
+            elif at_head and read.info is not None:
+                behind = self._distance(read.end, read.info)
+                if behind:
+                    orders.report(LinkFact.BEHIND, behind)
+        return None
+
+    def _ask(self, *, bulk: bool) -> None:
+        reading = self._lines.reading
+        self._asked_at = self._context.ports.clock.monotonic()
+        self._asked_bulk = bulk
+        if bulk:
+            self._outstanding = self._reader.ask_bulk(reading)
+        else:
+            self._outstanding = self._reader.ask_blocking(reading)
+
+    async def _next_read(self, orders: _Orders) -> Read | None:
+        """Wait for the outstanding reply; None if the mode changed or the read must be redone."""
+        context, outstanding = self._context, self._outstanding
+        assert outstanding is not None
+        settings = context.settings
+        limit = settings.timeouts.command
+        if not self._asked_bulk:
+            limit += settings.hot_path.block_timeout
+        try:
+            async with context.ports.clock.timeout(limit):
+                while not outstanding.done() and self._orders is orders:
+                    await self._wait_for((outstanding,))
+        except TimeoutError:
+            where = context.peer.display_url
+            raise ConnectionLostError(f"{where} gave no answer within {limit:g} s") from None
+        if not outstanding.done():
+            return None
+        self._outstanding = None
+        try:
+            replies = outstanding.result()
+        except ReplyTooLargeError:
+            await self._read_smaller(orders)
+            return None
+        read = self._reader.take(self._lines.reading, replies)
+        self._measure_read(read)
+        return read
+
+    def _measure_read(self, read: Read) -> None:
+        context = self._context
+        metrics = context.metrics
+        metrics.reads.inc()
+        metrics.read.inc(len(read.entries))
+        context.progress.events_read += len(read.entries)
+        if self._asked_bulk:
+            took = context.ports.clock.monotonic() - self._asked_at
+            metrics.read_seconds.observe(took)
+            if took * 1000 > context.settings.slo.max_stream_read_latency_ms:
+                metrics.slo("stream_read_latency")
+        metrics.adaptive_batch_size.set(self._reader.size)
+
+    async def _pace(self, orders: _Orders, events: int) -> None:
+        limiter = self._context.limiter
+        if limiter is None or not events:
+            return
+        wait = limiter.reserve(events)
+        if wait > 0:
+            await self._work_off(orders)
+            await self._until_changed(orders, wait)
+
+    # Replies that are too large.
+
+    async def _read_smaller(self, orders: _Orders) -> None:
+        """Open the reading connection again; a single entry too large to hold is passed over."""
+        context = self._context
+        await self._reopen_reading()
+        if self._reader.shrink():
+            return
+        timeout = context.settings.timeouts.command
+        ahead = await self._reader.look_ahead(self._lines.reading, timeout)
+        if ahead is None:
+            return
+        end, size = ahead
+        if size <= context.settings.limits.batch_bytes:
+            await self._read_alone(end)
+            return
+        await self._work_off(orders)
+        if self._pending:
+            return
+        applier = self._applier
+        assert applier is not None
+        await applier.bury(applier.oversize_letter(end, size), end)
+        self._reader.position = end
+        context.progress.read = context.progress.settled = end
+
+    async def _read_alone(self, end: Position) -> None:
+        """Read one entry that fits alone, but not beside the stream's counts."""
+        context, reading = self._context, self._lines.reading
+        reading.limit_reply(context.settings.limits.batch_bytes * 2)
+        at = str(end.stream_id)
+        entries = await reading.call(
+            "XRANGE", self._keys.stream, at, at, timeout_sec=context.settings.timeouts.command
+        )
+        self._reader.position = end
+        if entries:
+            self._take_in(Read(entries, at_head=False, full=True, end=end))
+
+    async def _reopen_reading(self) -> None:
+        context = self._context
+        self._outstanding = None
+        self._lines.reading.close()
+        await self._lines.reading.wait_closed()
+        self._lines.reading = await context.ports.transport.connect(
+            context.peer.redis_url,
+            timeout_sec=context.settings.timeouts.connect,
+            name="fsm_replication",
+        )
+
+    # From entries to settled chunks.
+
+    def _take_in(self, read: Read) -> None:
+        """Queue what was read, cut into chunks."""
+        progress = self._context.progress
+        progress.read = read.end
+        entries = read.entries
+        if not entries:
+            return
+        now = self._context.ports.clock.monotonic()
+        count = read.end.entries_read
+        before = None if count is None else count - len(entries)
+        for begin in range(0, len(entries), CHUNK_EVENTS):
+            part = entries[begin : begin + CHUNK_EVENTS]
+            done = None if before is None else before + begin + len(part)
+            end = Position(StreamId.parse(part[-1][0]), done)
+            self._pending.append(Chunk(part, end, StreamId.parse(part[0][0]).ms, now))
+        progress.pending_events += len(entries)
+        progress.newest_ms = max(progress.newest_ms, read.end.stream_id.ms)
+        if read.info is not None:
+            progress.newest_ms = read.info.last_id.ms
+            added, seen = read.info.added, read.end.entries_read
+            progress.unread_events = None if added is None or seen is None else added - seen
+        elif read.at_head:
+            progress.unread_events = 0
+        self._mark_oldest()
+
+    def _mark_oldest(self) -> None:
+        progress = self._context.progress
+        if self._pending:
+            progress.oldest_unsettled_ms = self._pending[0].first_ms
+            progress.oldest_unsettled_seen = self._pending[0].seen_at
+        else:
+            progress.oldest_unsettled_ms = None
+
+    async def _work_off(self, orders: _Orders) -> None:
+        """Settle the queued chunks in order, until all are or the mode changes."""
+        applier = self._applier
+        assert applier is not None
+        if len(self._pending) == 1:
+            await applier.apply(await applier.prepare(self._pending[0]))
+            self._settled()
+            return
+        running: asyncio.Task[None] | None = None
+        position = 0
+        try:
+            while position < len(self._pending) and self._orders is orders:
+                prepared: Prepared = await applier.prepare(self._pending[position])
+                if running is not None:
+                    await running
+                    running = None
+                    self._settled()
+                    position -= 1
+                running = asyncio.create_task(applier.apply(prepared))
+                position += 1
+                await self._context.ports.clock.sleep(0)
+            if running is not None:
+                await running
+                running = None
+                self._settled()
+        finally:
+            if running is not None:
+                running.cancel()
+                await asyncio.wait((running,))
+                if not running.cancelled():
+                    running.exception()
+
+    def _settled(self) -> None:
+        chunk = self._pending.popleft()
+        progress = self._context.progress
+        progress.pending_events -= len(chunk.entries)
+        progress.settle(chunk.end)
+        self._mark_oldest()
+        self._measure_lag()
+
+    def _measure_lag(self) -> None:
+        context = self._context
+        lag_ms = context.progress.lag_ms(context.ports.clock.monotonic())
+        metrics = context.metrics
+        metrics.lag_ms.set(lag_ms)
+        metrics.lag_seconds.set(lag_ms / 1000)
+        lag_events = context.progress.lag_events()
+        if lag_events is not None:
+            metrics.lag_events.set(lag_events)
+        if lag_ms > context.settings.slo.max_replication_lag_sec * 1000:
+            metrics.slo("replication_lag")
+
+    async def _note_head(self, read: Read) -> None:
+        context, progress = self._context, self._context.progress
+        progress.succeeded(context.ports.clock.monotonic())
+        if read.info is not None or read.entries:
+            progress.unread_events = 0
+        if not progress.synced and not self._pending:
+            progress.synced = True
+            context.on_synced()
+            try:
+                await context.ports.cursor_store.set_synced(context.peer_id)
+            except CursorStoreError as error:
+                # It is found out again after the next start.
+                context.log.warning("synced_not_kept", error=error)
+
+    # Holding what is pending while paused.
+
+    async def _hold(self, orders: _Orders) -> None:
+        """Watch the reasons to pause that go away by themselves."""
+        context = self._context
+        polls = 0
+        while self._orders is orders:
+            await self._until_changed(orders, HOLD_POLL_SEC)
+            polls += 1
+            reasons = self._reasons()
+            if PauseReason.BACKPRESSURE in reasons and context.store.should_accept_writes():
+                orders.report(
+                    LinkFact.CLEARED, "the store accepts writes", PauseReason.BACKPRESSURE
+                )
+            elif PauseReason.DEAD_LETTERS_FULL in reasons and polls % HOLD_POLLS_PER_COUNT == 0:
+                held = (await context.ports.cursor_store.load(context.peer_id)).dead_letters
+                if held < context.settings.limits.dead_letters:
+                    orders.report(
+                        LinkFact.CLEARED,
+                        "there is room for dead letters",
+                        PauseReason.DEAD_LETTERS_FULL,
+                    )
+
+    # The end.
+
+    async def _last_flush(self) -> None:
+        """Try once to settle what is held; what cannot be settled is read again later."""
+        context = self._context
+        if not self._pending or self._applier is None:
+            return
+        # Nothing is obeyed any more, so whatever fails counts as interrupted: there is one try.
+        self._obeyed = None
+        assert self._orders is not None
+        try:
+            async with context.ports.clock.timeout(context.settings.timeouts.store_call):
+                await self._work_off(self._orders)
+        except (Blocked, Unsettled, ReplicationError, TimeoutError) as error:
+            context.log.info(
+                "unsettled_dropped", events=context.progress.pending_events, error=error
+            )
+
+    def _forget_pending(self) -> None:
+        progress = self._context.progress
+        self._pending.clear()
+        progress.pending_events = 0
+        progress.oldest_unsettled_ms = None
+        progress.unread_events = None
