@@ -24,7 +24,7 @@ from fsm_replication.items import NUMBER_MAX, Stamp, SyncItem, content_hash
 from fsm_replication.ports import DeadLetter, StreamId
 from fsm_replication.stream import DataDecoder, Entry, WireForm, parse_entry
 
-__all__ = ("BatchBuilder", "Candidate", "Part", "RawEntry", "Selection")
+__all__ = ("BatchBuilder", "Part", "RawEntry", "Selection")
 
 MINUTE_MS: Final = 60_000
 DAY_MS: Final = 86_400_000
@@ -33,19 +33,12 @@ RawEntry = tuple[bytes, Sequence[bytes]]
 """A stream entry as the reader returns it: its id and the flat list of names and values."""
 
 
-class Candidate(msgspec.Struct, frozen=True, gc=False):
-    """The newest entry of a key in a chunk, and which of the chunk's entries it is."""
-
-    entry: Entry
-    index: int
-
-
 @dataclass(slots=True)
 class Selection:
     """What a chunk comes to before anything is decompressed."""
 
     entries: Sequence[Any]
-    candidates: list[Candidate]
+    candidates: list[Entry]
     letters: list[DeadLetter] = field(default_factory=list)
     deduped: int = 0
     clock_ahead: int = 0
@@ -57,7 +50,6 @@ class Part:
 
     items: list[SyncItem] = field(default_factory=list)
     wire: list[WireForm | None] = field(default_factory=list)
-    content_bytes: int = 0
 
 
 class BatchBuilder:
@@ -81,6 +73,7 @@ class BatchBuilder:
         self.coalesce = coalesce
         self.foreign = foreign
         self.decoder = DataDecoder(payload_bytes)
+        self._decode = self.decoder.decode
         self._part_bytes = part_bytes
         self._now_ms = now_ms
 
@@ -90,12 +83,15 @@ class BatchBuilder:
         """Choose the newest entry of each key; nothing is decompressed."""
         now = self._now_ms()
         selection = Selection(entries, [])
-        newest: dict[str | int, Candidate] = {}
+        newest: dict[str | int, Entry] = {}
         minute_ahead, day_ahead = now + MINUTE_MS, now + DAY_MS
-        for index, (stream_id, fields) in enumerate(entries):
+        coalesce, foreign = self.coalesce, self.foreign
+        index = -1
+        for stream_id, fields in entries:
+            index += 1
             try:
-                entry = parse_entry(fields)
-                if self.foreign or not entry.stamped:
+                entry = parse_entry(fields, index)
+                if foreign or not entry.stamped:
                     entry = _stamp_by_id(entry, stream_id)
                 if entry.updated_at > minute_ahead:
                     _check_not_future(entry, day_ahead)
@@ -103,30 +99,29 @@ class BatchBuilder:
             except BadEntryError as error:
                 selection.letters.append(self.letter(stream_id, fields, error))
                 continue
-            slot = entry.key if self.coalesce else index
+            slot = entry.key if coalesce else index
             rival = newest.get(slot)
             if rival is None:
-                newest[slot] = Candidate(entry, index)
+                newest[slot] = entry
                 continue
             selection.deduped += 1
-            if self.foreign or _newer(entry, rival.entry):
-                newest[slot] = Candidate(entry, index)
+            if foreign or _newer(entry, rival):
+                newest[slot] = entry
         selection.candidates = list(newest.values())
         return selection
 
     def drop_current(self, selection: Selection, held: Sequence[Stamp | None]) -> None:
         """Drop the candidates of which something at least as new is held; ``held`` is aligned."""
-        kept: list[Candidate] = []
-        for candidate, stamp in zip(selection.candidates, held, strict=True):
-            entry = candidate.entry
+        kept: list[Entry] = []
+        for entry, stamp in zip(selection.candidates, held, strict=True):
             if stamp is None:
-                kept.append(candidate)
+                kept.append(entry)
             elif self.foreign:
                 renewed = _restamp_foreign(entry, stamp)
                 if renewed is not None:
-                    kept.append(Candidate(renewed, candidate.index))
+                    kept.append(renewed)
             elif not _at_least(stamp, entry):
-                kept.append(candidate)
+                kept.append(entry)
         selection.deduped += len(selection.candidates) - len(kept)
         selection.candidates = kept
 
@@ -139,35 +134,61 @@ class BatchBuilder:
         iterator is exhausted. At least one part comes, maybe an empty one.
         """
         part = Part()
-        for chosen in selection.candidates:
-            candidate = chosen
-            made = self._make(candidate.entry)
-            while isinstance(made, BadEntryError):
-                self._bury(selection, candidate.index, made)
-                rival = self._next_older(selection, candidate)
-                if rival is None:
-                    break
-                candidate = rival
-                made = self._make(candidate.entry)
+        items, wire = part.items, part.wire
+        filled, most = 0, self._part_bytes
+        decode = self._decode
+        for entry in selection.candidates:
+            digest = entry.digest
+            if entry.deleted or digest is None:
+                made = self._make(selection, entry)
             else:
-                entry = candidate.entry
-                part.items.append(made)
-                part.wire.append(self._wire(entry))
-                part.content_bytes += len(made.content)
-            if part.content_bytes >= self._part_bytes:
-                yield part
+                # As _make does, without the call: this is the path of nearly every entry.
+                try:
+                    content = decode(entry.data, digest)
+                except BadEntryError as error:
+                    made = self._fall_back(selection, entry, error)
+                else:
+                    filled += len(content)
+                    items.append(
+                        SyncItem(
+                            entry.key,
+                            content,
+                            entry.content_type,
+                            digest,
+                            entry.version,
+                            entry.updated_at,
+                            False,
+                            entry.origin,
+                        )
+                    )
+                    wire.append(entry)
+                    made = None
+            if made is not None:
+                filled += len(made[1].content)
+                wire.append(made[0])
+                items.append(made[1])
+            if filled >= most:
+                yield self._finish(part)
                 part = Part()
-        yield part
+                items, wire = part.items, part.wire
+                filled = 0
+        yield self._finish(part)
 
-    def _make(self, entry: Entry) -> SyncItem | BadEntryError:
-        digest = entry.digest
-        content = b""
+    def _finish(self, part: Part) -> Part:
+        # A foreign entry was stamped anew, so its meta says something else than the item does.
+        if self.foreign:
+            part.wire[:] = [None] * len(part.wire)
+        return part
+
+    def _make(self, selection: Selection, entry: Entry) -> tuple[Entry, SyncItem] | None:
+        """Make the item of an entry, or of the newest older one that is good."""
+        content, digest = b"", entry.digest
         if not entry.deleted:
             try:
-                content = self.decoder.decode(entry.data, digest)
+                content = self._decode(entry.data, digest)
             except BadEntryError as error:
-                return error
-        return SyncItem(
+                return self._fall_back(selection, entry, error)
+        return entry, SyncItem(
             entry.key,
             content,
             entry.content_type,
@@ -178,35 +199,36 @@ class BatchBuilder:
             entry.origin,
         )
 
-    def _wire(self, entry: Entry) -> WireForm | None:
-        # A foreign entry was stamped anew, so its meta says something else than the item does.
-        if self.foreign or not entry.stamped:
-            return None
-        return WireForm(entry.data, entry.meta)
+    def _fall_back(
+        self, selection: Selection, bad: Entry, error: BadEntryError
+    ) -> tuple[Entry, SyncItem] | None:
+        """Bury a bad entry, and try the next older one of its key."""
+        self._bury(selection, bad.index, error)
+        older = self._next_older(selection, bad)
+        return None if older is None else self._make(selection, older)
 
-    def _next_older(self, selection: Selection, bad: Candidate) -> Candidate | None:
+    def _next_older(self, selection: Selection, bad: Entry) -> Entry | None:
         """Return the newest entry of the same key that is older than a bad one; this is rare."""
         if not self.coalesce:
             return None
-        older: Candidate | None = None
+        older: Entry | None = None
         for index, (stream_id, fields) in enumerate(selection.entries):
             try:
-                entry = parse_entry(fields)
+                entry = parse_entry(fields, index)
                 if self.foreign or not entry.stamped:
                     entry = _stamp_by_id(entry, stream_id)
                 _check_not_future(entry, self._now_ms() + DAY_MS)
             except BadEntryError:
                 continue  # It has its letter already.
-            rival = Candidate(entry, index)
-            if entry.key == bad.entry.key and self._rank(rival) < self._rank(bad):
-                older = rival if older is None else max(older, rival, key=self._rank)
+            if entry.key == bad.key and self._rank(entry) < self._rank(bad):
+                older = entry if older is None else max(older, entry, key=self._rank)
         return older
 
-    def _rank(self, candidate: Candidate) -> tuple[Any, ...]:
-        """Order candidates of one key; equal stamps by place, so that none is tried twice."""
+    def _rank(self, entry: Entry) -> tuple[Any, ...]:
+        """Order entries of one key; equal stamps by place, so that none is tried twice."""
         if self.foreign:
-            return (candidate.index,)
-        return (*_order(candidate.entry), candidate.index)
+            return (entry.index,)
+        return (*_order(entry), entry.index)
 
     # Dead letters
 

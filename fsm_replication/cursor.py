@@ -544,11 +544,7 @@ class SqliteCursorStore:
                 " WHERE id > ? AND (? IS NULL OR peer_id = ?) ORDER BY id LIMIT ?",
                 (after_id, peer_id, peer_id, limit),
             )
-            return [
-                DeadLetter(*head, None if raw is None else _decode_fields(raw), *tail)
-                for *head, raw, size, at_ms, number in rows
-                for tail in [(size, at_ms, number)]
-            ]
+            return [_letter(row) for row in rows]
 
         return await self._transact(work)
 
@@ -583,6 +579,12 @@ class SqliteCursorStore:
 _decode_fields: Callable[[bytes], tuple[bytes, ...]] = msgspec.msgpack.Decoder(
     tuple[bytes, ...]
 ).decode
+
+
+def _letter(row: tuple[Any, ...]) -> DeadLetter:
+    peer_id, stream_id, reason, detail, key, raw, size, at_ms, number = row
+    fields = None if raw is None else _decode_fields(raw)
+    return DeadLetter(peer_id, stream_id, reason, detail, key, fields, size, at_ms, number)
 
 
 def _cursor_row(peer_id: str, cursor: Cursor) -> tuple[str, str, int | None, str]:

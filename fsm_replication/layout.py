@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from fsm_replication.errors import BadEntryError
@@ -91,6 +92,7 @@ def encode_stamp(item: SyncItem) -> bytes:
     )
 
 
+@lru_cache(maxsize=256)
 def encode_origin(origin: str) -> bytes:
     """Return the origin with its length before it; names over 255 bytes are cut."""
     raw = origin.encode()[:_ORIGIN_BYTES_MAX]

@@ -1,14 +1,14 @@
 """A node's store in its own Redis: the real one.
 
 An item, its stream entry and the peer's position change together in one script, so no crash can
-separate them, and any number of processes may write at once. Scripts are kept short (at most 128
+separate them, and any number of processes may write at once. Scripts are kept short (at most 200
 items and 4 MiB a call), because Redis serves nobody else meanwhile.
 """
 
 from __future__ import annotations
 
 import json
-import uuid
+import random
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
@@ -19,7 +19,13 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
-from fsm_replication.errors import BadEntryError, StoreError, redact
+from fsm_replication.errors import (
+    BadEntryError,
+    PeerReplyError,
+    ReplicationError,
+    StoreError,
+    redact,
+)
 from fsm_replication.items import (
     CONTENT_TYPES,
     EMPTY_HASH,
@@ -38,14 +44,15 @@ from fsm_replication.layout import (
     encode_value,
     glob_escape,
 )
-from fsm_replication.ports import Clock, Position, StreamId, SystemClock
+from fsm_replication.ports import Clock, Connection, Position, StreamId, SystemClock, Transport
 from fsm_replication.stores import redis_scripts as scripts
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received, SyncEngine, WireForm
-from fsm_replication.stream import DataDecoder, encode_data, encode_meta
+from fsm_replication.stream import DataDecoder, Encoded, encode_data, encode_meta
+from fsm_replication.transport import RedisTransport
 
 __all__ = ("RedisSyncEngine",)
 
-ITEMS_PER_CALL: Final = 128
+ITEMS_PER_CALL: Final = 200
 BYTES_PER_CALL: Final = 4 * 1024 * 1024
 SCAN_COUNT: Final = 500
 # After Redis refused a write for lack of memory or the like, links pause this long.
@@ -77,8 +84,17 @@ class RedisSyncEngine(SyncEngine):
         timeout_sec: float = 10.0,
         connections_max: int = 64,
         clock: Clock | None = None,
+        transport: Transport | None = None,
+        rng: random.Random | None = None,
     ) -> None:
         self.node_id = node_id
+        self._url = url
+        self._timeout_sec = timeout_sec
+        self._rng = rng or random.SystemRandom()
+        self._transport = transport or RedisTransport(clock)
+        # Replication writes over a connection of its own for each peer: batches of one peer stay
+        # in order, and a cancelled call costs nobody else a connection.
+        self._lanes: dict[str, Connection] = {}
         self.keys = Keys(redis_prefix)
         self._where = redact(url)
         self._maxlen = stream_maxlen
@@ -118,7 +134,13 @@ class RedisSyncEngine(SyncEngine):
         problem, value = await self._run(
             scripts.OPEN,
             [self.keys.marker],
-            [self.node_id, FORMAT, self._ttl_ms, self.resolver.name, uuid.uuid4().hex],
+            [
+                self.node_id,
+                FORMAT,
+                self._ttl_ms,
+                self.resolver.name,
+                f"{self._rng.getrandbits(128):032x}",
+            ],
         )
         if problem:
             raise StoreError(
@@ -139,6 +161,10 @@ class RedisSyncEngine(SyncEngine):
 
     async def close(self) -> None:
         """Close all connections; a second call does nothing."""
+        for lane in self._lanes.values():
+            lane.close()
+            await lane.wait_closed()
+        self._lanes.clear()
         await self._redis.aclose()
 
     async def __aenter__(self) -> Self:
@@ -187,39 +213,69 @@ class RedisSyncEngine(SyncEngine):
         outcomes: list[Outcome] = []
         live_deleted = 0
         reasons: dict[int, str] = {}
-        fixed = [self._maxlen, self._ttl_ms, self._grace_ms, self.keys.item_prefix]
+        lane = await self._lane(received.peer_id if received is not None else "")
         for args, last in self._calls(changes, received):
             peer, position = _position_args(received) if last else ("", "")
-            codes, deleted = await self._run(
-                scripts.APPLY,
-                [self.keys.stream, self.keys.positions],
-                [*fixed, peer, position, *args],
-            )
+            codes, deleted = await self._apply(lane, peer, position, args)
             outcomes += [_OUTCOMES[code] for code in codes]
             live_deleted += deleted
         return ApplyResult(outcomes, reasons, live_deleted)
 
+    async def _lane(self, peer_id: str) -> Connection:
+        lane = self._lanes.get(peer_id)
+        if lane is None or lane.closed:
+            try:
+                lane = await self._transport.connect(
+                    self._url, timeout_sec=self._timeout_sec, name="fsm_replication:store"
+                )
+            except ReplicationError as error:
+                raise self._store_error(error) from None
+            self._lanes[peer_id] = lane
+        return lane
+
+    async def _apply(
+        self, lane: Connection, peer_id: str, position: str, args: Sequence[bytes | str | int]
+    ) -> tuple[bytes, int]:
+        head = (2, self.keys.stream, self.keys.positions, self._maxlen, self._ttl_ms)
+        tail = (self._grace_ms, self.keys.item_prefix, peer_id, position, *args)
+        timeout = self._timeout_sec
+        try:
+            try:
+                sha = self._scripts[scripts.APPLY].sha
+                codes, deleted = await lane.call("EVALSHA", sha, *head, *tail, timeout_sec=timeout)
+            except PeerReplyError as error:
+                if error.code != "NOSCRIPT":
+                    raise
+                codes, deleted = await lane.call(
+                    "EVAL", scripts.APPLY, *head, *tail, timeout_sec=timeout
+                )
+        except ReplicationError as error:
+            raise self._store_error(error) from None
+        return codes, deleted
+
     def _calls(
         self, changes: Sequence[SyncItem], received: Received | None
-    ) -> Iterator[tuple[list[Any], bool]]:
+    ) -> Iterator[tuple[list[bytes | str | int], bool]]:
         """Yield the arguments of each script call, and whether it is the last."""
         wire = received.wire if received is not None else None
-        args: list[Any] = []
+        args: list[bytes | str | int] = []
         filled = 0
         for index, item in enumerate(changes):
             form = wire[index] if wire is not None else None
-            data, meta = form if form is not None else self._wire_form(item)
+            if form is None:
+                form = self._wire_form(item)  # noqa: PLW2901 - the one that was missing
+            data = form.data
             if args and (len(args) >= 4 * ITEMS_PER_CALL or filled + len(data) > BYTES_PER_CALL):
                 yield args, False
                 args, filled = [], 0
-            digest = b"" if item.deleted else item.content_hash.hex()
-            args += (item.key, encode_value(item, b"" if item.deleted else data), digest, meta)
+            digest = "" if item.deleted else item.content_hash.hex()
+            args += (item.key, encode_value(item, data), digest, form.meta)
             filled += len(data)
         if args or (received is not None and received.position is not None):
             yield args, True
 
     def _wire_form(self, item: SyncItem) -> WireForm:
-        return WireForm(encode_data(item.content, self._compressor), encode_meta(item))
+        return Encoded(encode_data(item.content, self._compressor), encode_meta(item))
 
     async def get_many(self, keys: Sequence[str]) -> list[SyncItem | None]:
         """Return what is held, tombstones included.
@@ -400,7 +456,7 @@ class RedisSyncEngine(SyncEngine):
             raise self._store_error(error) from None
 
     def _store_error(self, error: Exception) -> StoreError:
-        text = str(error) or type(error).__name__
+        text = (str(error) or type(error).__name__).removeprefix(f"{self._where}: ")
         if any(word in text for word in _REFUSALS) or "OutOfMemory" in type(error).__name__:
             self._refused_until = self._clock.monotonic() + REFUSAL_SEC
         return StoreError(f"{self._where}: {text}")

@@ -102,7 +102,7 @@ class Applier:
 
     async def _drop_current(self, selection: Selection) -> None:
         context = self._context
-        keys = [candidate.entry.key for candidate in selection.candidates]
+        keys = [entry.key for entry in selection.candidates]
         try:
             held = await self._call_once(context.reads, lambda: context.store.stamps(keys))
         except StoreError:
@@ -217,7 +217,7 @@ class Applier:
     def _refused(self, prepared: Prepared, part: Part, result: ApplyResult) -> Iterator[DeadLetter]:
         if Outcome.REFUSED not in result.outcomes:
             return
-        by_key = {c.entry.key: c.index for c in prepared.selection.candidates}
+        by_key = {entry.key: entry.index for entry in prepared.selection.candidates}
         for index, outcome in enumerate(result.outcomes):
             if outcome is Outcome.REFUSED:
                 stream_id, fields = prepared.chunk.entries[by_key[part.items[index].key]]
@@ -296,7 +296,7 @@ class Applier:
         events = len(prepared.chunk.entries)
         deduped = selection.deduped + superseded
         self._check_first = deduped > events * CHECK_FIRST_SHARE
-        deletes = sum(1 for c in selection.candidates if c.entry.deleted)
+        deletes = sum([entry.deleted for entry in selection.candidates])
         metrics.batch_size.observe(events)
         metrics.applied.inc(applied)
         metrics.deduped.inc(deduped)

@@ -26,7 +26,7 @@ from fsm_replication.layout import (
     item_data,
 )
 from fsm_replication.ports import BootstrapRow, Connection, Cursor, GapRow, Position
-from fsm_replication.stream import DataDecoder, WireForm, encode_meta
+from fsm_replication.stream import DataDecoder, Encoded, WireForm, encode_meta
 from fsm_replication.workers.applier import Applier
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import LinkContext
@@ -82,7 +82,7 @@ class OwnItems:
         if not isinstance(reply, bytes):
             raise BadEntryError("item", f"the value is no string: {reply}")
         item = decode_item(key, reply, self._decoder)
-        return item, WireForm(item_data(reply), encode_meta(item))
+        return item, Encoded(item_data(reply), encode_meta(item))
 
 
 class Copier:
@@ -214,7 +214,7 @@ class Copier:
         self._context.progress.bootstrap = f"{self._context.progress.copied} items copied"
 
     def _parts(self, group: Sequence[tuple[bytes, str]], replies: Sequence[Any]) -> Iterator[Part]:
-        part = Part()
+        part, filled = Part(), 0
         budget = self._context.settings.limits.batch_bytes // 4
         for (_, key), reply in zip(group, replies, strict=True):
             try:
@@ -227,10 +227,10 @@ class Copier:
             item, wire = made
             part.items.append(item)
             part.wire.append(wire)
-            part.content_bytes += len(item.content)
-            if part.content_bytes >= budget:
+            filled += len(item.content)
+            if filled >= budget:
                 yield part
-                part = Part()
+                part, filled = Part(), 0
         if part.items:
             yield part
 
