@@ -14,10 +14,14 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from fsm_replication.bench.report import run_bench
+from fsm_replication.bench.workload import EVENTS
 from fsm_replication.cli.node import check_node, run_node
 from fsm_replication.cli.runtime import LogFormat, configure_logging, run_async
 from fsm_replication.config import ReplicationConfig
 from fsm_replication.cursor import SqliteCursorStore
+from fsm_replication.demo.mesh import NODES_MAX, Topology
+from fsm_replication.demo.screen import run_demo
 from fsm_replication.diagram import render_all
 from fsm_replication.errors import ReplicationError
 from fsm_replication.ports import DeadLetter
@@ -96,6 +100,49 @@ def diagram(
     if check_only and differing:
         errors.print(f"{folder} differs from the tables: {', '.join(differing)}", style="red")
         raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    repo: Annotated[
+        Path, typer.Option(help="The git repository, or directory, to replay.")
+    ] = Path(),
+    nodes: Annotated[int, typer.Option(min=1, max=NODES_MAX, help="How many nodes.")] = 3,
+    topology: Annotated[Topology, typer.Option(help="Who reads whom.")] = Topology.MESH,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
+) -> None:
+    """Replay a real change history through real nodes, and see whether they agree."""
+    configure_logging("error", LogFormat.CONSOLE)
+    try:
+        agreed = run_async(run_demo(repo, nodes, topology, as_json=as_json))
+    except ReplicationError as error:
+        raise _fail(error) from None
+    except KeyboardInterrupt:
+        errors.print("stopped: the nodes, their servers and their files are gone")
+        raise typer.Exit(130) from None
+    if not agreed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    rounds: Annotated[int, typer.Option(min=1, help="How often everything is measured.")] = 5,
+    events: Annotated[int, typer.Option(min=1000, help="Events in the stream.")] = EVENTS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Measure the hot path against what this machine can do at best; about 20 s a round."""
+    configure_logging("error", LogFormat.CONSOLE)
+    try:
+        with errors.status("starting") as status:
+            report = run_async(run_bench(rounds, events, note=status.update))
+    except ReplicationError as error:
+        raise _fail(error) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    if as_json:
+        sys.stdout.write(json.dumps(report.as_json()) + "\n")
+    else:
+        console.print(*report.tables(), sep="\n")
 
 
 @letters_app.command("list")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import signal
 import sys
 from collections.abc import Callable, Coroutine
 from enum import StrEnum
@@ -71,7 +72,32 @@ def tune_gc() -> None:
 
 
 def run_async(main: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine with the command line's settings."""
+    """Run a coroutine with the command line's settings.
+
+    :raises KeyboardInterrupt: after SIGINT or SIGTERM, once the coroutine has cleaned up.
+    """
     tune_gc()
     with asyncio.Runner(loop_factory=uvloop_factory()) as runner:
-        return runner.run(main)
+        return runner.run(_ended_by_sigterm(main))
+
+
+async def _ended_by_sigterm(main: Coroutine[Any, Any, _T]) -> _T:
+    """Let SIGTERM end a coroutine as Ctrl-C does; one that handles signals itself overrides it."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    asked = False
+
+    def ask() -> None:
+        nonlocal asked
+        asked = True
+        task.cancel()
+
+    loop.add_signal_handler(signal.SIGTERM, ask)
+    try:
+        return await main
+    except asyncio.CancelledError:
+        if asked:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)

@@ -1,0 +1,237 @@
+"""Real Redis servers, and whole nodes on them, for tests."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+import redis
+from hypothesis import HealthCheck, settings
+
+from fsm_replication.config import CursorConfig, PeerConfig, ReplicationConfig, Settings
+from fsm_replication.engine import ReplicationEngine
+from fsm_replication.items import LastWriterWins, SyncItem, content_hash
+from fsm_replication.layout import FORMAT, Keys, encode_value
+from fsm_replication.servers import RedisServer, find_all_redis_servers
+from fsm_replication.stores import MemorySyncEngine, SyncEngine
+from fsm_replication.stream import encode_data, encode_fields
+
+DEADLINE_SEC = 20.0
+WEEK_MS = 7 * 86_400_000
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --full, which takes longer and tries more."""
+    parser.addoption("--full", action="store_true", help="try far more cases (several minutes)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose how many examples hypothesis tries."""
+    quiet = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+    settings.register_profile("quick", max_examples=60, **quiet)  # type: ignore[arg-type]
+    settings.register_profile("full", max_examples=1000, **quiet)  # type: ignore[arg-type]
+    settings.load_profile("full" if config.getoption("--full") else "quick")
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether --full was given."""
+    return bool(request.config.getoption("--full"))
+
+
+async def until(condition: Callable[[], object], what: str = "") -> None:
+    """Wait for a condition, not for a time; fail after a deadline that is far too long."""
+    deadline = time.monotonic() + DEADLINE_SEC
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"this never came: {what or condition}")
+        await asyncio.sleep(0.005)
+
+
+class ServerPool:
+    """Servers that tests share one after the other, empty each time."""
+
+    def __init__(self) -> None:
+        self._free: list[RedisServer] = []
+        self.all: list[RedisServer] = []
+
+    def take(self) -> RedisServer:
+        """Return an empty server."""
+        server = self._free.pop() if self._free else self._start()
+        with redis.Redis(port=server.port) as client:
+            client.flushall()
+            client.script_flush()
+        return server
+
+    def _start(self) -> RedisServer:
+        server = RedisServer().start()
+        self.all.append(server)
+        return server
+
+    def give_back(self, server: RedisServer) -> None:
+        """Take a server back; one that a test has killed is not used again."""
+        if server.is_running:
+            self._free.append(server)
+
+
+@pytest.fixture(scope="session")
+def server_pool() -> Iterator[ServerPool]:
+    """The servers of this run."""
+    pool = ServerPool()
+    yield pool
+    for server in pool.all:
+        server.stop()
+
+
+@pytest.fixture
+def redis_servers(server_pool: ServerPool) -> Iterator[Callable[[], RedisServer]]:
+    """A function that returns one empty server after the other."""
+    taken: list[RedisServer] = []
+
+    def take() -> RedisServer:
+        taken.append(server_pool.take())
+        return taken[-1]
+
+    yield take
+    for server in taken:
+        server_pool.give_back(server)
+
+
+@pytest.fixture
+def redis_server(redis_servers: Callable[[], RedisServer]) -> RedisServer:
+    """One empty server."""
+    return redis_servers()
+
+
+@pytest.fixture(params=find_all_redis_servers(), ids=lambda path: "-".join(path.parts[-3:]))
+def any_redis_server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
+    """A server of each version that this machine has."""
+    with RedisServer(request.param) as server:
+        yield server
+
+
+class Peer:
+    """A node to be read, written by hand: its marker and its stream."""
+
+    def __init__(self, server: RedisServer, node_id: str = "a") -> None:
+        self.server = server
+        self.node_id = node_id
+        self.client = redis.Redis(port=server.port)
+        self.sent = 0
+
+    def write_marker(self, **changes: str | int) -> None:
+        """Write the marker key of a node of ours."""
+        marker: dict[str, str | int] = {
+            "node_id": self.node_id,
+            "format": FORMAT,
+            "layouts": "",
+            "tombstone_ttl_ms": WEEK_MS,
+            "resolver": LastWriterWins.name,
+            "partitions": 0,
+            "incarnation": "by hand",
+        }
+        self.client.hset(Keys().marker, mapping=marker | changes)  # type: ignore[arg-type]
+
+    def item(self, key: str, content: bytes | None, at_ms: int | None = None) -> SyncItem:
+        """Return an item, or with None a tombstone, newer than all before it."""
+        self.sent += 1
+        body = b"" if content is None else content
+        at = int(time.time() * 1000) if at_ms is None else at_ms
+        return SyncItem(
+            key, body, "binary", content_hash(body), self.sent, at, content is None, self.node_id
+        )
+
+    def send(self, key: str, content: bytes | None, at_ms: int | None = None) -> SyncItem:
+        """Write an item and append it to the stream, as a node does."""
+        item = self.item(key, content, at_ms)
+        self.client.set(Keys().item(key), encode_value(item, encode_data(item.content)))
+        self.send_fields(encode_fields(item))
+        return item
+
+    def send_fields(self, fields: list[bytes]) -> str:
+        """Append an entry as it is; returns its id."""
+        stream_id: bytes = self.client.execute_command(  # type: ignore[no-untyped-call]
+            "XADD", Keys().stream, "*", *fields
+        )
+        return stream_id.decode()
+
+    def close(self) -> None:
+        """Close the connection that writes."""
+        self.client.close()
+
+
+@pytest.fixture
+def peer(redis_server: RedisServer) -> Iterator[Peer]:
+    """A node of ours to be read, without items."""
+    made = Peer(redis_server)
+    made.write_marker()
+    yield made
+    made.close()
+
+
+class Nodes:
+    """Makes engines whose files are in one folder, and shuts all of them down."""
+
+    def __init__(self, stack: AsyncExitStack, folder: Path) -> None:
+        self._stack = stack
+        self.folder = folder
+
+    def config(
+        self, *peers: PeerConfig, node_id: str = "b", settings: Settings | None = None
+    ) -> ReplicationConfig:
+        """Return the configuration of a node."""
+        return ReplicationConfig(
+            local_node_id=node_id,
+            peers=peers,
+            settings=settings or Settings(),
+            cursor=CursorConfig(sqlite_path=str(self.folder / f"{node_id}.db")),
+        )
+
+    def engine(
+        self,
+        *peers: PeerConfig,
+        store: SyncEngine | None = None,
+        node_id: str = "b",
+        settings: Settings | None = None,
+    ) -> ReplicationEngine:
+        """Return an engine that is not started."""
+        engine = ReplicationEngine(
+            self.config(*peers, node_id=node_id, settings=settings),
+            sync_engine=store if store is not None else MemorySyncEngine(node_id=node_id),
+        )
+        self._stack.push_async_callback(engine.shutdown)
+        return engine
+
+
+@pytest_asyncio.fixture
+async def nodes(tmp_path: Path) -> AsyncIterator[Nodes]:
+    """A maker of engines; after the test nothing of them may be left."""
+    async with AsyncExitStack() as stack:
+        yield Nodes(stack, tmp_path)
+    left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    assert not left, f"tasks were left behind: {left}"
+
+
+def peer_config(server: RedisServer, node_id: str = "a") -> PeerConfig:
+    """Return the configuration of a peer on a server."""
+    return PeerConfig(node_id=node_id, redis_url=server.url)
+
+
+async def held(store: SyncEngine, *keys: str) -> dict[str, bytes | None]:
+    """Return the live content of some keys."""
+    items = await store.get_many(keys)
+    return {
+        key: None if item is None or item.deleted else item.content
+        for key, item in zip(keys, items, strict=True)
+    }
+
+
+def digest(content: bytes) -> bytes:
+    """Return the hex digest that a stream entry carries."""
+    return hashlib.sha256(content).hexdigest().encode()
