@@ -140,6 +140,8 @@ class StreamReader:
     """Reads on from ``position``; one request at a time is under way."""
 
     def __init__(self, stream_key: str, settings: HotPathConfig, reply_bytes: int) -> None:
+        # With a rate limit no read asks for more than may come at once.
+        self._burst = settings.rate_limit_burst if settings.rate_limit_enabled else None
         self._key = stream_key
         self._settings = settings
         self._reply_bytes = reply_bytes
@@ -161,6 +163,8 @@ class StreamReader:
     def _count(self, wanted: int) -> int:
         by_bytes = int(self._reply_bytes * REPLY_SHARE / max(1.0, self._mean_bytes))
         count = max(1, min(wanted, by_bytes))
+        if self._burst is not None:
+            count = min(count, self._burst)
         return count if self._count_max is None else min(count, self._count_max)
 
     def shrink(self) -> bool:

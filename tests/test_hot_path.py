@@ -1,0 +1,600 @@
+"""From a peer's stream to the local store, on real Redis servers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+
+import pytest
+import zstandard
+from conftest import Nodes, Peer, digest, held, peer_config, until
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fsm_replication.batch import BatchBuilder
+from fsm_replication.config import (
+    DeadLettersConfig,
+    HotPathConfig,
+    LimitsConfig,
+    Settings,
+    StartupConfig,
+)
+from fsm_replication.engine import ReplicationEngine
+from fsm_replication.items import SyncItem, content_hash
+from fsm_replication.layout import Keys
+from fsm_replication.ports import Position, StreamId
+from fsm_replication.reports import PauseReason
+from fsm_replication.servers import RedisServer
+from fsm_replication.stores import MemorySyncEngine, RedisSyncEngine
+from fsm_replication.stores.protocol import ApplyResult, Outcome, Received
+from fsm_replication.stream import encode_fields
+from fsm_replication.tables import PeerState
+from fsm_replication.workers.reader import StreamInfo, check_history
+
+PUT = {"content_type": "json", "version": 1, "updated_at": 1}
+
+
+def meta(**changes: object) -> bytes:
+    """Return the meta of a put with some fields changed."""
+    now = {"updated_at": int(time.time() * 1000)}
+    return json.dumps(PUT | now | changes).encode()
+
+
+def put(key: bytes = b"k", content: bytes = b"{}", **fields: bytes) -> list[bytes]:
+    """Return the fields of a put, some of them changed."""
+    named = {"op": b"PUT", "key": key, "hash": digest(content), "data": content, "meta": meta()}
+    named |= fields
+    return [part for name, value in named.items() for part in (name.encode(), value)]
+
+
+def without(fields: list[bytes], name: bytes) -> list[bytes]:
+    """Return fields without one of them."""
+    at = fields.index(name)
+    return fields[:at] + fields[at + 2 :]
+
+
+BOMB = zstandard.ZstdCompressor().compress(b"\0" * 40_000_000)
+DAY_MS = 86_400_000
+BAD: dict[str, tuple[str, list[bytes]]] = {
+    "unknown op": ("op", put(op=b"RENAME")),
+    "no op": ("field", without(put(), b"op")),
+    "no key": ("field", without(put(), b"key")),
+    "no data": ("field", without(put(), b"data")),
+    "no meta": ("field", without(put(), b"meta")),
+    "key not UTF-8": ("text", put(b"\xff\xfe")),
+    "wrong hash": ("hash", put(hash=digest(b"other"))),
+    "hash not hex": ("hash", put(hash=b"zz" * 32)),
+    "does not decompress": ("data", put(data=b"\x28\xb5\x2f\xfdgarbage")),
+    "grows over the limit": ("size", put(data=BOMB)),
+    "meta not JSON": ("meta", put(meta=b"{")),
+    "meta of another kind": ("meta", put(meta=b"[1]")),
+    "unknown content type": ("meta", put(meta=meta(content_type="x"))),
+    "empty key": ("key", put(b"")),
+    "key too long": ("key", put(b"k" * 1025)),
+    "version negative": ("range", put(meta=meta(version=-1))),
+    "version too large": ("range", put(meta=meta(version=2**53))),
+    "time too large": ("range", put(meta=meta(updated_at=2**53))),
+    "more than a day ahead": (
+        "future",
+        put(meta=meta(updated_at=int(time.time() * 1000) + 2 * DAY_MS)),
+    ),
+}
+
+
+async def tailing(engine: ReplicationEngine) -> None:
+    """Wait until the link is at the head."""
+    await engine.wait_for_state(PeerState.TAILING, peer_id="a", timeout=10)
+
+
+async def caught_up(engine: ReplicationEngine, peer: Peer) -> None:
+    """Wait until everything in the peer's stream is settled."""
+    added = peer.client.xinfo_stream(Keys().stream)["last-generated-id"]
+    last = StreamId.parse(added)
+    link = engine._links["a"].context.progress  # noqa: SLF001 - the books are what is asserted
+
+    def settled() -> bool:
+        return link.settled is not None and link.settled.stream_id >= last
+
+    await until(settled, f"everything up to {last} settled")
+
+
+async def test_bad_entries_become_dead_letters_and_good_ones_are_applied(
+    nodes: Nodes, peer: Peer
+) -> None:
+    """If this fails one bad entry stops a stream, or is lost without a trace."""
+    async with nodes.engine(peer_config(peer.server)) as engine:
+        await tailing(engine)
+        ids = {}
+        for number, (name, (_, fields)) in enumerate(BAD.items()):
+            peer.send(f"good.{number}", name.encode())
+            ids[peer.send_fields(fields)] = name
+        peer.send("last", b"1")
+        await caught_up(engine, peer)
+        letters = await engine.dead_letters.list()
+        assert {ids[x.stream_id]: x.reason for x in letters} == {
+            name: reason for name, (reason, _) in BAD.items()
+        }
+        assert [x.fields for x in letters] == [tuple(fields) for _, fields in BAD.values()]
+        good = [f"good.{number}" for number in range(len(BAD))]
+        assert (await held(engine.sync_engine, *good)) == {
+            key: name.encode() for key, name in zip(good, BAD, strict=True)
+        }
+        assert engine.health_check().peers[0].dead_letters == len(BAD)
+
+
+async def test_what_readers_must_accept_is_accepted(nodes: Nodes, peer: Peer) -> None:
+    """If this fails an entry that is allowed becomes a dead letter."""
+    magic = b"\x28\xb5\x2f\xfd is how this text begins"
+    accepted = {
+        "extra": [*put(b"extra"), b"more", b"1"],
+        "lower": put(b"lower", op=b"put"),
+        "nohash": without(put(b"nohash"), b"hash"),
+        "magic": put(b"magic", magic),
+        "trace": put(b"trace", meta=meta(trace_parent="00-1-2-03")),
+        "shuffled": [b"meta", meta(), b"data", b"{}", b"key", b"shuffled", b"op", b"PUT"],
+        "soon": put(b"soon", meta=meta(updated_at=int(time.time() * 1000) + 3_600_000)),
+    }
+    async with nodes.engine(peer_config(peer.server)) as engine:
+        await tailing(engine)
+        for fields in accepted.values():
+            peer.send_fields(fields)
+        await caught_up(engine, peer)
+        contents = await held(engine.sync_engine, *accepted)
+        assert contents == {key: magic if key == "magic" else b"{}" for key in accepted}
+        assert not await engine.dead_letters.list()
+        assert engine._links["a"].context.progress.clock_ahead == 1  # noqa: SLF001
+
+
+async def test_a_bad_entry_does_not_take_older_ones_of_its_key_with_it(
+    nodes: Nodes, peer: Peer
+) -> None:
+    """If this fails a good event is dropped because a broken one was newer."""
+    async with nodes.engine(peer_config(peer.server)) as engine:
+        await tailing(engine)
+        pipe = peer.client.pipeline()
+        at = int(time.time() * 1000)
+        for number, content in enumerate((b"old", b"good", b"bad")):
+            fields = put(b"x", content, meta=meta(updated_at=at + number))
+            if content == b"bad":
+                fields[fields.index(b"hash") + 1] = digest(b"other")
+            pipe.execute_command("XADD", Keys().stream, "*", *fields)
+        pipe.execute()
+        await caught_up(engine, peer)
+        assert await held(engine.sync_engine, "x") == {"x": b"good"}
+        assert [letter.reason for letter in await engine.dead_letters.list()] == ["hash"]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from("ab"), st.integers(1, 4), st.integers(1, 3), st.sampled_from("xyz!")
+        ),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_latest_wins_within_a_batch(events: list[tuple[str, int, int, str]]) -> None:
+    """If this fails coalescing a batch chooses another winner than applying one by one would."""
+    now = 1_800_000_000_000
+    entries, best = [], {}
+    for number, (key, at, version, text) in enumerate(events):
+        body = text.encode()
+        item = SyncItem(key, body, "binary", content_hash(body), version, now + at, False, "a")
+        fields = encode_fields(item)
+        if text == "!":  # Its hash is wrong, so it must not win, nor take others with it.
+            fields[fields.index(b"hash") + 1] = digest(b"other")
+        elif key not in best or item.stamp > best[key].stamp:
+            best[key] = item
+        entries.append((f"{number + 1}-0".encode(), fields))
+    builder = BatchBuilder("p", payload_bytes=1000, part_bytes=1000, now_ms=lambda: now)
+    selection = builder.select(entries)
+    made = [item for part in builder.materialise(selection) for item in part.items]
+    assert {item.key: item.stamp for item in made} == {k: i.stamp for k, i in best.items()}
+    assert {letter.reason for letter in selection.letters} <= {"hash"}
+
+
+async def test_a_new_node_copies_what_is_no_longer_in_the_stream(nodes: Nodes, peer: Peer) -> None:
+    """If this fails a new node never learns of what was written before the stream's memory."""
+    sent = {f"k{n}": peer.send(f"k{n}", b"v" * n).content for n in range(700)}
+    peer.send("gone", None)
+    peer.client.xtrim(Keys().stream, maxlen=3, approximate=False)
+    async with nodes.engine(peer_config(peer.server)) as engine:
+        await tailing(engine)
+        assert await held(engine.sync_engine, *sent) == sent
+        states = [record.dest for record in engine.journal if record.machine == "link:a"]
+        assert PeerState.BOOTSTRAPPING in states
+        assert engine.health_check().peers[0].lag_events == 0
+
+
+@pytest.mark.parametrize("removed", ["trim", "delete", "recreate"])
+async def test_a_gap_is_found_at_connect_and_healed(nodes: Nodes, peer: Peer, removed: str) -> None:
+    """If this fails entries that were trimmed while a node was away are skipped silently."""
+    store = MemorySyncEngine()
+    peer.send("before", b"1")
+    async with nodes.engine(peer_config(peer.server), store=store) as engine:
+        await tailing(engine)
+    for number in range(30):
+        peer.send(f"missed.{number}", b"2")
+    if removed == "trim":
+        peer.client.xtrim(Keys().stream, maxlen=10, approximate=False)
+    else:
+        peer.client.delete(Keys().stream)
+    if removed == "recreate":
+        peer.send("new", b"3")
+    async with nodes.engine(peer_config(peer.server), store=store) as engine:
+        await tailing(engine)
+        assert (await held(store, "missed.0", "missed.29")) == {
+            "missed.0": b"2",
+            "missed.29": b"2",
+        }
+        (gap,) = await engine.ledger()
+        assert gap.missed == (20 if removed == "trim" else None)
+        assert gap.healed_by == "bootstrap"
+        assert gap.healed_at_ms is not None
+
+
+async def test_what_is_behind_but_not_trimmed_needs_no_copy(nodes: Nodes, peer: Peer) -> None:
+    """If this fails every reconnect copies everything."""
+    store = MemorySyncEngine()
+    async with nodes.engine(peer_config(peer.server), store=store) as engine:
+        await tailing(engine)
+        peer.send("first", b"0")
+        await caught_up(engine, peer)
+    for number in range(300):
+        peer.send(f"k{number}", b"1")
+    async with nodes.engine(peer_config(peer.server), store=store) as engine:
+        await caught_up(engine, peer)
+        assert len(store) == 301
+        states = [record.dest for record in engine.journal if record.machine == "link:a"]
+        assert PeerState.BOOTSTRAPPING not in states
+
+
+async def test_a_long_way_behind_is_caught_up_in_bulk(nodes: Nodes, peer: Peer) -> None:
+    """If this fails a node that was away for long reads entry by entry."""
+    store = MemorySyncEngine()
+    async with nodes.engine(peer_config(peer.server), store=store) as engine:
+        await tailing(engine)
+        peer.send("first", b"0")
+        await caught_up(engine, peer)
+    pipe = peer.client.pipeline(transaction=False)
+    for number in range(12_000):
+        fields = encode_fields(peer.item(f"k{number % 3000}", b"x%d" % number))
+        pipe.execute_command("XADD", Keys().stream, "*", *fields)
+    pipe.execute()
+    async with nodes.engine(peer_config(peer.server), store=store) as engine:
+        await engine.wait_for_state(PeerState.CATCHING_UP, peer_id="a", timeout=10)
+        await tailing(engine)
+        assert engine.health_check().peers[0].lag_events == 0
+        assert len(store) == 3001
+        assert (await held(store, "k2999")) == {"k2999": b"x11999"}
+
+
+def info(length: int, added: int | None, first: int | None, last: int) -> StreamInfo:
+    """Return a stream's counts, with ids of milliseconds alone."""
+    first_id = None if first is None else StreamId(first, 0)
+    return StreamInfo(length, StreamId(last, 0), first_id, added)
+
+
+@pytest.mark.parametrize(
+    ("at", "read", "there", "stream", "gap"),
+    [
+        (5, 5, True, info(10, 10, 1, 10), False),
+        (5, 5, False, info(5, 10, 6, 10), False),  # trimmed exactly up to what was read
+        (5, 5, False, info(4, 10, 7, 10), True),
+        (0, 0, False, info(10, 10, 1, 10), False),
+        (0, 0, False, info(9, 10, 2, 10), True),
+        (5, 5, False, info(0, 5, None, 5), False),  # trimmed to nothing, nothing new
+        (5, 5, False, info(0, 8, None, 8), True),
+        (5, 5, False, info(0, 0, None, 0), True),  # the stream key is gone
+        (0, 0, False, info(0, 0, None, 0), False),
+        (5, 5, False, info(3, 3, 1, 9), True),  # created anew, ids beyond ours
+        (5, 5, False, info(2, 2, 8, 9), True),
+        (5, None, False, info(5, None, 6, 10), True),  # Redis 6.2 does not count
+        (5, None, True, info(9, None, 2, 10), False),
+        (10, None, False, info(0, None, None, 10), False),
+    ],
+)
+def test_whether_a_position_is_in_the_streams_history(
+    at: int, read: int | None, there: bool, stream: StreamInfo, gap: bool
+) -> None:
+    """If this fails a gap goes unnoticed, or a node copies everything for nothing."""
+    position = Position(StreamId(at, 0), read)
+    assert (check_history(position, stream, entry_is_there=there) is not None) == gap
+
+
+async def test_it_works_on_every_server_of_this_machine(
+    nodes: Nodes, any_redis_server: RedisServer
+) -> None:
+    """If this fails a version of Redis that is supported is not."""
+    peer = Peer(any_redis_server)
+    peer.write_marker()
+    for number in range(50):
+        peer.send(f"k{number}", b"1")
+    store = MemorySyncEngine()
+    async with nodes.engine(peer_config(any_redis_server), store=store) as engine:
+        await tailing(engine)
+        peer.send("new", b"2")
+        await until(lambda: len(store) == 51)
+    peer.send("later", b"3")
+    peer.client.xtrim(Keys().stream, maxlen=1, approximate=False)
+    async with nodes.engine(peer_config(any_redis_server), store=store) as engine:
+        await until(lambda: len(store) == 52)
+        await tailing(engine)
+    peer.close()
+
+
+async def test_backpressure_holds_the_batch_and_goes_on(nodes: Nodes, peer: Peer) -> None:
+    """If this fails a store that takes no writes loses what was read meanwhile."""
+    store = MemorySyncEngine()
+    async with nodes.engine(peer_config(peer.server), store=store) as engine:
+        await tailing(engine)
+        store.accepting_writes = False
+        for number in range(500):
+            peer.send(f"k{number}", b"1")
+        await engine.wait_for_state(PeerState.PAUSED, peer_id="a", timeout=5)
+        health = engine.health_check()
+        assert health.peers[0].pause_reasons == {PauseReason.BACKPRESSURE}
+        assert not health.healthy
+        assert len(store) == 0
+        store.accepting_writes = True
+        await until(lambda: len(store) == 500)
+        await tailing(engine)
+
+
+class FlakyStore(MemorySyncEngine):
+    """Fails as often as told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures = 0
+
+    async def apply_many(
+        self, changes: Sequence[SyncItem], received: Received | None = None
+    ) -> ApplyResult:
+        """Fail, or apply."""
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("the store is broken")
+        return await super().apply_many(changes, received)
+
+
+async def test_a_store_that_fails_now_and_then_loses_nothing(nodes: Nodes, peer: Peer) -> None:
+    """If this fails a batch is dropped because one call failed."""
+    store = FlakyStore()
+    async with nodes.engine(peer_config(peer.server), store=store) as engine:
+        await tailing(engine)
+        store.failures = 2
+        peer.send("x", b"1")
+        await until(lambda: len(store) == 1)
+        assert engine.circuit.writes.failure_count == 0
+
+
+async def test_an_open_circuit_pauses_the_link(nodes: Nodes, peer: Peer) -> None:
+    """If this fails a broken store is called for ever, or never again."""
+    store = FlakyStore()
+    async with nodes.engine(peer_config(peer.server), store=store) as engine:
+        await tailing(engine)
+        engine.circuit.writes.reset_sec = 0.3
+        store.failures = 3
+        peer.send("x", b"1")
+        await engine.wait_for_state(PeerState.PAUSED, peer_id="a", timeout=5)
+        assert engine.health_check().peers[0].pause_reasons == {PauseReason.CIRCUIT}
+        assert len(store) == 0
+        await until(lambda: len(store) == 1)
+        for number in range(3):
+            peer.send(f"y{number}", b"1")
+            await until(lambda number=number: len(store) == 2 + number)  # type: ignore[misc]
+        assert str(engine.circuit.writes.state) == "Closed"
+
+
+class RefusingStore(MemorySyncEngine):
+    """Never takes keys that start with "no"."""
+
+    async def apply_many(
+        self, changes: Sequence[SyncItem], received: Received | None = None
+    ) -> ApplyResult:
+        """Refuse some, apply the others."""
+        result = await super().apply_many(
+            [change for change in changes if not change.key.startswith("no")], received
+        )
+        taken = iter(result.outcomes)
+        outcomes = [
+            Outcome.REFUSED if change.key.startswith("no") else next(taken) for change in changes
+        ]
+        reasons = {i: "I will not" for i, o in enumerate(outcomes) if o is Outcome.REFUSED}
+        return ApplyResult(outcomes, reasons)
+
+
+async def test_what_the_store_refuses_becomes_a_dead_letter(nodes: Nodes, peer: Peer) -> None:
+    """If this fails an item that a store will never take is tried for ever, or lost."""
+    store = RefusingStore()
+    async with nodes.engine(peer_config(peer.server), store=store) as engine:
+        await tailing(engine)
+        peer.send("yes", b"1")
+        peer.send("no", b"2")
+        peer.send("yes.too", b"3")
+        await caught_up(engine, peer)
+        (letter,) = await engine.dead_letters.list()
+        assert (letter.key, letter.reason, letter.detail) == ("no", "refused", "I will not")
+        assert len(store) == 2
+
+
+async def test_full_dead_letters_pause_the_link(nodes: Nodes, peer: Peer) -> None:
+    """If this fails dead letters grow without bound, or are dropped without being asked."""
+    settings = Settings(limits=LimitsConfig(dead_letters=2))
+    async with nodes.engine(peer_config(peer.server), settings=settings) as engine:
+        await tailing(engine)
+        for _ in range(2):
+            peer.send_fields(put(op=b"X"))
+            await caught_up(engine, peer)
+        peer.send_fields(put(op=b"X"))
+        await engine.wait_for_state(PeerState.PAUSED, peer_id="a", timeout=5)
+        assert engine.health_check().peers[0].pause_reasons == {PauseReason.DEAD_LETTERS_FULL}
+        letters = await engine.dead_letters.list()
+        assert len(letters) == 2
+        await engine.dead_letters.delete([letter.id for letter in letters])
+        await caught_up(engine, peer)
+        assert len(await engine.dead_letters.list()) == 1
+
+
+async def test_full_dead_letters_may_drop_the_oldest(nodes: Nodes, peer: Peer) -> None:
+    """If this fails dead_letters.when_full: drop_oldest has no effect."""
+    settings = Settings(
+        limits=LimitsConfig(dead_letters=2),
+        dead_letters=DeadLettersConfig(when_full="drop_oldest"),
+    )
+    async with nodes.engine(peer_config(peer.server), settings=settings) as engine:
+        await tailing(engine)
+        ids = [peer.send_fields(put(op=b"X")) for _ in range(5)]
+        await caught_up(engine, peer)
+        assert [letter.stream_id for letter in await engine.dead_letters.list()] == ids[-2:]
+
+
+async def test_entries_of_any_size_are_read_within_bounds(nodes: Nodes, peer: Peer) -> None:
+    """If this fails large entries stop a link, or one that is too large is not passed over."""
+    settings = Settings(limits=LimitsConfig(payload_bytes=300_000, batch_bytes=400_000))
+    store = MemorySyncEngine()
+    async with nodes.engine(peer_config(peer.server), store=store, settings=settings) as engine:
+        await tailing(engine)
+        rng = random.Random(1)  # Contents that do not compress.
+        sent = {}
+        for number in range(12):
+            sent[f"k{number}"] = rng.randbytes(150_000)
+            peer.send(f"k{number}", sent[f"k{number}"])
+        huge = peer.send_fields(put(b"huge", rng.randbytes(900_000)))
+        sent["single"] = rng.randbytes(290_000)
+        peer.send("single", sent["single"])
+        sent["after"] = b"1"
+        peer.send("after", b"1")
+        await caught_up(engine, peer)
+        assert await held(store, *sent) == sent
+        (letter,) = await engine.dead_letters.list()
+        assert (letter.stream_id, letter.reason, letter.fields) == (huge, "size", None)
+        assert letter.size >= 900_000
+
+
+async def test_a_lost_connection_is_found_again_and_nothing_is_lost(
+    nodes: Nodes, peer: Peer
+) -> None:
+    """If this fails a link does not come back after its connections were cut."""
+    store = MemorySyncEngine()
+    async with nodes.engine(peer_config(peer.server), store=store) as engine:
+        await tailing(engine)
+        peer.send("x", b"1")
+        peer.client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        peer.send("y", b"2")
+        await until(lambda: len(store) == 2)
+        await tailing(engine)
+        triggers = [record.trigger for record in engine.journal]
+        assert "connection_lost" in triggers
+
+
+async def test_standby_where_the_hot_path_is_off(nodes: Nodes, peer: Peer) -> None:
+    """If this fails hot_path.enabled: false still reads streams."""
+    settings = Settings(hot_path=HotPathConfig(enabled=False))
+    async with nodes.engine(peer_config(peer.server), settings=settings) as engine:
+        await engine.wait_for_state(PeerState.STANDBY, peer_id="a", timeout=5)
+        assert engine.health_check().peers[0].events_read == 0
+
+
+async def test_the_rate_limit_is_shared_and_kept(nodes: Nodes, peer: Peer) -> None:
+    """If this fails rate_limit_per_sec is not a limit."""
+    hot = HotPathConfig(rate_limit_enabled=True, rate_limit_per_sec=1000, rate_limit_burst=100)
+    store = MemorySyncEngine()
+    settings = Settings(hot_path=hot)
+    async with nodes.engine(peer_config(peer.server), store=store, settings=settings) as engine:
+        await tailing(engine)
+        began = time.monotonic()
+        pipe = peer.client.pipeline(transaction=False)
+        for number in range(600):
+            fields = encode_fields(peer.item(f"k{number}", b"1"))
+            pipe.execute_command("XADD", Keys().stream, "*", *fields)
+        pipe.execute()
+        await until(lambda: len(store) == 600)
+        # The burst and one batch of debt come at once; the others wait for their tokens.
+        assert time.monotonic() - began > 0.2
+
+
+async def test_replaying_a_stream_into_redis_twice_changes_nothing(
+    nodes: Nodes, peer: Peer, redis_servers: Callable[[], RedisServer]
+) -> None:
+    """If this fails events that are read again are applied and published again (G3, G11)."""
+    target = redis_servers()
+    for number in range(400):
+        peer.send(f"k{number % 50}", b"v%d" % number if number % 7 else None)
+    async with RedisSyncEngine(target.url, node_id="b") as store:
+        async with nodes.engine(peer_config(peer.server), store=store) as engine:
+            await tailing(engine)
+            peer.send("x", b"1")
+            await caught_up(engine, peer)
+        mine = Peer(target, "b")
+        length = mine.client.xlen(Keys().stream)
+        position = await store.applied_position("a")
+        assert position is not None
+        # As if the cursor file had been restored from a backup: everything is read once more.
+        mine.client.hset(Keys().positions, "a", "0-0 0")
+        async with nodes.engine(peer_config(peer.server), store=store) as engine:
+            await caught_up(engine, peer)
+            health = engine.health_check().peers[0]
+            assert (health.events_read, health.events_applied) == (401, 0)
+        assert mine.client.xlen(Keys().stream) == length
+        assert await store.applied_position("a") == position
+        mine.close()
+
+
+async def test_changes_travel_through_a_chain_and_loops_end(
+    nodes: Nodes, redis_servers: Callable[[], RedisServer]
+) -> None:
+    """If this fails a node does not pass on what it learnt, or an echo never ends (G4, G11)."""
+    names = ("a", "b", "c")
+    servers = {name: redis_servers() for name in names}
+    alone = Settings(startup=StartupConfig(when_no_peer="run"))
+    async with (
+        RedisSyncEngine(servers["a"].url, node_id="a") as a,
+        RedisSyncEngine(servers["b"].url, node_id="b") as b,
+        RedisSyncEngine(servers["c"].url, node_id="c") as c,
+    ):
+        stores = {"a": a, "b": b, "c": c}
+        reads = {"a": "bc", "b": "ac", "c": "ab"}
+        engines = []
+        for name in names:
+            peers = [peer_config(servers[other], other) for other in reads[name]]
+            engine = nodes.engine(*peers, store=stores[name], node_id=name, settings=alone)
+            engines.append(engine)
+            await engine.start()
+        for engine in engines:
+            await engine.wait_synced(10)
+        for number in range(60):
+            store = stores[names[number % 3]]
+            await store.put(f"k{number % 10}", b"v%d" % number)
+        await a.delete("k3")
+        keys = [f"k{number}" for number in range(10)]
+
+        async def agree() -> bool:
+            states = [await stores[name].stamps(keys) for name in names]
+            return states[0] == states[1] == states[2] and states[0][3] is not None
+
+        deadline = time.monotonic() + 10
+        while not await agree():
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.02)
+        assert (await held(c, "k3"))["k3"] is None
+        before = [stores_events(servers[name]) for name in names]
+        # Quiet: each write makes at most one event per node, and then none at all.
+        await a.put("last", b"1")
+        await until(lambda: [stores_events(servers[n]) for n in names] == [x + 1 for x in before])
+        for engine in engines:
+            await engine.shutdown()
+        assert [stores_events(servers[name]) for name in names] == [x + 1 for x in before]
+
+
+def stores_events(server: RedisServer) -> int:
+    """Return how many events a node has published."""
+    reader = Peer(server)
+    try:
+        return int(reader.client.xinfo_stream(Keys().stream)["length"])
+    finally:
+        reader.close()
