@@ -273,7 +273,14 @@ class RedisServer:
         self.stop()
 
     async def __aenter__(self) -> Self:
-        return await asyncio.to_thread(self.start)
+        starting = asyncio.ensure_future(asyncio.to_thread(self.start))
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # The thread goes on until the server is up, and nobody else would stop it.
+            await asyncio.wait((starting,))
+            self.stop()
+            raise
 
     async def __aexit__(
         self,

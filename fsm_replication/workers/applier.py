@@ -23,7 +23,7 @@ from fsm_replication.errors import (
     StoreTimeoutError,
 )
 from fsm_replication.items import SyncItem
-from fsm_replication.ports import Cursor, DeadLetter, Position, StreamId
+from fsm_replication.ports import Cursor, DeadLetter, Position
 from fsm_replication.reports import PauseReason
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received
 from fsm_replication.workers.context import LinkContext
@@ -136,8 +136,8 @@ class Applier:
         # Parts are decoded once only; a chunk that is tried again is prepared again.
         cursor = Cursor(chunk.end, self._incarnation)
         if prepared.selection.letters:
-            letters = prepared.selection.letters
-            letters.sort(key=lambda letter: StreamId.parse(letter.stream_id))
+            places = {entry[0].decode(): place for place, entry in enumerate(chunk.entries)}
+            letters = sorted(prepared.selection.letters, key=lambda x: places[x.stream_id])
             await self._keep_letters(cursor, letters)
         else:
             context.cursors.settle(context.peer_id, cursor)

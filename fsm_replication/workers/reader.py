@@ -255,8 +255,10 @@ class StreamReader:
             ((_key, entries),) = reply
         except (TypeError, ValueError):
             raise ProtocolError("XREAD: unexpected reply") from None
-        if not isinstance(entries, list):
-            raise ProtocolError("XREAD: unexpected reply")
+        # Checked whole and once, so that nothing further up has to doubt an entry's shape.
+        for entry in entries if isinstance(entries, list) else [None]:
+            if type(entry) is not list or len(entry) != 2 or type(entry[0]) is not bytes:
+                raise ProtocolError("XREAD: unexpected reply")
         return entries
 
     def _interpret(self, entries: Sequence[Any], info: StreamInfo | None) -> Read:

@@ -28,6 +28,7 @@ from fsm_replication.errors import (
     CursorStoreError,
     NetworkError,
     PeerError,
+    ProtocolError,
     ReplicationError,
     ReplyTooLargeError,
 )
@@ -499,8 +500,11 @@ class Tailer:
         for begin in range(0, len(entries), CHUNK_EVENTS):
             part = entries[begin : begin + CHUNK_EVENTS]
             done = None if before is None else before + begin + len(part)
-            end = Position(StreamId.parse(part[-1][0]), done)
-            self._pending.append(Chunk(part, end, StreamId.parse(part[0][0]).ms, now))
+            try:
+                first, last = StreamId.parse(part[0][0]), StreamId.parse(part[-1][0])
+            except ValueError as error:
+                raise ProtocolError(f"XREAD: {error}") from None
+            self._pending.append(Chunk(part, Position(last, done), first.ms, now))
         progress.pending_events += len(entries)
         progress.newest_ms = max(progress.newest_ms, read.end.stream_id.ms)
         if read.info is not None:
