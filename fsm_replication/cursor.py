@@ -196,9 +196,7 @@ class SqliteCursorStore:
         self._lock_file = handle
 
     async def _open(self) -> None:
-        address = MEMORY if self.path == MEMORY else f"file:{quote(os.path.abspath(self.path))}"
-        if self._read_only:
-            address += "?mode=ro"
+        address = self._address()
         connector = aiosqlite.connect(
             address, isolation_level=None, uri=self.path != MEMORY, timeout=LOCKED_WAIT_MS / 1000
         )
@@ -217,6 +215,12 @@ class SqliteCursorStore:
                 await self._retry_locked(lambda: self._prepare(connection, version))
         if self.path != MEMORY:
             self._inode = self._identity()
+
+    def _address(self) -> str:
+        if self.path == MEMORY:
+            return MEMORY
+        mode = "?mode=ro" if self._read_only else ""
+        return f"file:{quote(str(Path(self.path).absolute()))}{mode}"
 
     async def _identify(self, connection: aiosqlite.Connection) -> tuple[int, int]:
         version = await _one(connection, "PRAGMA user_version")
@@ -325,7 +329,7 @@ class SqliteCursorStore:
 
     def _identity(self) -> tuple[int, int] | None:
         try:
-            status = os.stat(self.path)
+            status = Path(self.path).stat()
         except OSError:
             return None
         return status.st_dev, status.st_ino

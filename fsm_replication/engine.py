@@ -24,7 +24,6 @@ from fsm_replication.errors import (
     CursorStoreError,
     DrainTimeoutError,
     EngineStoppedError,
-    InvalidStateError,
     NoPeerError,
     ReplicationError,
     StartupError,
@@ -41,7 +40,7 @@ from fsm_replication.ports import GapRow, PeerRecord, Ports
 from fsm_replication.reports import EngineFact, PauseReason, Report, Reporter
 from fsm_replication.stores.noop import NoOpSyncEngine
 from fsm_replication.stores.protocol import SyncEngine
-from fsm_replication.tables import ENGINE, LINK, CircuitState, EngineState, PeerState
+from fsm_replication.tables import ENGINE, CircuitState, EngineState, PeerState
 from fsm_replication.transport import RedisTransport
 from fsm_replication.workers.context import ChangeFeed, ChangeWatcher, LinkContext, LinkProgress
 from fsm_replication.workers.cursor_flush import CursorBook, flush_cursors

@@ -189,7 +189,7 @@ class RedisServer:
             command += ["--appendonly", "yes", "--appendfsync", str(self._persist)]
         for name, *values in self._config:
             command += [f"--{name}", *values]
-        self._keeper = subprocess.Popen(
+        self._keeper = subprocess.Popen(  # noqa: S603 - the command is ours
             ["/bin/sh", "-c", _KEEPER, "sh", *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -209,15 +209,15 @@ class RedisServer:
         assert self._keeper is not None
         deadline = time.monotonic() + START_TIMEOUT_SEC
         while time.monotonic() < deadline and self._keeper.poll() is None:
-            with contextlib.suppress(OSError):
-                with socket.create_connection(("127.0.0.1", self._port), timeout=1.0) as probe:
-                    probe.sendall(b"INFO server\r\n")
-                    answer = probe.recv(4096)
-                    # Another process on this port would answer too; its pid tells.
-                    if f"process_id:{self._pid}\r\n".encode() in answer:
-                        return True
-                    if answer.startswith(b"-NOAUTH"):
-                        return True
+            address = ("127.0.0.1", self._port)
+            with contextlib.suppress(OSError), socket.create_connection(address, 1.0) as probe:
+                probe.sendall(b"INFO server\r\n")
+                answer = probe.recv(4096)
+                # Another process on this port would answer too; its pid tells.
+                if f"process_id:{self._pid}\r\n".encode() in answer:
+                    return True
+                if answer.startswith(b"-NOAUTH"):
+                    return True
             time.sleep(POLL_SEC)
         return False
 

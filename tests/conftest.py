@@ -156,9 +156,7 @@ class Peer:
 
     def send_fields(self, fields: list[bytes]) -> str:
         """Append an entry as it is; returns its id."""
-        stream_id: bytes = self.client.execute_command(  # type: ignore[no-untyped-call]
-            "XADD", Keys().stream, "*", *fields
-        )
+        stream_id: bytes = self.client.execute_command("XADD", Keys().stream, "*", *fields)
         return stream_id.decode()
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from fsm_replication.ports import SystemWallClock
 from fsm_replication.reports import EngineFact, Fact, LinkFact, Report, Reporter, Ticket
 from fsm_replication.tables import ENGINE, LINK, PeerState, Table
 
-FACTS: dict[str, type[Fact]] = {"engine": EngineFact, "link": LinkFact}  # type: ignore[dict-item]
+FACTS: dict[str, type[Fact]] = {"engine": EngineFact, "link": LinkFact}
 
 
 class Books(Observer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ ALONE = Settings(startup=StartupConfig(when_no_peer="run"))
 
 def open_files() -> int:
     """Return how many file descriptors this process holds."""
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 async def test_a_node_replicates_and_stops(nodes: Nodes, peer: Peer) -> None:
@@ -84,7 +83,7 @@ async def test_shutdown_from_created_ends_in_stopped(nodes: Nodes) -> None:
 async def test_no_peer_in_time_fails_the_start(nodes: Nodes) -> None:
     """If this fails a node without peers looks as if it ran."""
     engine = nodes.engine(NOWHERE, settings=QUICK)
-    with pytest.raises(NoPeerError, match="127.0.0.1:1"):
+    with pytest.raises(NoPeerError, match=r"127\.0\.0\.1:1"):
         await engine.start()
     assert engine.state is EngineState.FAILED
     assert isinstance(engine.error, NoPeerError)
@@ -217,6 +216,7 @@ class HangingStore(MemorySyncEngine):
     async def apply_many(
         self, changes: Sequence[SyncItem], received: Received | None = None
     ) -> ApplyResult:
+        """Hang until released, unless there is nothing to apply."""
         if not changes:
             return ApplyResult([])
         self.calls += 1

@@ -93,7 +93,7 @@ async def caught_up(engine: ReplicationEngine, peer: Peer) -> None:
     """Wait until everything in the peer's stream is settled."""
     added = peer.client.xinfo_stream(Keys().stream)["last-generated-id"]
     last = StreamId.parse(added)
-    link = engine._links["a"].context.progress  # noqa: SLF001 - the books are what is asserted
+    link = engine._links["a"].context.progress
 
     def settled() -> bool:
         return link.settled is not None and link.settled.stream_id >= last
@@ -145,7 +145,7 @@ async def test_what_readers_must_accept_is_accepted(nodes: Nodes, peer: Peer) ->
         contents = await held(engine.sync_engine, *accepted)
         assert contents == {key: magic if key == "magic" else b"{}" for key in accepted}
         assert not await engine.dead_letters.list()
-        assert engine._links["a"].context.progress.clock_ahead == 1  # noqa: SLF001
+        assert engine._links["a"].context.progress.clock_ahead == 1
 
 
 async def test_a_bad_entry_does_not_take_older_ones_of_its_key_with_it(
@@ -179,7 +179,8 @@ async def test_a_bad_entry_does_not_take_older_ones_of_its_key_with_it(
 def test_latest_wins_within_a_batch(events: list[tuple[str, int, int, str]]) -> None:
     """If this fails coalescing a batch chooses another winner than applying one by one would."""
     now = 1_800_000_000_000
-    entries, best = [], {}
+    entries: list[tuple[bytes, list[bytes]]] = []
+    best: dict[str, SyncItem] = {}
     for number, (key, at, version, text) in enumerate(events):
         body = text.encode()
         item = SyncItem(key, body, "binary", content_hash(body), version, now + at, False, "a")

@@ -37,7 +37,7 @@ async def test_the_embedding_example_runs_as_it_stands(
     peer.send("hello", b"world")
     (example,) = blocks("python")
     names: dict[str, Any] = {"__name__": "example"}
-    exec(compile(example, "README.md", "exec"), names)  # noqa: S102 - it is our own
+    exec(compile(example, "README.md", "exec"), names)
     await names["main"](peer.server.url)
     peer.close()
     assert capsys.readouterr().out == "Running [('hello', b'world')]\n"

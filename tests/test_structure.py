@@ -113,5 +113,5 @@ def test_every_error_says_whether_trying_again_helps() -> None:
     for name in errors.__all__:
         thing = getattr(errors, name)
         if isinstance(thing, type):
-            assert issubclass(thing, errors.ReplicationError)
+            assert issubclass(thing, fsm_replication.ReplicationError)
             assert isinstance(thing.retryable, bool)

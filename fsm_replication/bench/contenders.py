@@ -28,6 +28,7 @@ from fsm_replication.layout import Keys
 from fsm_replication.ports import Cursor, Position, StreamId
 from fsm_replication.stores import MemorySyncEngine, RedisSyncEngine, SyncEngine
 from fsm_replication.stores.protocol import ApplyResult, Received
+from fsm_replication.stream import MAGIC
 from fsm_replication.tables import PeerState
 
 __all__ = ("Measure", "drain", "hot_path", "latency", "straightforward")
@@ -195,64 +196,82 @@ async def latency(url: str, seconds: float, writer: Sequence[str]) -> list[float
         return store.delays_ms
 
 
-# A straightforward version -------------------------------------------------------------------------
+# A straightforward version --------------------------------------------------------------------
 
 
-class _Dict:
-    """The store of the straightforward version."""
+@dataclass(frozen=True)
+class _Event:
+    """An entry of the stream, as one would model it at first."""
 
-    def __init__(self) -> None:
-        self.items: dict[str, SyncItem] = {}
-
-    async def apply(self, item: SyncItem) -> None:
-        held = self.items.get(item.key)
-        if held is None or item.stamp > held.stamp:
-            self.items[item.key] = item
+    op: str
+    key: str
+    data: bytes
+    digest: str
+    content_type: str
+    version: int
+    updated_at: int
+    origin: str
 
 
 async def straightforward(url: str) -> Measure:
-    """Read as one would at first: 100 entries a read, one task and one await per event."""
-    store = _Dict()
+    """Read as one would at first: 100 entries a read, one task and one await per event.
+
+    redis-py as it comes, a model object per event, and the store's call for a single item.
+    """
+    store = MemorySyncEngine(node_id="reader")
     clock = _Clock()
     events = 0
     # Typed loosely on purpose: nobody who writes this first would take more care.
-    client: Any = Redis.from_url(url, protocol=2)
+    client: Any = Redis.from_url(url)
     try:
-        last = b"0"
-        while reply := await client.xread({Keys().stream: last}, count=STRAIGHT_COUNT):
-            ((_stream, entries),) = reply
-            tasks = [asyncio.create_task(_apply_one(store, fields)) for _, fields in entries]
-            for task in tasks:
-                await task
-            events += len(entries)
-            last = entries[-1][0]
+        last: Any = "0"
+        while True:
+            reply = await client.xread({Keys().stream: last}, count=STRAIGHT_COUNT)
+            if not reply:
+                break
+            streams = reply.values() if isinstance(reply, dict) else [e for _, e in reply]
+            for entries in streams:
+                # Under RESP3 redis-py wraps the entries of a stream once more.
+                rows = entries[0] if isinstance(entries[0], list) else entries
+                tasks = [asyncio.create_task(_apply_one(store, fields)) for _, fields in rows]
+                for task in tasks:
+                    await task
+                events += len(rows)
+                last = rows[-1][0]
     finally:
         await client.aclose()
     return clock.measure(events)
 
 
-async def _apply_one(store: _Dict, fields: dict[bytes, bytes]) -> None:
+async def _apply_one(store: SyncEngine, fields: dict[bytes, bytes]) -> None:
     meta = json.loads(fields[b"meta"])
-    key = fields[b"key"].decode()
-    deleted = fields[b"op"] == b"DEL"
-    content, digest, content_type = b"", EMPTY_HASH, "binary"
-    if not deleted:
-        content = fields[b"data"]
-        if content.startswith(b"\x28\xb5\x2f\xfd"):
+    event = _Event(
+        op=fields[b"op"].decode(),
+        key=fields[b"key"].decode(),
+        data=fields.get(b"data", b""),
+        digest=fields.get(b"hash", b"").decode(),
+        content_type=meta.get("content_type", "binary"),
+        version=meta["version"],
+        updated_at=meta["updated_at"],
+        origin=meta.get("origin", ""),
+    )
+    content, digest = b"", EMPTY_HASH
+    if event.op == "PUT":
+        content = event.data
+        if content.startswith(MAGIC):
             content = zstandard.ZstdDecompressor().decompress(content)
         digest = hashlib.sha256(content).digest()
-        if digest.hex().encode() != fields[b"hash"]:
+        if digest.hex() != event.digest:
             return
-        content_type = meta["content_type"]
-    await store.apply(
+    await store.submit(
         SyncItem(
-            key,
+            event.key,
             content,
-            content_type,
+            event.content_type,
             digest,
-            meta["version"],
-            meta["updated_at"],
-            deleted,
-            meta["origin"],
-        )  # fmt: skip
+            event.version,
+            event.updated_at,
+            event.op == "DEL",
+            event.origin,
+        )
     )

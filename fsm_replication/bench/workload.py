@@ -24,10 +24,34 @@ TTL_MS: Final = 7 * 86_400_000
 PUTS_PER_DELETE: Final = 9
 ENTRIES_PER_FLIGHT: Final = 1000
 TIMEOUT_SEC: Final = 30.0
-_WORDS: Final = (
-    "ward bed blood pressure pulse note nurse visit result sample allergy dose tablet review"
-    " referral clinic follow plan home family test normal raised stable discharge urgent"
-).split()
+_WORDS: Final = [
+    "ward",
+    "bed",
+    "blood",
+    "pressure",
+    "pulse",
+    "note",
+    "nurse",
+    "visit",
+    "result",
+    "sample",
+    "allergy",
+    "dose",
+    "tablet",
+    "review",
+    "referral",
+    "clinic",
+    "follow",
+    "plan",
+    "home",
+    "family",
+    "test",
+    "normal",
+    "raised",
+    "stable",
+    "discharge",
+    "urgent",
+]
 
 
 def make_event(number: int, rng: random.Random, at_ms: int) -> SyncItem:

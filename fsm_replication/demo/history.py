@@ -239,7 +239,7 @@ class _Blobs:
         self._process: asyncio.subprocess.Process | None = None
 
     async def __aenter__(self) -> _Blobs:
-        self._process = await self._history._start("cat-file", "--batch", feed=True)  # noqa: SLF001
+        self._process = await self._history._start("cat-file", "--batch", feed=True)
         return self
 
     async def read(self, blob: bytes) -> bytes:
@@ -355,8 +355,8 @@ def open_history(path: Path) -> History:
         raise HistoryError(f"{path} is not a directory")
     if shutil.which("git") is None:
         return DirectoryHistory(path)
-    asked = subprocess.run(  # noqa: S603 - the arguments are ours
-        ["git", "-C", str(path), "rev-parse", "--is-inside-work-tree", "--is-bare-repository"],  # noqa: S607
+    asked = subprocess.run(
+        ["git", "-C", str(path), "rev-parse", "--is-inside-work-tree", "--is-bare-repository"],
         capture_output=True,
         text=True,
         env=_git_environment(),

@@ -124,11 +124,11 @@ def _screen(mesh: Mesh, progress: Progress, topology: Topology, rates: _Rates) -
 
 def _verdict(verdict: Verdict) -> RenderableType:
     table = Table.grid(padding=(0, 2))
+    size = f"{verdict.content_bytes / 1e6:,.1f} MB"
     rows: list[tuple[str, str]] = [
         ("replayed", verdict.history),
         ("commits", f"{verdict.commits:,}"),
-        ("changes", f"{verdict.puts:,} puts, {verdict.deletes:,} deletes,"
-                    f" {verdict.content_bytes / 1e6:,.1f} MB"),
+        ("changes", f"{verdict.puts:,} puts, {verdict.deletes:,} deletes, {size}"),
         ("nodes", f"{verdict.nodes} in a {verdict.topology}"),
         ("took", f"{verdict.seconds:.2f} s, {verdict.changes_per_sec:,.0f} changes/s"),
     ]  # fmt: skip

@@ -263,7 +263,7 @@ class RedisSyncEngine(SyncEngine):
         for index, item in enumerate(changes):
             form = wire[index] if wire is not None else None
             if form is None:
-                form = self._wire_form(item)  # noqa: PLW2901 - the one that was missing
+                form = self._wire_form(item)
             data = form.data
             if args and (len(args) >= 4 * ITEMS_PER_CALL or filled + len(data) > BYTES_PER_CALL):
                 yield args, False

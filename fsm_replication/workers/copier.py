@@ -110,7 +110,6 @@ class Copier:
 
     async def run(self, gap: Gap | None, why: str) -> Position | None:
         """Copy; returns the position to read on from, or None if it was interrupted."""
-        context = self._context
         if self._row is None:
             self._row = await self._begin(gap, why)
         done = False

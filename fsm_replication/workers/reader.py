@@ -256,10 +256,11 @@ class StreamReader:
         except (TypeError, ValueError):
             raise ProtocolError("XREAD: unexpected reply") from None
         # Checked whole and once, so that nothing further up has to doubt an entry's shape.
-        for entry in entries if isinstance(entries, list) else [None]:
-            if type(entry) is not list or len(entry) != 2 or type(entry[0]) is not bytes:
+        rows: list[Any] = entries if isinstance(entries, list) else [None]
+        for row in rows:
+            if type(row) is not list or len(row) != 2 or type(row[0]) is not bytes:
                 raise ProtocolError("XREAD: unexpected reply")
-        return entries
+        return rows
 
     def _interpret(self, entries: Sequence[Any], info: StreamInfo | None) -> Read:
         before = self.position

@@ -60,7 +60,7 @@ async def supervise(
     while True:
         try:
             await work()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - it is logged, counted and judged
             count = crashes.add()
             metrics.get("worker_restarts", name).inc()
             get_logger("supervisor").exception("worker_died", worker=name, crashes=count)

@@ -33,7 +33,7 @@ from fsm_replication.errors import (
     ReplyTooLargeError,
 )
 from fsm_replication.layout import Keys
-from fsm_replication.ports import Cursor, Position, StreamId
+from fsm_replication.ports import Position, StreamId
 from fsm_replication.reports import LinkFact, PauseReason, Reporter
 from fsm_replication.workers.applier import Applier, Blocked, Chunk, Prepared, Unsettled
 from fsm_replication.workers.connector import Lines
