@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -158,6 +159,11 @@ class Peer:
         """Append an entry as it is; returns its id."""
         stream_id: bytes = self.client.execute_command("XADD", Keys().stream, "*", *fields)
         return stream_id.decode()
+
+    def entries(self) -> list[list[bytes]]:
+        """Return the fields of all entries of the stream, as flat lists."""
+        found: Any = self.client.xrange(Keys().stream)
+        return [[part for pair in fields.items() for part in pair] for _, fields in found]
 
     def close(self) -> None:
         """Close the connection that writes."""

@@ -238,7 +238,7 @@ def test_a_good_node_id_is_taken(node_id: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "node_id", ["", "x" * 256, "é" * 128, "a\nb", "a\x00", "\x7f", "\ud800", "a\u2028", " a", 5]
+    "node_id", ["", "x" * 256, "é" * 128, "a\nb", "a\x00", "\x7f", "\ud800", "a\u2028b", " a", 5]
 )
 def test_a_bad_node_id_is_refused(node_id: Any) -> None:
     """A name that breaks logs, Redis or the eye would be taken, here or in a peer."""
@@ -440,6 +440,23 @@ def test_what_can_be_judged_together_is_judged_although_a_neighbour_is_wrong() -
     assert {p.split(":")[0] for p in found} == {"batch_size", "max_batch_size", "tpyo"}
 
 
+def test_a_wrong_field_is_not_judged_by_its_default() -> None:
+    """A second problem would be told that the user never made."""
+    wrong = {"min_batch_size": 2000, "max_batch_size": "x"}
+    (problem,) = problems_of(lambda: HotPathConfig.model_validate(wrong))
+    assert problem == "max_batch_size: a whole number is expected"
+
+
+def test_a_node_id_that_stands_three_times_points_at_the_first() -> None:
+    """The error would name a peer that is not the one."""
+    peers = [peer(node_id="c"), peer(), peer(), peer()]
+    found = problems_of(lambda: ReplicationConfig(local_node_id="a", peers=peers))
+    assert found == (
+        "peers[2].node_id: peers[1] has the same one",
+        "peers[3].node_id: peers[1] has the same one",
+    )
+
+
 EVERYTHING_WRONG: dict[str, Any] = {
     "local_node_id": "",
     "peers": [
@@ -499,7 +516,7 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     ("key", "values", "guess"),
     [
         ("batch_sizes", {"settings": {"hot_path": {"batch_sizes": 1}}}, "batch_size"),
-        ("Batch-Size", {"settings": {"hot_path": {"Batch-Size": 1}}}, "batch_size"),
+        ("BATCH-SIZE", {"settings": {"hot_path": {"BATCH-SIZE": 1}}}, "batch_size"),
         ("prioriti", {"peers": [{**PEER, "prioriti": 1}]}, "priority"),
         ("knid", {"store": {"kind": "noop", "knid": 1}}, "kind"),
         ("timeouts", {"timeouts": {}}, "settings.timeouts"),
@@ -679,10 +696,17 @@ def test_a_display_url_without_a_url_is_empty() -> None:
     assert StoreConfig(kind="noop").display_url == ""
 
 
-@pytest.mark.parametrize("filler", ["", "x" * 60, "x" * 200])
-def test_a_url_as_a_key_is_masked_and_shortened(filler: str) -> None:
-    """A colon forgotten in YAML turns a URL into a key, which errors do show."""
-    key = f"redis://{filler}u:{SECRET}@h\x1b[31m"
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"redis://u:{SECRET}@h\x1b[31m",
+        f"redis://{'x' * 60}u:{SECRET}@h\x1b[31m",
+        f"redis://u:{SECRET}{'x' * 100}@h",
+        f"redis_url:redis://u:{SECRET}@{'h' * 200}",
+    ],
+)
+def test_a_url_as_a_key_is_masked_and_shortened(key: str) -> None:
+    """A space forgotten in YAML makes a URL part of a key, which errors do show."""
     (problem,) = problems_of(lambda: CursorConfig.model_validate({key: 1}))
     assert SECRET not in problem
     assert "\x1b" not in problem
@@ -775,6 +799,13 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, expected: str) ->
         ReplicationConfig.load(tmp_path / name)
     assert expected in caught.value.problems[0]
     assert caught.value.source == str(tmp_path / name)
+
+
+def test_a_long_file_is_read_to_its_end(tmp_path: Path) -> None:
+    """Peers at the end of a long list would be missing."""
+    lines = [f"  - {{node_id: n{n}, redis_url: 'redis://h'}}\n" for n in range(200)]
+    built = load(tmp_path, "local_node_id: a\npeers:\n" + "".join(lines))
+    assert len(built.peers) == 200
 
 
 def test_a_file_without_end_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
