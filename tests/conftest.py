@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,11 @@ from fsm_replication.config import CursorConfig, PeerConfig, ReplicationConfig, 
 from fsm_replication.engine import ReplicationEngine
 from fsm_replication.items import LastWriterWins, SyncItem, content_hash
 from fsm_replication.layout import FORMAT, Keys, encode_value
-from fsm_replication.servers import RedisServer, find_all_redis_servers
+from fsm_replication.servers import (
+    RedisServer,
+    find_all_redis_servers,
+    redis_server_version,
+)
 from fsm_replication.stores import MemorySyncEngine, SyncEngine
 from fsm_replication.stream import encode_data, encode_fields
 
@@ -110,7 +114,40 @@ def redis_server(redis_servers: Callable[[], RedisServer]) -> RedisServer:
     return redis_servers()
 
 
-@pytest.fixture(params=find_all_redis_servers(), ids=lambda path: "-".join(path.parts[-3:]))
+def version_id(executable: Path) -> str:
+    """Return the name of a server's version in the ids of tests."""
+    return "redis-" + ".".join(map(str, redis_server_version(executable)))
+
+
+@pytest.fixture
+def new_redis_server() -> Iterator[Callable[..., RedisServer]]:
+    """A function that starts a server nobody else will use, for tests that kill or set it up."""
+    made: list[RedisServer] = []
+
+    def start(
+        executable: Path | None = None,
+        *,
+        persist: str | bool = False,
+        config: Sequence[Sequence[str]] = (),
+    ) -> RedisServer:
+        made.append(RedisServer(executable, persist=persist, config=config))
+        return made[-1].start()
+
+    yield start
+    for server in made:
+        server.stop()
+
+
+@pytest_asyncio.fixture
+async def no_tasks_left() -> AsyncIterator[None]:
+    """Fails a test that leaves tasks of asyncio behind."""
+    before = asyncio.all_tasks()
+    yield
+    left = asyncio.all_tasks() - before - {asyncio.current_task()}
+    assert not left, f"tasks were left behind: {left}"
+
+
+@pytest.fixture(params=find_all_redis_servers(), ids=version_id)
 def any_redis_server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
     """A server of each version that this machine has."""
     with RedisServer(request.param) as server:

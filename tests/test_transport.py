@@ -1,0 +1,198 @@
+"""Connections to Redis, against real servers and against peers that misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from fsm_replication.errors import (
+    ConnectionLostError,
+    PeerRefusedError,
+    PeerReplyError,
+    ProtocolError,
+    ReplyTooLargeError,
+)
+from fsm_replication.ports import Oversize
+from fsm_replication.servers import RedisServer
+from fsm_replication.transport import RedisConnection, RedisTransport
+
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[RedisConnection]:
+    """Open a connection and close it."""
+    connection = await RedisTransport().connect(url, timeout_sec=5, name="test")
+    try:
+        yield connection
+    finally:
+        connection.close()
+        await connection.wait_closed()
+
+
+@asynccontextmanager
+async def impostor(answer: bytes, *, close: bool = False) -> AsyncIterator[str]:
+    """A server that greets as Redis does and then answers with anything."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            for reply in (b"+PONG\r\n", b"+OK\r\n"):
+                await reader.read(4096)
+                writer.write(reply)
+            await reader.read(4096)
+            writer.write(answer)
+            await writer.drain()
+            if not close:
+                await reader.read()
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+
+
+async def test_calls_pipelines_and_errors(redis_server: RedisServer) -> None:
+    """If this fails replies are taken for those of other commands."""
+    for url in (redis_server.url, redis_server.unix_url, f"{redis_server.url}/3"):
+        async with connected(url) as connection:
+            assert await connection.call("SET", "k", b"\x00\xff") == b"OK"
+            replies = await connection.pipeline([("GET", "k"), ("HGET", "k", "f"), ("PING",)])
+            assert (replies[0], replies[2]) == (b"\x00\xff", b"PONG")
+            assert isinstance(replies[1], PeerReplyError)
+            assert replies[1].code == "WRONGTYPE"
+            with pytest.raises(PeerReplyError, match="WRONGTYPE"):
+                await connection.call("HGET", "k", "f")
+            assert await connection.pipeline([]) == []
+            both = connection.send(("ECHO", "1")), connection.send(("ECHO", "2"))
+            assert [await future for future in both] == [[b"1"], [b"2"]]
+
+
+async def test_a_cancelled_call_closes_the_connection(redis_server: RedisServer) -> None:
+    """If this fails the reply of a cancelled call is given to the next one."""
+    async with connected(redis_server.url) as connection:
+        call = asyncio.create_task(connection.call("BLPOP", "nothing", 0))
+        await asyncio.sleep(0)
+        other = connection.send(("PING",))
+        await asyncio.sleep(0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert connection.closed
+        with pytest.raises(ConnectionLostError):
+            await other
+        with pytest.raises(ConnectionLostError):
+            await connection.call("PING")
+
+
+async def test_no_answer_in_time_is_a_lost_connection(redis_server: RedisServer) -> None:
+    """If this fails a frozen peer holds a link for ever."""
+    async with connected(redis_server.url) as connection:
+        with pytest.raises(ConnectionLostError, match=r"within 0\.05 s"):
+            await connection.call("BLPOP", "nothing", 0, timeout_sec=0.05)
+        await asyncio.wait_for(connection.lost, 5)
+
+
+async def test_a_reply_over_its_limit_is_dropped_while_it_arrives(
+    redis_server: RedisServer,
+) -> None:
+    """If this fails a peer can make us hold whatever it likes."""
+    async with connected(redis_server.url) as connection:
+        await connection.call("SET", "k", b"x" * 5_000_000)
+        connection.limit_reply(1_000_000)
+        with pytest.raises(ReplyTooLargeError):
+            await connection.call("GET", "k", timeout_sec=5)
+        assert connection.closed
+        assert connection.received_bytes < 3_000_000
+
+
+async def test_skimming_keeps_what_is_short(redis_server: RedisServer) -> None:
+    """If this fails an entry too large to hold cannot be passed over."""
+    async with connected(redis_server.url) as connection:
+        await connection.call("XADD", "s", "7-1", "op", "PUT", "data", b"x" * 3_000_000)
+        connection.limit_reply(1000)
+        before = connection.send(("PING",))
+        skimming = asyncio.create_task(connection.skim("XRANGE", "s", "-", "+", timeout_sec=5))
+        await asyncio.sleep(0)
+        after = connection.send(("ECHO", "later"))
+        assert await before == [b"PONG"]
+        assert await skimming == [[b"7-1", [b"op", b"PUT", b"data", Oversize(3_000_000)]]]
+        assert await after == [b"later"]
+        with pytest.raises(PeerReplyError, match="no such key"):
+            await connection.skim("XINFO", "STREAM", "nothing", timeout_sec=5)
+        assert await connection.skim("XRANGE", "nothing", "-", "+", timeout_sec=5) == []
+        assert await connection.skim("GET", "nothing", timeout_sec=5) is None
+        assert await connection.skim("STRLEN", "nothing", timeout_sec=5) == 0
+        assert await connection.skim("TYPE", "s", timeout_sec=5) == b"stream"
+
+
+@pytest.mark.parametrize("skim", [False, True])
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"*x\r\n", b"\xff" * 9000])
+async def test_garbage_is_a_protocol_error(answer: bytes, skim: bool) -> None:
+    """If this fails a port that is not Redis crashes a worker."""
+    async with impostor(answer) as url, connected(url) as connection:
+        call = connection.skim if skim else connection.call
+        with pytest.raises(ProtocolError):
+            await call("PING", timeout_sec=5)
+        assert connection.closed
+
+
+@pytest.mark.parametrize("answer", [b"$100\r\nhalf", b""])
+async def test_a_reply_cut_in_the_middle_is_a_lost_connection(answer: bytes) -> None:
+    """If this fails half a reply is waited for although the other side has gone."""
+    async with impostor(answer, close=True) as url, connected(url) as connection:
+        with pytest.raises(ConnectionLostError):
+            await connection.call("GET", "k", timeout_sec=5)
+
+
+async def test_data_that_nobody_asked_for_is_a_protocol_error() -> None:
+    """If this fails a reply that comes too early is given to the next command."""
+    async with impostor(b"+A\r\n+B\r\n") as url, connected(url) as connection:
+        assert await connection.call("PING", timeout_sec=5) == b"A" or connection.closed
+        await asyncio.wait_for(connection.lost, 5)
+        with pytest.raises(ProtocolError):
+            await connection.call("PING", timeout_sec=5)
+
+
+async def test_who_cannot_be_reached_is_told_apart_from_who_refuses() -> None:
+    """If this fails a link waits for what cannot be mended, or gives up on what can."""
+    transport = RedisTransport()
+    with pytest.raises(ConnectionLostError, match="cannot be reached"):
+        await transport.connect("redis://127.0.0.1:1", timeout_sec=5, name="t")
+    with pytest.raises(PeerRefusedError):
+        await transport.connect("http://127.0.0.1", timeout_sec=5, name="t")
+    with RedisServer(config=[("requirepass", "s3cret")]) as server:
+        with pytest.raises(PeerRefusedError) as raised:
+            await transport.connect(server.url, timeout_sec=5, name="t")
+        assert raised.value.credentials
+        wrong = server.url.replace("redis://", "redis://:n0t@")
+        with pytest.raises(PeerRefusedError) as raised:
+            await transport.connect(wrong, timeout_sec=5, name="t")
+        assert "n0t" not in str(raised.value)
+        async with connected(server.url.replace("redis://", "redis://default:s3cret@")) as well:
+            assert await well.call("PING") == b"PONG"
+        with pytest.raises(PeerRefusedError, match="DB index"):
+            await transport.connect(
+                server.url.replace("redis://", "redis://:s3cret@") + "/999", timeout_sec=5, name="t"
+            )
+
+
+async def test_a_reader_needs_read_commands_only() -> None:
+    """If this fails the access that the README tells to grant is not enough."""
+    acl = "user reader on >pw ~* +@read +@connection +multi +exec"
+    with RedisServer(config=[("user", *acl.split()[1:])]) as server:
+        url = server.url.replace("redis://", "redis://reader:pw@")
+        async with connected(url) as connection:
+            replies = await connection.pipeline(
+                [("MULTI",), ("XREAD", "STREAMS", "s", "0"), ("XINFO", "STREAM", "s"), ("EXEC",)]
+            )
+            assert replies[-1][0] is None
+            for command in (("HGETALL", "m"), ("SCAN", "0"), ("STRLEN", "k"), ("EXISTS", "s")):
+                await connection.call(*command)
+            with pytest.raises(PeerReplyError, match="NOPERM"):
+                await connection.call("SET", "k", "v")
