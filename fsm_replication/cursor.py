@@ -502,8 +502,11 @@ class SqliteCursorStore:
 
         await self._transact(work)
 
-    async def finish_bootstrap(self, peer_id: str, cursor: Cursor, healed_at_ms: int) -> None:
+    async def finish_bootstrap(
+        self, peer_id: str, cursor: Cursor, healed_at_ms: int | None
+    ) -> None:
         """Set the cursor, remove the row, close the peer's open gaps, in one transaction."""
+        healed = [] if healed_at_ms is None else [(healed_at_ms, peer_id)]
 
         async def work(db: aiosqlite.Connection) -> None:
             await _write(db, _SET_CURSOR, [_cursor_row(peer_id, cursor)])
@@ -512,7 +515,7 @@ class SqliteCursorStore:
                 db,
                 "UPDATE gaps SET healed_at_ms = ?, healed_by = 'bootstrap'"
                 " WHERE peer_id = ? AND healed_at_ms IS NULL",
-                [(healed_at_ms, peer_id)],
+                healed,
             )
 
         await self._transact(work)

@@ -50,7 +50,9 @@ __all__ = (
 )
 
 _CREDENTIALS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?P<secret>[^/?#\s]*)@", re.IGNORECASE)
-_QUERY_SECRETS = re.compile(r"(?P<name>[?&](?:password|username|user)=)[^&\s]*", re.IGNORECASE)
+_QUERY_SECRETS = re.compile(
+    r"(?P<name>[?&](?:password|username|user|ssl_password)=)[^&\s]*", re.IGNORECASE
+)
 
 
 def redact(text: str) -> str:

@@ -228,8 +228,13 @@ class CursorStore(Protocol):
     async def save_walk(self, peer_id: str, walk: str) -> None:
         """Note how far copying has come."""
 
-    async def finish_bootstrap(self, peer_id: str, cursor: Cursor, healed_at_ms: int) -> None:
-        """Set the cursor, remove the row, close the peer's open gaps, in one transaction."""
+    async def finish_bootstrap(
+        self, peer_id: str, cursor: Cursor, healed_at_ms: int | None
+    ) -> None:
+        """Set the cursor, remove the row, close the peer's open gaps, in one transaction.
+
+        Where ``healed_at_ms`` is None the gaps stay open: nothing was copied.
+        """
 
     async def set_operator_pause(self, peer_id: str, paused: bool) -> None:
         """Keep the operator's wish over restarts."""

@@ -192,7 +192,7 @@ async def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, make: object,
         await SqliteCursorStore(str(path)).open()
     assert str(path) in str(raised.value)
     assert not raised.value.may_pass
-    await until(lambda: threading.active_count() == threads, "the thread ended")
+    await until(lambda: threading.active_count() <= threads, "the thread ended")
 
 
 def _database(path: Path, *statements: str) -> None:
@@ -280,7 +280,7 @@ async def test_closing_twice_and_after_a_failed_open_is_harmless(tmp_path: Path)
     await store.close()
     with pytest.raises(CursorStoreError, match="not open"):
         await store.set_synced("a")
-    await until(lambda: threading.active_count() == threads, "the thread ended")
+    await until(lambda: threading.active_count() <= threads, "the thread ended")
 
 
 WRITER = """

@@ -167,8 +167,8 @@ async def test_a_cancelled_start_leaves_nothing_behind(nodes: Nodes) -> None:
             await starting
         assert engine.state in (EngineState.STOPPED, EngineState.CREATED)
         await engine.shutdown()
-    await until(lambda: threading.active_count() == threads, "all threads ended")
-    assert open_files() == files
+    await until(lambda: threading.active_count() <= threads, "all threads ended")
+    assert open_files() <= files
 
 
 async def test_cycles_leave_nothing_behind(nodes: Nodes, peer: Peer, full: bool) -> None:
@@ -183,8 +183,8 @@ async def test_cycles_leave_nothing_behind(nodes: Nodes, peer: Peer, full: bool)
     files, threads, tasks = open_files(), threading.active_count(), len(asyncio.all_tasks())
     for _ in range(200 if full else 15):
         await cycle()
-    await until(lambda: threading.active_count() == threads, "all threads ended")
-    await until(lambda: open_files() == files, "all files closed")
+    await until(lambda: threading.active_count() <= threads, "all threads ended")
+    await until(lambda: open_files() <= files, "all files closed")
     assert len(asyncio.all_tasks()) == tasks
 
 

@@ -25,6 +25,7 @@ from fsm_replication.config import (
 from fsm_replication.engine import ReplicationEngine
 from fsm_replication.items import SyncItem, content_hash
 from fsm_replication.layout import Keys
+from fsm_replication.limiter import PrioritySlot
 from fsm_replication.ports import Position, StreamId
 from fsm_replication.reports import PauseReason
 from fsm_replication.servers import RedisServer
@@ -32,7 +33,7 @@ from fsm_replication.stores import MemorySyncEngine, RedisSyncEngine
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received
 from fsm_replication.stream import encode_fields
 from fsm_replication.tables import PeerState
-from fsm_replication.workers.reader import StreamInfo, check_history
+from fsm_replication.workers.reader import Read, StreamInfo, StreamReader, check_history
 
 PUT = {"content_type": "json", "version": 1, "updated_at": 1}
 
@@ -599,3 +600,79 @@ def stores_events(server: RedisServer) -> int:
         return int(reader.client.xinfo_stream(Keys().stream)["length"])
     finally:
         reader.close()
+
+
+async def test_a_foreign_node_is_read_from_the_oldest_entry_of_its_stream(
+    nodes: Nodes, redis_server: RedisServer
+) -> None:
+    """If this fails a foreign stream is skipped, stamped by its own stamps, or a loss is hidden."""
+    peer = Peer(redis_server)
+    old = meta(updated_at=5, version=1)
+    peer.send_fields(put(b"trimmed", b"0", meta=old))
+    peer.client.xtrim(Keys().stream, maxlen=0, approximate=False)
+    first = peer.send_fields(put(b"x", b"1", meta=old))
+    peer.send_fields([b"op", b"DEL", b"key", b"y"])
+    peer.send_fields(put(b"y", b"2", meta=old))
+    peer.send_fields(put(b"z", b"3", meta=old))
+    peer.send_fields([b"op", b"DELETE", b"key", b"z"])
+    store = MemorySyncEngine()
+    async with nodes.engine(peer_config(redis_server), store=store) as engine:
+        await tailing(engine)
+        await caught_up(engine, peer)
+        assert await held(store, "x", "y", "z") == {"x": b"1", "y": b"2", "z": None}
+        (stamp,) = await store.stamps(["x"])
+        assert stamp is not None
+        assert stamp.updated_at == StreamId.parse(first).ms
+        peer.send_fields(put(b"x", b"1", meta=old))
+        await caught_up(engine, peer)
+        assert await store.stamps(["x"]) == [stamp], "content that is held live is current"
+        (gap,) = await engine.ledger()
+        assert (gap.missed, gap.healed_at_ms) == (1, None)
+        assert engine.health_check().peers[0].gaps_open == 1
+    peer.close()
+
+
+@pytest.mark.parametrize(
+    ("before", "full", "empty", "after"),
+    [
+        (100, True, False, 200),
+        (800, True, False, 1000),
+        (1000, True, False, 1000),
+        (100, False, False, 100),
+        (100, False, True, 90),
+        (400, False, True, 360),
+        (55, False, True, 50),
+        (50, False, True, 50),
+    ],
+)
+def test_the_batch_size_adapts(before: int, full: bool, empty: bool, after: int) -> None:
+    """If this fails adaptive_batch_size grows or shrinks in another way than documented."""
+    settings = HotPathConfig(adaptive_batch_size=True, batch_size=before)
+    reader = StreamReader("s", settings, 10_000_000)
+    entries = [] if empty else [[b"1-1", []]]
+    reader.adapt(Read(entries, at_head=not full, full=full, end=reader.position))
+    assert reader.size == after
+
+
+async def test_one_link_copies_at_a_time_by_priority() -> None:
+    """If this fails several bootstraps at once share memory and the store between them."""
+    slot = PrioritySlot()
+    await slot.acquire("first", 5)
+    order: list[str] = []
+
+    async def copy(name: str, priority: int) -> None:
+        await slot.acquire(name, priority)
+        order.append(name)
+        await asyncio.sleep(0)
+        slot.release(name)
+
+    waiting = [
+        asyncio.create_task(copy(name, priority))
+        for name, priority in (("low", 9), ("high", 0), ("gone", 0), ("middle", 4))
+    ]
+    await asyncio.sleep(0)
+    waiting[2].cancel()
+    assert order == []
+    slot.release("first")
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert order == ["high", "middle", "low"]

@@ -28,4 +28,4 @@ async def probe_circuits(
         waits = [c.probe_in_sec for c in circuits if c.state is not CircuitState.CLOSED]
         if waits and min(waits) <= 0:
             grant_probe()
-        await clock.sleep(max(PROBE_INTERVAL_SEC, min(waits, default=0.0)))
+        await clock.sleep(PROBE_INTERVAL_SEC)

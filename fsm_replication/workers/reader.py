@@ -56,6 +56,16 @@ class StreamInfo:
         """The position of a reader who has read everything."""
         return Position(self.last_id, self.added)
 
+    @property
+    def before_first(self) -> Position:
+        """The position of a reader to whom the oldest entry is the next one."""
+        first = self.first_id
+        assert first is not None, "an empty stream has no oldest entry"
+        if first.seq:
+            return Position(StreamId(first.ms, first.seq - 1), self.trimmed)
+        # Entries of the millisecond before have ids up to the largest sequence number.
+        return Position(StreamId(max(0, first.ms - 1), 2**64 - 1 if first.ms else 0), self.trimmed)
+
 
 EMPTY_STREAM: Final = StreamInfo(0, StreamId(0, 0), None, 0)
 

@@ -16,7 +16,6 @@ Memory: at most one reply being worked on and one arriving, each of at most half
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -28,14 +27,14 @@ from fsm_replication.errors import (
     CursorStoreError,
     NetworkError,
     PeerError,
-    ProtocolError,
     ReplicationError,
     ReplyTooLargeError,
 )
 from fsm_replication.layout import Keys
-from fsm_replication.ports import Position, StreamId
+from fsm_replication.ports import BootstrapRow, Cursor, GapRow, Position
 from fsm_replication.reports import LinkFact, PauseReason, Reporter
-from fsm_replication.workers.applier import Applier, Blocked, Chunk, Prepared, Unsettled
+from fsm_replication.workers.applier import Applier, Blocked, Unsettled
+from fsm_replication.workers.chunks import ChunkQueue
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.copier import Copier, OwnItems
@@ -50,8 +49,6 @@ from fsm_replication.workers.reader import (
 
 __all__ = ("Mode", "Tailer")
 
-# Bounds the work of one loop turn; another link's event waits no longer than one chunk takes.
-CHUNK_EVENTS: Final = 200
 BEHIND_MS: Final = 2000
 BEHIND_BATCHES: Final = 10
 HOLD_POLL_SEC: Final = 0.1
@@ -103,7 +100,7 @@ class Tailer:
         self._reader = StreamReader(
             self._keys.stream, context.settings.hot_path, limits.batch_bytes // 2
         )
-        self._pending: deque[Chunk] = deque()
+        self._queue = ChunkQueue(context)
         self._asked_at = 0.0
         self._asked_bulk = False
         self._outstanding: asyncio.Future[list[Any]] | None = None
@@ -139,14 +136,17 @@ class Tailer:
         try:
             try:
                 await self._live()
-            except (NetworkError, PeerError) as error:
+            except (NetworkError, PeerError, CursorStoreError) as error:
+                if isinstance(error, CursorStoreError) and not error.may_pass:
+                    raise
+                # A full or locked disk ends no engine: the link comes back and tries again.
                 self._context.progress.failed(error)
                 self._context.metrics.error(type(error).__name__)
                 report(LinkFact.LOST, str(error), error)
             await self._last_flush()
         finally:
             self._context.copy_slot.release(self)
-            self._forget_pending()
+            self._queue.forget()
             self._lines.close()
             await self._lines.wait_closed()
 
@@ -303,6 +303,9 @@ class Tailer:
         applier = await self._get_applier()
         if not await self._enter_copy_slot(orders):
             return
+        if self._lines.foreign:
+            await self._begin_at_oldest(orders)
+            return
         if self._copier is None:
             context.progress.copied = 0
             self._copier = Copier(
@@ -326,6 +329,34 @@ class Tailer:
             self._lines.asking, self._keys.stream, context.settings.timeouts.command
         )
         self._report_distance(orders, head, info)
+
+    async def _begin_at_oldest(self, orders: _Orders) -> None:
+        """Go on from the oldest entry in a foreign node's stream.
+
+        Its items are not copied, so what the stream no longer holds is an open gap in the ledger.
+        """
+        context, why = self._context, self._gap[1]
+        timeout = context.settings.timeouts.command
+        info = await ask_info(self._lines.asking, self._keys.stream, timeout)
+        start = info.head if info.first_id is None else info.before_first
+        row = BootstrapRow(start, "", self._incarnation, why)
+        gap = None
+        if info.trimmed != 0:
+            told = f"{why}; items of foreign nodes are not copied"
+            now = context.ports.wall_clock.now_ms()
+            gap = GapRow(context.peer_id, now, info.trimmed, told)
+            context.progress.gaps_open += 1
+            context.log.warning("gap_not_healed", missed=info.trimmed, why=told)
+        store, cursor = context.ports.cursor_store, Cursor(start, self._incarnation)
+        await store.begin_bootstrap(context.peer_id, row, gap)
+        await store.finish_bootstrap(context.peer_id, cursor, None)
+        context.cursors.saved(context.peer_id, cursor)
+        context.copy_slot.release(self)
+        if self._outstanding is not None:
+            await self._reopen_reading()
+        self._reader.position = start
+        context.progress.read = context.progress.settled = start
+        self._report_distance(orders, start, info)
 
     async def _enter_copy_slot(self, orders: _Orders) -> bool:
         """Wait for the turn to copy; False if the mode changed first."""
@@ -358,7 +389,7 @@ class Tailer:
                 continue
             if read.gap is not None:
                 return self._must_copy(orders, read.gap, read.gap.reason)
-            self._take_in(read)
+            self._queue.take_in(read)
             if read.at_head and not at_head:
                 await self._work_off(orders)
                 await self._note_head(read)
@@ -454,7 +485,7 @@ class Tailer:
             await self._read_alone(end)
             return
         await self._work_off(orders)
-        if self._pending:
+        if self._queue:
             return
         applier = self._applier
         assert applier is not None
@@ -472,7 +503,7 @@ class Tailer:
         )
         self._reader.position = end
         if entries:
-            self._take_in(Read(entries, at_head=False, full=True, end=end))
+            self._queue.take_in(Read(entries, at_head=False, full=True, end=end))
 
     async def _reopen_reading(self) -> None:
         context = self._context
@@ -487,100 +518,17 @@ class Tailer:
 
     # From entries to settled chunks.
 
-    def _take_in(self, read: Read) -> None:
-        """Queue what was read, cut into chunks."""
-        progress = self._context.progress
-        progress.read = read.end
-        entries = read.entries
-        if not entries:
-            return
-        now = self._context.ports.clock.monotonic()
-        count = read.end.entries_read
-        before = None if count is None else count - len(entries)
-        for begin in range(0, len(entries), CHUNK_EVENTS):
-            part = entries[begin : begin + CHUNK_EVENTS]
-            done = None if before is None else before + begin + len(part)
-            try:
-                first, last = StreamId.parse(part[0][0]), StreamId.parse(part[-1][0])
-            except ValueError as error:
-                raise ProtocolError(f"XREAD: {error}") from None
-            self._pending.append(Chunk(part, Position(last, done), first.ms, now))
-        progress.pending_events += len(entries)
-        progress.newest_ms = max(progress.newest_ms, read.end.stream_id.ms)
-        if read.info is not None:
-            progress.newest_ms = read.info.last_id.ms
-            added, seen = read.info.added, read.end.entries_read
-            progress.unread_events = None if added is None or seen is None else added - seen
-        elif read.at_head:
-            progress.unread_events = 0
-        self._mark_oldest()
-
-    def _mark_oldest(self) -> None:
-        progress = self._context.progress
-        if self._pending:
-            progress.oldest_unsettled_ms = self._pending[0].first_ms
-            progress.oldest_unsettled_seen = self._pending[0].seen_at
-        else:
-            progress.oldest_unsettled_ms = None
-
     async def _work_off(self, orders: _Orders) -> None:
         """Settle the queued chunks in order, until all are or the mode changes."""
-        applier = self._applier
-        assert applier is not None
-        if len(self._pending) == 1:
-            await applier.apply(await applier.prepare(self._pending[0]))
-            self._settled()
-            return
-        running: asyncio.Task[None] | None = None
-        position = 0
-        try:
-            while position < len(self._pending) and self._orders is orders:
-                prepared: Prepared = await applier.prepare(self._pending[position])
-                if running is not None:
-                    await running
-                    running = None
-                    self._settled()
-                    position -= 1
-                running = asyncio.create_task(applier.apply(prepared))
-                position += 1
-                await self._context.ports.clock.sleep(0)
-            if running is not None:
-                await running
-                running = None
-                self._settled()
-        finally:
-            if running is not None:
-                running.cancel()
-                await asyncio.wait((running,))
-                if not running.cancelled():
-                    running.exception()
-
-    def _settled(self) -> None:
-        chunk = self._pending.popleft()
-        progress = self._context.progress
-        progress.pending_events -= len(chunk.entries)
-        progress.settle(chunk.end)
-        self._mark_oldest()
-        self._measure_lag()
-
-    def _measure_lag(self) -> None:
-        context = self._context
-        lag_ms = context.progress.lag_ms(context.ports.clock.monotonic())
-        metrics = context.metrics
-        metrics.lag_ms.set(lag_ms)
-        metrics.lag_seconds.set(lag_ms / 1000)
-        lag_events = context.progress.lag_events()
-        if lag_events is not None:
-            metrics.lag_events.set(lag_events)
-        if lag_ms > context.settings.slo.max_replication_lag_sec * 1000:
-            metrics.slo("replication_lag")
+        assert self._applier is not None
+        await self._queue.work_off(self._applier, lambda: self._orders is not orders)
 
     async def _note_head(self, read: Read) -> None:
         context, progress = self._context, self._context.progress
         progress.succeeded(context.ports.clock.monotonic())
         if read.info is not None or read.entries:
             progress.unread_events = 0
-        if not progress.synced and not self._pending:
+        if not progress.synced and not self._queue:
             progress.synced = True
             context.on_synced()
             try:
@@ -617,7 +565,7 @@ class Tailer:
     async def _last_flush(self) -> None:
         """Try once to settle what is held; what cannot be settled is read again later."""
         context = self._context
-        if not self._pending or self._applier is None:
+        if not self._queue or self._applier is None:
             return
         # Nothing is obeyed any more, so whatever fails counts as interrupted: there is one try.
         self._obeyed = None
@@ -629,10 +577,3 @@ class Tailer:
             context.log.info(
                 "unsettled_dropped", events=context.progress.pending_events, error=error
             )
-
-    def _forget_pending(self) -> None:
-        progress = self._context.progress
-        self._pending.clear()
-        progress.pending_events = 0
-        progress.oldest_unsettled_ms = None
-        progress.unread_events = None

@@ -1,0 +1,134 @@
+"""Entries that were read and are not settled yet, in chunks.
+
+Whatever the mode of a link does meanwhile, a chunk leaves the queue only when it is settled, or
+when the connection it came by is given up: then it is read again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from fsm_replication.errors import ProtocolError
+from fsm_replication.ports import Position, StreamId
+from fsm_replication.workers.applier import Applier, Chunk, Prepared
+from fsm_replication.workers.context import LinkContext
+from fsm_replication.workers.reader import Read
+
+__all__ = ("CHUNK_EVENTS", "ChunkQueue")
+
+# Bounds the work of one loop turn; another link's event waits no longer than one chunk takes.
+CHUNK_EVENTS: Final = 200
+
+
+class ChunkQueue:
+    """The unsettled chunks of one link, oldest first, and the link's lag."""
+
+    def __init__(self, context: LinkContext) -> None:
+        self._context = context
+        self._pending: deque[Chunk] = deque()
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def take_in(self, read: Read) -> None:
+        """Queue what was read, cut into chunks."""
+        progress = self._context.progress
+        progress.read = read.end
+        entries = read.entries
+        if not entries:
+            return
+        now = self._context.ports.clock.monotonic()
+        count = read.end.entries_read
+        before = None if count is None else count - len(entries)
+        for begin in range(0, len(entries), CHUNK_EVENTS):
+            part = entries[begin : begin + CHUNK_EVENTS]
+            done = None if before is None else before + begin + len(part)
+            try:
+                first, last = StreamId.parse(part[0][0]), StreamId.parse(part[-1][0])
+            except ValueError as error:
+                raise ProtocolError(f"XREAD: {error}") from None
+            self._pending.append(Chunk(part, Position(last, done), first.ms, now))
+        progress.pending_events += len(entries)
+        progress.newest_ms = max(progress.newest_ms, read.end.stream_id.ms)
+        if read.info is not None:
+            progress.newest_ms = read.info.last_id.ms
+            added, seen = read.info.added, read.end.entries_read
+            progress.unread_events = None if added is None or seen is None else added - seen
+        elif read.at_head:
+            progress.unread_events = 0
+        self._mark_oldest()
+
+    def _mark_oldest(self) -> None:
+        progress = self._context.progress
+        if self._pending:
+            progress.oldest_unsettled_ms = self._pending[0].first_ms
+            progress.oldest_unsettled_seen = self._pending[0].seen_at
+        else:
+            progress.oldest_unsettled_ms = None
+
+    async def work_off(self, applier: Applier, interrupted: Callable[[], bool]) -> None:
+        """Settle the chunks in order, until all are or the work is interrupted.
+
+        A chunk is decoded while the one before is on its way to the store.
+
+        :raises Blocked: if the link must pause.
+        :raises Unsettled: if a store call failed and the mode has changed meanwhile.
+        """
+        if len(self._pending) == 1:
+            await applier.apply(await applier.prepare(self._pending[0]))
+            self._settled()
+            return
+        running: asyncio.Task[None] | None = None
+        position = 0
+        try:
+            while position < len(self._pending) and not interrupted():
+                prepared: Prepared = await applier.prepare(self._pending[position])
+                if running is not None:
+                    await running
+                    running = None
+                    self._settled()
+                    position -= 1
+                running = asyncio.create_task(applier.apply(prepared))
+                position += 1
+                await self._context.ports.clock.sleep(0)
+            if running is not None:
+                await running
+                running = None
+                self._settled()
+        finally:
+            if running is not None:
+                running.cancel()
+                await asyncio.wait((running,))
+                if not running.cancelled():
+                    running.exception()
+
+    def _settled(self) -> None:
+        chunk = self._pending.popleft()
+        progress = self._context.progress
+        progress.pending_events -= len(chunk.entries)
+        progress.settle(chunk.end)
+        self._mark_oldest()
+        self._measure_lag()
+
+    def _measure_lag(self) -> None:
+        context = self._context
+        lag_ms = context.progress.lag_ms(context.ports.clock.monotonic())
+        metrics = context.metrics
+        metrics.lag_ms.set(lag_ms)
+        metrics.lag_seconds.set(lag_ms / 1000)
+        lag_events = context.progress.lag_events()
+        if lag_events is not None:
+            metrics.lag_events.set(lag_events)
+        if lag_ms > context.settings.slo.max_replication_lag_sec * 1000:
+            metrics.slo("replication_lag")
+
+    def forget(self) -> None:
+        """Drop what is not settled; it is read again."""
+        progress = self._context.progress
+        self._pending.clear()
+        progress.pending_events = 0
+        progress.oldest_unsettled_ms = None
+        progress.unread_events = None
