@@ -36,12 +36,18 @@ def mermaid(table: Table) -> str:
 
 
 def _arrows(table: Table, inside: set[StrEnum] | None) -> Iterator[str]:
-    """Yield the arrows within one group, or those that are within none."""
+    """Yield the arrows within one group, or those that are within none.
+
+    Triggers that lead the same way share an arrow: drawn side by side, one would cover the other.
+    """
+    labels: dict[tuple[str, StrEnum], list[str]] = {}
     for row in table.rows:
         for source in _sources(table, row):
             within = _group_around(table, source, row.dest)
             if (within is None) == (inside is None) and (inside is None or row.dest in inside):
-                yield f"{source} --> {row.dest} : {row.label()}"
+                labels.setdefault((source, row.dest), []).append(row.label())
+    for (source, dest), told in labels.items():
+        yield f"{source} --> {dest} : {'<br/>'.join(told)}"
 
 
 def _sources(table: Table, row: Row) -> list[str]:

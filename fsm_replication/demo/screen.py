@@ -119,7 +119,7 @@ def _screen(mesh: Mesh, progress: Progress, topology: Topology, rates: _Rates) -
         f" {progress.changes:,} changes ({rate:,.0f}/s)"
     )
     bar = ProgressBar(total=max(1, progress.commits_total), completed=progress.commits, width=60)
-    return Group(table, bar, Text(said))
+    return Group(table, Text(said), bar)
 
 
 def _verdict(verdict: Verdict) -> RenderableType:
