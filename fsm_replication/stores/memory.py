@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
 from fsm_replication.items import (
+    CONTENT_TYPES,
     EMPTY_HASH,
+    NUMBER_MAX,
     Stamp,
     SyncItem,
     check_key,
@@ -47,8 +49,9 @@ class MemorySyncEngine(SyncEngine):
         self._incarnation = uuid.uuid4().hex
         self._items: dict[str, SyncItem] = {}
         self._live = 0
-        # When each tombstone may be forgotten; one that was replaced is passed over.
-        self._forget_at: list[tuple[int, str, int]] = []
+        # When each tombstone may be forgotten, with its time and version; one that was replaced
+        # is passed over.
+        self._forget_at: list[tuple[int, str, int, int]] = []
 
     async def incarnation(self) -> str:
         """Return a name that is new for every object."""
@@ -91,15 +94,20 @@ class MemorySyncEngine(SyncEngine):
 
     def _remember(self, tombstone: SyncItem, now: int) -> None:
         until = max(tombstone.updated_at + self._ttl_ms, now) + self._grace_ms
-        heapq.heappush(self._forget_at, (until, tombstone.key, tombstone.updated_at))
+        entry = (until, tombstone.key, tombstone.updated_at, tombstone.version)
+        heapq.heappush(self._forget_at, entry)
 
     def _forget(self, now: int) -> None:
         for _ in range(FORGET_MAX):
             if not self._forget_at or self._forget_at[0][0] > now:
                 return
-            _, key, updated_at = heapq.heappop(self._forget_at)
+            _, key, updated_at, version = heapq.heappop(self._forget_at)
             held = self._items.get(key)
-            if held is not None and held.deleted and held.updated_at == updated_at:
+            if (
+                held is not None
+                and held.deleted
+                and (held.updated_at, held.version) == (updated_at, version)
+            ):
                 del self._items[key]
 
     async def get_many(self, keys: Sequence[str]) -> list[SyncItem | None]:
@@ -126,8 +134,12 @@ class MemorySyncEngine(SyncEngine):
         """Write locally; returns the item as it is held.
 
         :raises InvalidKeyError: if the key is not one.
+        :raises ValueError: if the content type is neither binary nor json, or if the held item's
+            time or version is the largest there can be.
         """
         check_key(key)
+        if content_type not in CONTENT_TYPES:
+            raise ValueError(f"content_type is 'binary' or 'json', not {content_type!r}")
         digest = content_hash(content)
         updated_at, version = self._next(key)
         item = SyncItem(
@@ -140,6 +152,7 @@ class MemorySyncEngine(SyncEngine):
         """Delete locally; returns whether there was a live item.
 
         :raises InvalidKeyError: if the key is not one.
+        :raises ValueError: if the held item's time or version is the largest there can be.
         """
         check_key(key)
         held = self._items.get(key)
@@ -155,7 +168,10 @@ class MemorySyncEngine(SyncEngine):
     def _next(self, key: str) -> tuple[int, int]:
         held = self._items.get(key)
         now = self._wall_clock.now_ms()
-        return next_stamp(None if held is None else held.stamp, now)
+        updated_at, version = next_stamp(None if held is None else held.stamp, now)
+        if updated_at > NUMBER_MAX or version > NUMBER_MAX:
+            raise ValueError(f"{key!r}: version or updated_at would go over 2**53-1")
+        return updated_at, version
 
     def __len__(self) -> int:
         return self._live

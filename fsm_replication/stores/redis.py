@@ -7,20 +7,30 @@ items and 4 MiB a call), because Redis serves nobody else meanwhile.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
+import re
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
 import zstandard
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import (
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
 
 from fsm_replication.errors import (
     BadEntryError,
+    ConfigError,
+    InvalidKeyError,
     PeerReplyError,
     ReplicationError,
     StoreError,
@@ -57,8 +67,14 @@ BYTES_PER_CALL: Final = 4 * 1024 * 1024
 SCAN_COUNT: Final = 500
 # After Redis refused a write for lack of memory or the like, links pause this long.
 REFUSAL_SEC: Final = 1.0
-_REFUSALS: Final = ("OOM", "READONLY", "MISCONF", "NOREPLICAS")
-_OUTCOMES: Final = {ord("0"): Outcome.APPLIED, ord("1"): Outcome.SUPERSEDED}
+STAMPS_PER_FLIGHT: Final = 1000
+_REFUSALS: Final = re.compile(r"\b(?:OOM|READONLY|MISCONF|NOREPLICAS)\b")
+_OUTCOMES: Final = {
+    ord("0"): Outcome.APPLIED,
+    ord("1"): Outcome.SUPERSEDED,
+    ord("2"): Outcome.REFUSED,
+}
+_NO_ITEM: Final = "its key holds something that is no item"
 _TYPE_BYTE: Final = {"binary": b"\x00", "json": b"\x01"}
 
 
@@ -67,8 +83,11 @@ class RedisSyncEngine(SyncEngine):
 
     ``url`` is redis://, rediss:// or unix://. ``redis_prefix`` stands before every key and carries
     its own trailing colon. The stream is trimmed to about ``stream_maxlen`` entries. Tombstones
-    are kept until max(expiry, arrival) + grace. Times are in seconds, sizes in bytes. Use it as
-    an async context manager, or call ``open`` and ``close``.
+    are kept until max(expiry, arrival) + grace. Times are in seconds, sizes in bytes. More calls at
+    once than ``connections_max`` wait for each other. Use it as an async context manager, or call
+    ``open`` and ``close``.
+
+    :raises ConfigError: if the URL cannot be used.
     """
 
     def __init__(
@@ -92,9 +111,11 @@ class RedisSyncEngine(SyncEngine):
         self._timeout_sec = timeout_sec
         self._rng = rng or random.SystemRandom()
         self._transport = transport or RedisTransport(clock)
-        # Replication writes over a connection of its own for each peer: batches of one peer stay
-        # in order, and a cancelled call costs nobody else a connection.
+        # Replication writes over a connection of its own for each peer, one call at a time:
+        # batches of one peer stay in order, and a cancelled call costs nobody else a connection.
         self._lanes: dict[str, Connection] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._closed = False
         self.keys = Keys(redis_prefix)
         self._where = redact(url)
         self._maxlen = stream_maxlen
@@ -108,19 +129,27 @@ class RedisSyncEngine(SyncEngine):
         self._meta_tail = f',"origin":{json.dumps(node_id, ensure_ascii=False)}}}'.encode()
         self._incarnation: str | None = None
         self._refused_until = 0.0
-        self._redis = Redis.from_url(
-            url,
-            decode_responses=False,
-            protocol=2,
-            socket_timeout=timeout_sec,
-            socket_connect_timeout=timeout_sec,
-            max_connections=connections_max,
-            retry=Retry(NoBackoff(), 0),
-            health_check_interval=0,
-        )
+        try:
+            pool = BlockingConnectionPool.from_url(
+                url,
+                decode_responses=False,
+                protocol=2,
+                socket_timeout=timeout_sec,
+                socket_connect_timeout=timeout_sec,
+                max_connections=connections_max,
+                timeout=timeout_sec,
+                retry=Retry(NoBackoff(), 0),
+                health_check_interval=0,
+            )
+        except ValueError:
+            # What it says quotes the part it could not read, which may be a part of the password.
+            raise ConfigError(
+                ["the store's URL is not a redis://, rediss:// or unix:// URL"]
+            ) from None
+        self._redis = Redis.from_pool(pool)
         self._scripts = {
             text: self._redis.register_script(text)
-            for text in (scripts.OPEN, scripts.APPLY, scripts.PUT, scripts.DELETE)
+            for text in (scripts.OPEN, scripts.APPLY, scripts.PUT, scripts.DELETE, scripts.FETCH)
         }
 
     # Opening and closing.
@@ -130,6 +159,7 @@ class RedisSyncEngine(SyncEngine):
 
         :raises StoreError: if Redis cannot be reached, is too old, or belongs to another node.
         """
+        self._closed = False
         await self._check_server()
         problem, value = await self._run(
             scripts.OPEN,
@@ -160,11 +190,12 @@ class RedisSyncEngine(SyncEngine):
             raise StoreError(f"{self._where} runs Redis {info['redis_version']}, 6.2 is needed")
 
     async def close(self) -> None:
-        """Close all connections; a second call does nothing."""
-        for lane in self._lanes.values():
+        """Close all connections; calls under way and later ones fail; a second call does nothing."""
+        self._closed = True
+        while self._lanes:
+            _, lane = self._lanes.popitem()
             lane.close()
             await lane.wait_closed()
-        self._lanes.clear()
         await self._redis.aclose()
 
     async def __aenter__(self) -> Self:
@@ -200,7 +231,7 @@ class RedisSyncEngine(SyncEngine):
         return text
 
     def should_accept_writes(self) -> bool:
-        """Return False for a second after Redis refused a write (out of memory, read-only)."""
+        """Return False for a second after Redis refused a write: out of memory, read-only, ..."""
         return self._clock.monotonic() >= self._refused_until
 
     async def apply_many(
@@ -208,20 +239,30 @@ class RedisSyncEngine(SyncEngine):
     ) -> ApplyResult:
         """Keep what is newer, publish it, and note the peer's position with the last part.
 
+        A change is refused where its key in Redis holds something that is no item.
+
         :raises StoreError: if Redis fails; what was applied until then stays applied.
         """
         outcomes: list[Outcome] = []
         live_deleted = 0
         reasons: dict[int, str] = {}
-        lane = await self._lane(received.peer_id if received is not None else "")
-        for args, last in self._calls(changes, received):
-            peer, position = _position_args(received) if last else ("", "")
-            codes, deleted = await self._apply(lane, peer, position, args)
-            outcomes += [_OUTCOMES[code] for code in codes]
-            live_deleted += deleted
+        peer_id = received.peer_id if received is not None else ""
+        lock = self._locks.get(peer_id)
+        if lock is None:
+            lock = self._locks[peer_id] = asyncio.Lock()
+        async with lock:
+            lane = await self._lane(peer_id)
+            for args, last in self._calls(changes, received):
+                peer, position = _position_args(received) if last else ("", "")
+                codes, deleted = await self._apply(lane, peer, position, args)
+                outcomes += [_OUTCOMES[code] for code in codes]
+                live_deleted += deleted
+        if Outcome.REFUSED in outcomes:
+            reasons = {i: _NO_ITEM for i, o in enumerate(outcomes) if o is Outcome.REFUSED}
         return ApplyResult(outcomes, reasons, live_deleted)
 
     async def _lane(self, peer_id: str) -> Connection:
+        self._check_open()
         lane = self._lanes.get(peer_id)
         if lane is None or lane.closed:
             try:
@@ -230,8 +271,16 @@ class RedisSyncEngine(SyncEngine):
                 )
             except ReplicationError as error:
                 raise self._store_error(error) from None
+            if self._closed:
+                lane.close()
+                await lane.wait_closed()
+                self._check_open()
             self._lanes[peer_id] = lane
         return lane
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreError(f"{self._where}: the store was closed")
 
     async def _apply(
         self, lane: Connection, peer_id: str, position: str, args: Sequence[bytes | str | int]
@@ -283,34 +332,54 @@ class RedisSyncEngine(SyncEngine):
         :raises StoreError: if Redis fails or an item cannot be read.
         """
         found: list[SyncItem | None] = []
-        for begin in range(0, len(keys), ITEMS_PER_CALL):
-            part = keys[begin : begin + ITEMS_PER_CALL]
-            values = await self._call("MGET", *(self.keys.item(key) for key in part))
-            found += [
-                None if raw is None else self._decode(key, raw)
-                for key, raw in zip(part, values, strict=True)
-            ]
+        while len(found) < len(keys):
+            found += await self._fetch(keys[len(found) : len(found) + ITEMS_PER_CALL])
         return found
+
+    async def _fetch(self, keys: Sequence[str]) -> list[SyncItem | None]:
+        """Return what is held for the first of these keys, as many as fit a bounded reply."""
+        args = [self.keys.item_prefix, BYTES_PER_CALL, *keys]
+        raws = await self._run(scripts.FETCH, [], args)
+        return [
+            None if raw is None else self._decode(key, raw)
+            for key, raw in zip(keys, raws, strict=False)
+        ]
 
     def _decode(self, key: str, raw: bytes) -> SyncItem:
         try:
             return decode_item(key, raw, self._decoder)
-        except BadEntryError as error:
+        except (BadEntryError, InvalidKeyError) as error:
             raise StoreError(f"{self._where}: the item {key!r} cannot be read: {error}") from None
 
     async def stamps(self, keys: Sequence[str]) -> list[Stamp | None]:
-        """Return the order tuples of what is held.
+        """Return the order tuples of what is held, None also where a key holds no item.
+
+        (The change that comes next is then refused by itself, and its neighbours are not held up.)
 
         :raises StoreError: if Redis fails.
         """
+        self._check_open()
+        found: list[Stamp | None] = []
+        for begin in range(0, len(keys), STAMPS_PER_FLIGHT):
+            try:
+                async with self._redis.pipeline(transaction=False) as pipe:
+                    for key in keys[begin : begin + STAMPS_PER_FLIGHT]:
+                        pipe.getrange(self.keys.item(key), 0, STAMP_BYTES - 1)
+                    raws = await pipe.execute(raise_on_error=False)
+            except (RedisError, OSError) as error:
+                raise self._store_error(error) from None
+            found += map(self._stamp, raws)
+        return found
+
+    def _stamp(self, raw: bytes | Exception) -> Stamp | None:
+        if isinstance(raw, Exception):
+            if "WRONGTYPE" in str(raw):
+                return None
+            raise self._store_error(raw)
         try:
-            async with self._redis.pipeline(transaction=False) as pipe:
-                for key in keys:
-                    pipe.getrange(self.keys.item(key), 0, STAMP_BYTES - 1)
-                raws = await pipe.execute()
-            return [decode_stamp(raw) if raw else None for raw in raws]
-        except (RedisError, OSError, BadEntryError) as error:
-            raise self._store_error(error) from None
+            return decode_stamp(raw) if raw else None
+        except BadEntryError:
+            return None
 
     async def applied_position(self, peer_id: str) -> Position | None:
         """Return the position stored with the last batch from this peer.
@@ -330,7 +399,8 @@ class RedisSyncEngine(SyncEngine):
 
         :raises InvalidKeyError: if the key is not one.
         :raises ValueError: if the content is too large or its type is neither binary nor json.
-        :raises StoreError: if Redis fails; the write may then have happened or not.
+        :raises StoreError: if Redis fails, and the write may then have happened or not; or if the
+            key in Redis holds something that is no item.
         """
         return (await self.put_many([(key, content)], content_type))[0]
 
@@ -341,21 +411,25 @@ class RedisSyncEngine(SyncEngine):
     ) -> list[SyncItem]:
         """Write several items, each as ``put`` would, in as few calls as are short enough.
 
+        :raises InvalidKeyError: if a key is not one; then nothing was written.
+        :raises ValueError: if a content is too large or the type unknown, and then nothing was
+            written; or if an item's version cannot go up, and then some may have been.
         :raises StoreError: if Redis fails; some of the writes may then have happened.
         """
         pairs = list(items.items()) if isinstance(items, Mapping) else list(items)
         if content_type not in CONTENT_TYPES:
             raise ValueError(f"content_type is 'binary' or 'json', not {content_type!r}")
-        written: list[SyncItem] = []
-        batch: list[tuple[str, bytes]] = []
-        args: list[Any] = []
-        filled = 0
         for key, content in pairs:
             check_key(key)
             if len(content) > self._payload_bytes:
                 raise ValueError(
                     f"{key!r}: {len(content)} bytes of content, the limit is {self._payload_bytes}"
                 )
+        written: list[SyncItem] = []
+        batch: list[tuple[str, bytes]] = []
+        args: list[Any] = []
+        filled = 0
+        for key, content in pairs:
             if batch and (len(batch) >= ITEMS_PER_CALL or filled + len(content) > BYTES_PER_CALL):
                 written += await self._put_batch(batch, args, content_type)
                 batch, args, filled = [], [], 0
@@ -426,16 +500,23 @@ class RedisSyncEngine(SyncEngine):
             cursor, raws = await self._call(
                 "SCAN", cursor, "MATCH", glob_escape(begin) + "*", "COUNT", SCAN_COUNT
             )
-            keys = [raw[cut:].decode() for raw in raws]
-            for item in await self.get_many(keys):
-                if item is not None and not item.deleted:
-                    yield item
+            try:
+                keys = [raw[cut:].decode() for raw in raws]
+            except UnicodeDecodeError as error:
+                raise StoreError(f"{self._where}: a key is not UTF-8: {error.object!r}") from None
+            while keys:
+                items = await self._fetch(keys[:ITEMS_PER_CALL])
+                keys = keys[len(items) :]
+                for item in items:
+                    if item is not None and not item.deleted:
+                        yield item
             if int(cursor) == 0:
                 return
 
     # Calls to Redis; foreign exceptions end here.
 
     async def _call(self, *args: Any) -> Any:
+        self._check_open()
         try:
             return await self._redis.execute_command(*args)  # type: ignore[no-untyped-call]
         except (RedisError, OSError) as error:
@@ -443,6 +524,7 @@ class RedisSyncEngine(SyncEngine):
 
     async def _run(self, text: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
         script = self._scripts[text]
+        self._check_open()
         try:
             try:
                 return await self._redis.evalsha(script.sha, len(keys), *keys, *args)
@@ -453,11 +535,14 @@ class RedisSyncEngine(SyncEngine):
                 raise ValueError(
                     f"{str(error)[6:]!r}: version or updated_at would go over 2**53-1"
                 ) from None
+            if isinstance(error, ResponseError) and str(error).startswith("NOITEM "):
+                raise StoreError(f"{self._where}: {str(error)[7:]!r}: {_NO_ITEM}") from None
             raise self._store_error(error) from None
 
     def _store_error(self, error: Exception) -> StoreError:
         text = (str(error) or type(error).__name__).removeprefix(f"{self._where}: ")
-        if any(word in text for word in _REFUSALS) or "OutOfMemory" in type(error).__name__:
+        # redis-py has a class for some of these, and then takes the word out of the text.
+        if isinstance(error, ReadOnlyError | OutOfMemoryError) or _REFUSALS.search(text):
             self._refused_until = self._clock.monotonic() + REFUSAL_SEC
         return StoreError(f"{self._where}: {text}")
 

@@ -13,10 +13,21 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ("APPLY", "DELETE", "OPEN", "PUT")
+__all__ = ("APPLY", "DELETE", "FETCH", "OPEN", "PUT")
 
 # newer(a, b): whether stamp a is larger than stamp b; both are 50 bytes.
+# held_stamp(): the stamp of what is held, "" where nothing is, and false where something stands
+# that is no item: that is somebody's, and is neither overwritten nor taken for an item.
 _NEWER: Final = """
+local function held_stamp(item_key)
+  local held = redis.pcall('GETRANGE', item_key, 0, 49)
+  if type(held) == 'table' then
+    if string.find(held.err, 'WRONGTYPE', 1, true) then return false end
+    redis.call('GETRANGE', item_key, 0, 49)
+  end
+  if held ~= '' and #held < 50 then return false end
+  return held
+end
 local function newer(a, b)
   if a == b then return false end
   local at, av = struct.unpack('>I8I8', a)
@@ -52,7 +63,8 @@ end
 """
 
 # KEYS: marker. ARGV: node id, format, ttl in ms, resolver, new incarnation.
-# Returns the incarnation, or an error text after "-".
+# Returns "" and the incarnation; or, of a Redis that is not ours, the field that differs and its
+# value.
 OPEN: Final = """
 local held = redis.call('HMGET', KEYS[1], 'node_id', 'format', 'tombstone_ttl_ms', 'resolver')
 if held[1] and held[1] ~= ARGV[1] then return {'node_id', held[1]} end
@@ -65,7 +77,8 @@ return {'', redis.call('HGET', KEYS[1], 'incarnation')}
 
 # KEYS: stream, positions. ARGV: maxlen, ttl in ms, grace in ms, item prefix, peer id, position,
 # then key, value, digest in hex, meta for each item. An empty position is not kept.
-# Returns one code per item (0 applied, 1 superseded) as a string, and the live items deleted.
+# Returns one code per item (0 applied, 1 superseded, 2 refused: what is held is no item) as a
+# string, and the live items deleted.
 APPLY: Final = (
     _NEWER
     + _KEEP
@@ -76,9 +89,11 @@ local codes, live_deleted = {}, 0
 for i = 7, #ARGV, 4 do
   local key, value = ARGV[i], ARGV[i + 1]
   local item_key = prefix .. key
-  local held = redis.call('GETRANGE', item_key, 0, 49)
+  local held = held_stamp(item_key)
   local code = '1'
-  if held == '' or newer(string.sub(value, 1, 50), held) then
+  if not held then
+    code = '2'
+  elseif held == '' or newer(string.sub(value, 1, 50), held) then
     local deleted = string.byte(value, 17) == 1
     local expiry = 0
     if deleted then expiry = struct.unpack('>I8', value) + ttl end
@@ -119,7 +134,9 @@ local out = {}
 for i = 3, #ARGV, 5 do
   local key = ARGV[i]
   local item_key = ARGV[2] .. key
-  local at, version = next_stamp(redis.call('GETRANGE', item_key, 0, 49))
+  local held = held_stamp(item_key)
+  if not held then return redis.error_reply('NOITEM ' .. key) end
+  local at, version = next_stamp(held)
   if at > LIMIT or version > LIMIT then return redis.error_reply('RANGE ' .. key) end
   local value = struct.pack('>I8I8B', at, version, 0) .. ARGV[i + 1]
   local at_text, version_text = string.format('%.0f', at), string.format('%.0f', version)
@@ -140,7 +157,8 @@ DELETE: Final = (
     + _NEXT
     + """
 local item_key = ARGV[2] .. ARGV[3]
-local held = redis.call('GETRANGE', item_key, 0, 49)
+local held = held_stamp(item_key)
+if not held then return redis.error_reply('NOITEM ' .. ARGV[3]) end
 if held == '' or string.byte(held, 17) == 1 then return 0 end
 local at, version = next_stamp(held)
 if at > LIMIT or version > LIMIT then return redis.error_reply('RANGE ' .. ARGV[3]) end
@@ -151,3 +169,22 @@ keep(item_key, ARGV[3], value, '', meta, true, at + tonumber(ARGV[6]) + tonumber
 return 1
 """
 )
+
+# ARGV: item prefix, bytes to stop after, then keys. Returns the values of the first of them, as MGET
+# would, in a reply that is larger than the limit by one value at most.
+FETCH: Final = """
+local values, filled, limit = {}, 0, tonumber(ARGV[2])
+for i = 3, #ARGV do
+  local value = redis.pcall('GET', ARGV[1] .. ARGV[i])
+  if type(value) == 'table' then
+    if not string.find(value.err, 'WRONGTYPE', 1, true) then
+      redis.call('GET', ARGV[1] .. ARGV[i])
+    end
+    value = false
+  end
+  values[#values + 1] = value
+  if value then filled = filled + #value end
+  if filled > limit then break end
+end
+return values
+"""

@@ -1,0 +1,296 @@
+"""Peers that go away, freeze, come back older or empty; and stores that lose their memory."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import pytest
+import pytest_asyncio
+from conftest import Nodes, Peer, held, peer_config, until
+
+from fsm_replication.config import (
+    HotPathConfig,
+    PeerHealthConfig,
+    Settings,
+    StartupConfig,
+    TimeoutsConfig,
+)
+from fsm_replication.engine import ReplicationEngine
+from fsm_replication.errors import CursorStoreError, WorkerCrashedError
+from fsm_replication.items import SyncItem
+from fsm_replication.layout import Keys
+from fsm_replication.retry import RetryProfile
+from fsm_replication.servers import RedisServer
+from fsm_replication.stores import MemorySyncEngine, RedisSyncEngine
+from fsm_replication.stores.protocol import ApplyResult, Received
+from fsm_replication.tables import EngineState, PeerState
+
+QUICK = Settings(
+    hot_path=HotPathConfig(block_timeout=0.2),
+    timeouts=TimeoutsConfig(connect=0.3, command=0.3, ping=0.2),
+    startup=StartupConfig(when_no_peer="run"),
+    peer_health=PeerHealthConfig(ping_interval_sec=0.1, idle_threshold_sec=0),
+)
+
+
+@pytest_asyncio.fixture
+async def server() -> AsyncIterator[RedisServer]:
+    """A server of the test's own, to be killed and frozen, that keeps what it acknowledged."""
+    with RedisServer(persist=True) as made:
+        yield made
+
+
+async def reaches(engine: ReplicationEngine, state: PeerState) -> None:
+    """Wait for a state of the link to a."""
+    await engine.wait_for_state(state, peer_id="a", timeout=15)
+
+
+async def test_a_frozen_peer_is_noticed_and_found_again(nodes: Nodes, server: RedisServer) -> None:
+    """If this fails a peer that hangs holds its link for ever."""
+    peer = Peer(server)
+    peer.write_marker()
+    store = MemorySyncEngine()
+    async with nodes.engine(peer_config(server), store=store, settings=QUICK) as engine:
+        await reaches(engine, PeerState.TAILING)
+        peer.send("x", b"1")
+        await until(lambda: len(store) == 1)
+        server.pause()
+        await reaches(engine, PeerState.BACKOFF)
+        server.resume()
+        peer.send("y", b"2")
+        await until(lambda: len(store) == 2)
+        await reaches(engine, PeerState.TAILING)
+    peer.close()
+
+
+@pytest.mark.parametrize("when", ["tailing", "backoff", "connecting"])
+async def test_a_frozen_peer_does_not_delay_a_shutdown(
+    nodes: Nodes, server: RedisServer, when: str
+) -> None:
+    """If this fails stopping a node takes as long as a peer pleases."""
+    peer = Peer(server)
+    peer.write_marker()
+    peer.close()
+    engine = nodes.engine(peer_config(server), settings=QUICK)
+    await engine.start()
+    await reaches(engine, PeerState.TAILING)
+    server.pause()
+    try:
+        if when != "tailing":
+            await reaches(engine, PeerState.BACKOFF)
+        if when == "connecting":
+            await reaches(engine, PeerState.CONNECTING)
+        began = time.monotonic()
+        await engine.shutdown()
+        assert time.monotonic() - began < 1
+        assert engine.state is EngineState.STOPPED
+    finally:
+        server.resume()
+
+
+async def test_a_peer_that_is_killed_loses_nothing(nodes: Nodes, server: RedisServer) -> None:
+    """If this fails a restart of a peer's Redis leaves a hole."""
+    peer = Peer(server)
+    peer.write_marker()
+    store = MemorySyncEngine()
+    async with nodes.engine(peer_config(server), store=store, settings=QUICK) as engine:
+        await reaches(engine, PeerState.TAILING)
+        for number in range(300):
+            peer.send(f"k{number}", b"1")
+        server.kill()
+        await reaches(engine, PeerState.BACKOFF)
+        server.start()
+        peer.send("after", b"1")
+        await until(lambda: len(store) == 301)
+        await reaches(engine, PeerState.TAILING)
+        triggers = {record.trigger for record in engine.journal}
+        assert {"connection_lost", "disconnected", "retry"} <= triggers
+    peer.close()
+
+
+async def test_a_peer_that_is_down_at_start_joins_later(nodes: Nodes, server: RedisServer) -> None:
+    """If this fails a node must be restarted when a peer comes up after it."""
+    peer = Peer(server)
+    peer.write_marker()
+    peer.send("x", b"1")
+    server.kill()
+    store = MemorySyncEngine()
+    async with nodes.engine(peer_config(server), store=store, settings=QUICK) as engine:
+        await reaches(engine, PeerState.BACKOFF)
+        assert not engine.health_check().ready
+        server.start()
+        await until(lambda: len(store) == 1)
+        assert engine.health_check().ready
+    peer.close()
+
+
+async def test_a_peer_that_came_back_empty_takes_nothing_away(
+    nodes: Nodes, server: RedisServer
+) -> None:
+    """If this fails an emptied peer deletes the items of others, or is never read again (G5)."""
+    peer = Peer(server)
+    peer.write_marker()
+    store = MemorySyncEngine()
+    async with nodes.engine(peer_config(server), store=store, settings=QUICK) as engine:
+        await reaches(engine, PeerState.TAILING)
+        for number in range(20):
+            peer.send(f"k{number}", b"1")
+        await until(lambda: len(store) == 20)
+        peer.client.flushall()
+        peer.client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        await reaches(engine, PeerState.BACKOFF)
+        peer.write_marker(incarnation="another")
+        peer.send("new", b"2")
+        await until(lambda: len(store) == 21)
+        await reaches(engine, PeerState.TAILING)
+        assert (await held(store, "k0", "new")) == {"k0": b"1", "new": b"2"}
+    peer.close()
+
+
+async def test_a_local_store_that_came_back_empty_is_filled_again(
+    nodes: Nodes, redis_servers: Callable[[], RedisServer]
+) -> None:
+    """If this fails a node whose Redis was emptied goes on from a cursor and stays empty (G2)."""
+    source, target = redis_servers(), redis_servers()
+    peer = Peer(source)
+    peer.write_marker()
+    mine = Peer(target, "b")
+    async with RedisSyncEngine(target.url, node_id="b") as store:
+        async with nodes.engine(peer_config(source), store=store) as engine:
+            await reaches(engine, PeerState.TAILING)
+            sent = {f"k{n}": peer.send(f"k{n}", b"%d" % n).content for n in range(50)}
+            await until(lambda: mine.client.xlen(Keys().stream) == 50)
+        mine.client.flushall()
+    async with (
+        RedisSyncEngine(target.url, node_id="b") as store,
+        nodes.engine(peer_config(source), store=store) as engine,
+    ):
+        await reaches(engine, PeerState.TAILING)
+        assert await held(store, *sent) == sent
+        whys = [r.why for r in engine.journal if r.dest is PeerState.BOOTSTRAPPING]
+        assert whys == ["the local store is another incarnation"]
+    peer.close()
+    mine.close()
+
+
+async def test_a_local_store_that_lost_its_last_second_reads_it_again(
+    nodes: Nodes, redis_servers: Callable[[], RedisServer]
+) -> None:
+    """If this fails what a local Redis forgot in a crash is never read again (G2)."""
+    source, target = redis_servers(), redis_servers()
+    peer = Peer(source)
+    peer.write_marker()
+    mine = Peer(target, "b")
+    async with RedisSyncEngine(target.url, node_id="b") as store:
+        async with nodes.engine(peer_config(source), store=store) as engine:
+            await reaches(engine, PeerState.TAILING)
+            peer.send("first", b"1")
+            await until(lambda: mine.client.xlen(Keys().stream) == 1)
+            before = mine.client.hgetall(Keys().positions)
+            peer.send("lost", b"2")
+            await until(lambda: mine.client.xlen(Keys().stream) == 2)
+        # As after a crash with appendfsync everysec: the item and its position are gone together.
+        mine.client.delete(Keys().item("lost"))
+        mine.client.hset(Keys().positions, mapping=before)  # type: ignore[arg-type]
+        async with nodes.engine(peer_config(source), store=store) as engine:
+            await reaches(engine, PeerState.TAILING)
+            await until(lambda: mine.client.exists(Keys().item("lost")))
+    peer.close()
+    mine.close()
+
+
+async def test_a_slow_peer_does_not_slow_the_others(
+    nodes: Nodes, redis_servers: Callable[[], RedisServer], server: RedisServer
+) -> None:
+    """If this fails one bad peer holds up what the others send (G8)."""
+    good = Peer(redis_servers(), "good")
+    bad = Peer(server, "a")
+    for peer in (good, bad):
+        peer.write_marker()
+    store = MemorySyncEngine()
+    peers = [peer_config(good.server, "good"), peer_config(server)]
+    async with nodes.engine(*peers, store=store, settings=QUICK) as engine:
+        await engine.wait_synced(10)
+        server.pause()
+        began = time.monotonic()
+        for number in range(50):
+            good.send(f"k{number}", b"1")
+        await until(lambda: len(store) == 50)
+        assert time.monotonic() - began < 5
+        server.resume()
+    good.close()
+    bad.close()
+
+
+async def test_a_worker_that_keeps_dying_ends_the_engine(
+    nodes: Nodes, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails a bug in a worker makes a node spin for ever, looking alive."""
+    from fsm_replication.workers import tailer
+
+    peer = Peer(redis_server)
+    peer.write_marker()
+    peer.close()
+
+    async def broken(_self: object, _orders: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(tailer.Tailer, "_decide", broken)
+    quick = RetryProfile(0.01, 1.0, 0.01)
+    monkeypatch.setattr("fsm_replication.peer_link.DAEMON", quick)
+    engine = nodes.engine(peer_config(redis_server), settings=QUICK)
+    await engine.start()
+    with pytest.raises(WorkerCrashedError, match="died 6 times within a minute"):
+        async with asyncio.timeout(60):
+            await engine.wait_closed()
+    assert engine.state is EngineState.FAILED
+
+
+async def test_a_removed_cursor_file_ends_the_engine(
+    nodes: Nodes, redis_server: RedisServer
+) -> None:
+    """If this fails a node goes on without a memory, and nobody is told."""
+    peer = Peer(redis_server)
+    peer.write_marker()
+    engine = nodes.engine(peer_config(redis_server), settings=QUICK)
+    await engine.start()
+    await reaches(engine, PeerState.TAILING)
+    (nodes.folder / "b.db").unlink()
+    peer.send_fields([b"op", b"X"])
+    with pytest.raises(CursorStoreError, match="removed or replaced"):
+        async with asyncio.timeout(15):
+            await engine.wait_closed()
+    assert engine.state is EngineState.FAILED
+    peer.close()
+
+
+class SlowStore(MemorySyncEngine):
+    """Takes its time for every batch."""
+
+    async def apply_many(
+        self, changes: Sequence[SyncItem], received: Received | None = None
+    ) -> ApplyResult:
+        """Apply, slowly."""
+        await asyncio.sleep(0.3 if changes else 0)
+        return await super().apply_many(changes, received)
+
+
+async def test_what_is_held_is_flushed_at_shutdown(nodes: Nodes, redis_server: RedisServer) -> None:
+    """If this fails a clean stop throws away what was read (and reads it again next time)."""
+    peer = Peer(redis_server)
+    peer.write_marker()
+    store = SlowStore()
+    engine = nodes.engine(peer_config(redis_server), store=store)
+    await engine.start()
+    await reaches(engine, PeerState.TAILING)
+    peer.send("x", b"1")
+    await until(lambda: engine.health_check().peers[0].events_read == 1)
+    assert len(store) == 0
+    await engine.shutdown()
+    assert len(store) == 1
+    async with nodes.engine(peer_config(redis_server), store=store) as again:
+        await reaches(again, PeerState.TAILING)
+        assert again.health_check().peers[0].events_read == 0
+    peer.close()
