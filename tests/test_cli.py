@@ -289,7 +289,7 @@ def test_the_demo_replays_a_directory_outside_a_repository(tmp_path: Path) -> No
     (folder / "b.txt").write_text("b")
     ended = run("demo", "--repo", str(folder), "--nodes", "2")
     assert ended.returncode == 0, ended.stderr
-    assert "no git repository" in ended.stderr
+    assert "in no git repository" in ended.stderr
     assert "All 2 nodes hold exactly the 2 files" in ended.stdout
 
 

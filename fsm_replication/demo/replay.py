@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -82,8 +83,10 @@ async def replay(mesh: Mesh, history: History, topology: str, progress: Progress
         progress.phase = "replaying"
         progress.began = time.perf_counter()
         versions: dict[str, int] = {}
-        async for commit in history.commits():
-            await _write(writer, commit, versions, written, progress)
+        # Closed here and not by whoever collects garbage: it holds child processes.
+        async with aclosing(history.commits()) as commits:
+            async for commit in commits:
+                await _write(writer, commit, versions, written, progress)
         progress.phase = "waiting for all nodes to agree"
         expected = await history.final_files()
         differing = await _agree(mesh.nodes, expected)

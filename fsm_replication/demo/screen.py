@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fsm_replication.demo.history import History, open_history
+from fsm_replication.demo.history import DirectoryHistory, History, open_history
 from fsm_replication.demo.mesh import Mesh, Topology
 from fsm_replication.demo.replay import Progress, Verdict, replay
 from fsm_replication.health import PeerHealth
@@ -36,8 +36,8 @@ async def run_demo(path: Path, nodes: int, topology: Topology, *, as_json: bool)
     history = open_history(path)
     progress = Progress()
     errors = Console(stderr=True)
-    if not as_json and history.name.startswith("directory"):
-        errors.print(f"{path} is in no git repository: its files are replayed instead")
+    if not as_json and isinstance(history, DirectoryHistory):
+        errors.print(f"{path}: {history.reason}; the files of the directory are replayed instead")
     async with Mesh(nodes, topology) as mesh:
         if as_json or not errors.is_terminal:
             verdict = await replay(mesh, history, str(topology), progress)
