@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import redis
-from conftest import until
+from conftest import until, version_id
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -254,6 +254,21 @@ def test_a_keeper_that_cannot_say_a_number_hurts_nobody(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_start_that_fails_does_not_signal_an_earlier_number(
+    monkeypatch: pytest.MonkeyPatch, new_redis_server: Callable[..., RedisServer]
+) -> None:
+    """If this fails a restart that goes wrong kills whoever has got the server's old number."""
+    server = new_redis_server()
+    server.kill()
+    with subprocess.Popen(["sleep", "60"]) as bystander:
+        monkeypatch.setattr(server, "_pid", bystander.pid)
+        monkeypatch.setattr(servers, "_KEEPER", "echo nonsense; read -r line")
+        with pytest.raises(RedisServerError, match="nonsense"):
+            server.start()
+        assert bystander.poll() is None
+        bystander.kill()
+
+
 def test_a_server_that_refuses_its_configuration_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,6 +327,24 @@ def test_a_restart_keeps_the_address_and_what_was_asked_for(
     assert (server.port, server.pid != pid) == (port, True)
     with redis.Redis(port=port) as client:
         assert client.exists("key") == (1 if persist else 0)
+
+
+@pytest.mark.parametrize("path", find_all_redis_servers(), ids=version_id)
+def test_a_server_that_loads_is_not_yet_there(
+    path: Path, new_redis_server: Callable[..., RedisServer]
+) -> None:
+    """If this fails the first call after a restart is refused with LOADING, now and then."""
+    server = new_redis_server(path, persist="no", config=[("aof-use-rdb-preamble", "no")])
+    with redis.Redis(port=server.port) as client, client.pipeline(transaction=False) as pipe:
+        for number in range(5000):
+            pipe.set(f"key{number}", b"x" * 100)
+        pipe.execute()
+    # A delay for each key makes loading last; every thousand of them it answers who asks.
+    server._config = [*server._config, ("key-load-delay", "100")]
+    server.restart()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=DEADLINE_SEC) as client:
+        client.sendall(b"PING\r\n")
+        assert client.recv(100) == b"+PONG\r\n"
 
 
 def test_a_restart_does_not_move_to_another_port(
