@@ -149,14 +149,7 @@ class RedisSyncEngine(SyncEngine):
         self._redis = Redis.from_pool(pool)
         self._scripts = {
             text: self._redis.register_script(text)
-            for text in (
-                scripts.OPEN,
-                scripts.APPLY,
-                scripts.APPLY_CAREFULLY,
-                scripts.PUT,
-                scripts.DELETE,
-                scripts.FETCH,
-            )
+            for text in (scripts.OPEN, scripts.APPLY, scripts.PUT, scripts.DELETE, scripts.FETCH)
         }
 
     # Opening and closing.
@@ -289,27 +282,22 @@ class RedisSyncEngine(SyncEngine):
         if self._closed:
             raise StoreError(f"{self._where}: the store was closed")
 
-    async def _on_lane(self, lane: Connection, text: str, *args: bytes | str | int) -> Any:
-        timeout = self._timeout_sec
-        try:
-            return await lane.call("EVALSHA", self._scripts[text].sha, *args, timeout_sec=timeout)
-        except PeerReplyError as error:
-            if error.code != "NOSCRIPT":
-                raise
-        return await lane.call("EVAL", text, *args, timeout_sec=timeout)
-
     async def _apply(
         self, lane: Connection, peer_id: str, position: str, args: Sequence[bytes | str | int]
     ) -> tuple[bytes, int]:
         head = (2, self.keys.stream, self.keys.positions, self._maxlen, self._ttl_ms)
         tail = (self._grace_ms, self.keys.item_prefix, peer_id, position, *args)
+        timeout = self._timeout_sec
         try:
             try:
-                codes, deleted = await self._on_lane(lane, scripts.APPLY, *head, *tail)
+                sha = self._scripts[scripts.APPLY].sha
+                codes, deleted = await lane.call("EVALSHA", sha, *head, *tail, timeout_sec=timeout)
             except PeerReplyError as error:
-                if "WRONGTYPE" not in str(error):
+                if error.code != "NOSCRIPT":
                     raise
-                codes, deleted = await self._on_lane(lane, scripts.APPLY_CAREFULLY, *head, *tail)
+                codes, deleted = await lane.call(
+                    "EVAL", scripts.APPLY, *head, *tail, timeout_sec=timeout
+                )
         except ReplicationError as error:
             raise self._store_error(error) from None
         return codes, deleted

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ("APPLY", "APPLY_CAREFULLY", "DELETE", "FETCH", "OPEN", "PUT")
+__all__ = ("APPLY", "DELETE", "FETCH", "OPEN", "PUT")
 
 # newer(a, b): whether stamp a is larger than stamp b; both are 50 bytes.
 # held_stamp(): the stamp of what is held, "" where nothing is, and false where something stands
@@ -79,7 +79,7 @@ return {'', redis.call('HGET', KEYS[1], 'incarnation')}
 # then key, value, digest in hex, meta for each item. An empty position is not kept.
 # Returns one code per item (0 applied, 1 superseded, 2 refused: what is held is no item) as a
 # string, and the live items deleted.
-APPLY_CAREFULLY: Final = (
+APPLY: Final = (
     _NEWER
     + _KEEP
     + """
@@ -110,15 +110,6 @@ end
 if ARGV[6] ~= '' then redis.call('HSET', KEYS[2], ARGV[5], ARGV[6]) end
 return {table.concat(codes), live_deleted}
 """
-)
-
-# The same, but it fails with WRONGTYPE at the first key that holds no string: a protected call for
-# every item costs a third of the script, and hardly any Redis has such keys. What was applied until
-# then is found superseded when the careful one repeats it.
-APPLY: Final = APPLY_CAREFULLY.replace(
-    "local held = held_stamp(item_key)",
-    "local held = redis.call('GETRANGE', item_key, 0, 49)\n"
-    "  if held ~= '' and #held < 50 then held = false end",
 )
 
 _NEXT: Final = """
