@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fsm_replication.servers import (
 )
 from fsm_replication.stores import MemorySyncEngine, SyncEngine
 from fsm_replication.stream import encode_data, encode_fields
+from fsm_replication.tables import Table
 
 DEADLINE_SEC = 20.0
 WEEK_MS = 7 * 86_400_000
@@ -276,3 +278,18 @@ async def held(store: SyncEngine, *keys: str) -> dict[str, bytes | None]:
 def digest(content: bytes) -> bytes:
     """Return the hex digest that a stream entry carries."""
     return hashlib.sha256(content).hexdigest().encode()
+
+
+def shortest_way(table: Table, start: StrEnum, dest: StrEnum) -> list[str]:
+    """Return the fewest triggers that lead from one state to another."""
+    ways: dict[StrEnum, list[str]] = {start: []}
+    queue = [start]
+    while dest not in ways:
+        here = queue.pop(0)
+        for trigger in table.legal(here):
+            row = table.move(here, trigger)
+            assert row is not None
+            if row.dest not in ways:
+                ways[row.dest] = [*ways[here], trigger]
+                queue.append(row.dest)
+    return ways[dest]

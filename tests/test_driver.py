@@ -7,6 +7,7 @@ import itertools
 from enum import StrEnum
 
 import pytest
+from conftest import shortest_way
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,18 +80,7 @@ async def settle() -> None:
 
 def walk_to(driver: Driver, state: StrEnum) -> None:
     """Take the shortest way to a state."""
-    table = driver.machine.table
-    ways: dict[StrEnum, list[str]] = {driver.state: []}
-    queue = [driver.state]
-    while state not in ways:
-        here = queue.pop(0)
-        for trigger in table.legal(here):
-            row = table.move(here, trigger)
-            assert row is not None
-            if row.dest not in ways:
-                ways[row.dest] = [*ways[here], trigger]
-                queue.append(row.dest)
-    for trigger in ways[state]:
+    for trigger in shortest_way(driver.machine.table, driver.state, state):
         driver.request(trigger, why="on the way")
 
 

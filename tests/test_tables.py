@@ -8,6 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 
 import pytest
+from conftest import shortest_way
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -71,17 +72,7 @@ class Bare:
     def drive_to(self, state: StrEnum) -> None:
         """Walk the shortest way to a state."""
         table = self.machine.table
-        ways: dict[StrEnum, list[str]] = {table.initial: []}
-        queue = [table.initial]
-        while queue:
-            here = queue.pop(0)
-            for trigger in table.legal(here):
-                row = table.move(here, trigger)
-                assert row is not None
-                if row.dest not in ways:
-                    ways[row.dest] = [*ways[here], trigger]
-                    queue.append(row.dest)
-        for trigger in ways[state]:
+        for trigger in shortest_way(table, table.initial, state):
             assert self.machine.fire(trigger)
         assert self.machine.state == state
         self.moves.clear()

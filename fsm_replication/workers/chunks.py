@@ -109,7 +109,7 @@ class ChunkQueue:
         chunk = self._pending.popleft()
         progress = self._context.progress
         progress.pending_events -= len(chunk.entries)
-        progress.settle(chunk.end)
+        progress.settled = chunk.end
         self._mark_oldest()
         self._measure_lag()
 

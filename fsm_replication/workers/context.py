@@ -50,7 +50,6 @@ class LinkProgress:
     clock_ahead: int = 0
     bootstrap: str = ""
     copied: int = 0
-    stream_too_short: bool = False
     synced: bool = False
 
     def succeeded(self, now: float) -> None:
@@ -63,10 +62,6 @@ class LinkProgress:
         """Note an error of this link."""
         self.failures += 1
         self.last_error = str(error)
-
-    def settle(self, position: Position) -> None:
-        """Note a settled position; whoever calls says what is unsettled next."""
-        self.settled = position
 
     def lag_ms(self, now: float) -> int:
         """Return the lag in milliseconds: 0 where nothing is unsettled."""
