@@ -12,8 +12,9 @@ bytes    what  meaning
 16       del   1 for a tombstone
 17..48   hash  SHA-256 of the content
 49       type  0 binary, 1 json
-50       len   bytes of the origin that follows, 0 .. 255
-51..     node  origin, UTF-8
+50..57   leaf  digest of key and order tuple, as the tree folds it
+58       len   bytes of the origin that follows, 0 .. 255
+59..     node  origin, UTF-8
 rest     data  the content as on the stream: zstd where that is smaller
 ======== ===== =======================================================
 """
@@ -27,10 +28,12 @@ from typing import Final
 
 from fsm_replication.errors import BadEntryError
 from fsm_replication.items import NUMBER_MAX, Stamp, SyncItem, check_key
+from fsm_replication.merkle import DIGEST_BYTES, leaf_digest
 from fsm_replication.stream import DataDecoder
 
 __all__ = (
     "FORMAT",
+    "HEAD_BYTES",
     "STAMP_BYTES",
     "Keys",
     "decode_item",
@@ -44,6 +47,7 @@ __all__ = (
 
 FORMAT: Final = 1
 STAMP_BYTES: Final = 50
+HEAD_BYTES: Final = STAMP_BYTES + DIGEST_BYTES
 _TYPE_CODES: Final = {"binary": 0, "json": 1}
 _TYPE_NAMES: Final = ("binary", "json")
 _STAMP: Final = struct.Struct(">QQB32sB")
@@ -70,6 +74,11 @@ class Keys:
     def positions(self) -> str:
         """A hash: peer id to the stream position that was applied with its last batch."""
         return f"{self.prefix}fsm:positions"
+
+    @property
+    def tree(self) -> str:
+        """The digests of the tree's inner nodes; what follows a colon after it are its leaves."""
+        return f"{self.prefix}fsm:tree"
 
     @property
     def item_prefix(self) -> str:
@@ -101,7 +110,8 @@ def encode_origin(origin: str) -> bytes:
 
 def encode_value(item: SyncItem, data: bytes) -> bytes:
     """Return the value of an item key; ``data`` is the content as on the stream."""
-    return encode_stamp(item) + encode_origin(item.origin) + data
+    stamp = encode_stamp(item)
+    return stamp + leaf_digest(item.key, stamp) + encode_origin(item.origin) + data
 
 
 def decode_stamp(raw: bytes) -> Stamp:
@@ -127,10 +137,10 @@ def decode_item(key: str, raw: bytes, decoder: DataDecoder) -> SyncItem:
     """
     check_key(key)
     stamp = decode_stamp(raw)
-    begin = STAMP_BYTES + 1
-    if len(raw) < begin or len(raw) < begin + raw[STAMP_BYTES]:
+    begin = HEAD_BYTES + 1
+    if len(raw) < begin or len(raw) < begin + raw[HEAD_BYTES]:
         raise BadEntryError("item", "the value ends within the origin")
-    end = begin + raw[STAMP_BYTES]
+    end = begin + raw[HEAD_BYTES]
     origin = raw[begin:end].decode("utf-8", "replace")
     content = b"" if stamp.deleted else decoder.decode(raw[end:], stamp.content_hash)
     return SyncItem(
@@ -147,7 +157,7 @@ def decode_item(key: str, raw: bytes, decoder: DataDecoder) -> SyncItem:
 
 def item_data(raw: bytes) -> bytes:
     """Return the tail of an item value: its content as on the stream."""
-    return raw[STAMP_BYTES + 1 + raw[STAMP_BYTES] :]
+    return raw[HEAD_BYTES + 1 + raw[HEAD_BYTES] :]
 
 
 def glob_escape(text: str) -> str:

@@ -536,10 +536,10 @@ async def test_the_marker_says_who_lives_here(any_redis_server: RedisServer) -> 
     assert {name.decode(): value.decode() for name, value in marker.items()} == {
         "node_id": "here",
         "format": "1",
-        "layouts": "",
+        "layouts": "own",
         "tombstone_ttl_ms": "1500",
         "resolver": "last-writer-wins",
-        "partitions": "0",
+        "partitions": "16384",
         "incarnation": incarnation,
     }
     assert len(incarnation) == 32

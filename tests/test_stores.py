@@ -465,7 +465,7 @@ async def test_a_server_that_dies_is_a_store_error_and_comes_back() -> None:
 
 async def test_a_full_redis_asks_for_a_pause() -> None:
     """If this fails replication keeps hammering a Redis that has no memory left."""
-    with RedisServer(config=[("maxmemory", "1mb"), ("maxmemory-policy", "noeviction")]) as server:
+    with RedisServer(config=[("maxmemory", "3mb"), ("maxmemory-policy", "noeviction")]) as server:
         async with RedisSyncEngine(server.url, node_id="n") as store:
             assert store.should_accept_writes()
             many = [item(f"k{number}", os.urandom(50_000)) for number in range(200)]

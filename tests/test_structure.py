@@ -19,7 +19,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
     ("errors", "items", "config", "metrics", "log"),
     ("ports", "reports", "circuits", "retry", "limiter"),
-    ("stream", "layout", "batch", "cursor", "transport"),
+    ("stream", "merkle", "layout", "redis_tree", "foreign", "batch", "cursor", "transport"),
     ("stores", "dead_letters"),
     ("workers",),
     ("tables",),
@@ -27,6 +27,7 @@ LAYERS = (
     ("peer_link",),
     ("engine",),
     ("servers",),
+    ("testing",),
     ("demo", "bench", "cli", "__main__", "__init__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

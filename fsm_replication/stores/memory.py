@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -17,6 +18,8 @@ from fsm_replication.items import (
     content_hash,
     next_stamp,
 )
+from fsm_replication.layout import encode_stamp
+from fsm_replication.merkle import OWN, MerkleTree, Tree
 from fsm_replication.ports import Position, SystemWallClock, WallClock
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received, SyncEngine
 
@@ -24,6 +27,8 @@ __all__ = ("MemorySyncEngine",)
 
 # Tombstones forgotten per call at most, so that no call takes long after a quiet week.
 FORGET_MAX: Final = 256
+# Leaves that are brought up to date before other tasks get their turn.
+LEAVES_PER_TURN: Final = 500
 
 
 class MemorySyncEngine(SyncEngine):
@@ -52,6 +57,16 @@ class MemorySyncEngine(SyncEngine):
         # When each tombstone may be forgotten, with its time and version; one that was replaced
         # is passed over.
         self._forget_at: list[tuple[int, str, int, int]] = []
+        self._tree = _LazyTree(self._items, self._ttl_ms, self._wall_clock)
+
+    @property
+    def tree(self) -> Tree:
+        """The tree of what is held; it is made when it is first read, and costs nothing before."""
+        return self._tree
+
+    async def live_items(self) -> int:
+        """Return how many live items are held."""
+        return self._live
 
     async def incarnation(self) -> str:
         """Return a name that is new for every object."""
@@ -90,6 +105,7 @@ class MemorySyncEngine(SyncEngine):
             items[change.key] = change
             outcomes.append(applied)
         self._live += live
+        self._tree.touch(changes)
         return ApplyResult(outcomes, live_deleted=live_deleted)
 
     def _remember(self, tombstone: SyncItem, now: int) -> None:
@@ -178,3 +194,66 @@ class MemorySyncEngine(SyncEngine):
 
     def __repr__(self) -> str:
         return f"<MemorySyncEngine {self.node_id!r} {len(self)} items>"
+
+
+class _LazyTree:
+    """The tree of a dict of items, brought up to date when it is read."""
+
+    layouts: Final = frozenset({OWN})
+
+    def __init__(self, items: dict[str, SyncItem], ttl_ms: int, wall_clock: WallClock) -> None:
+        self._items = items
+        self._ttl_ms = ttl_ms
+        self._wall_clock = wall_clock
+        self._tree = MerkleTree()
+        self._touched: set[str] | None = None
+        self._expiring: list[tuple[int, str]] = []
+
+    def touch(self, changes: Sequence[SyncItem]) -> None:
+        """Note whose leaves may have changed; nothing as long as nobody reads the tree."""
+        if self._touched is not None:
+            self._touched.update([change.key for change in changes])
+
+    async def _refresh(self) -> None:
+        if self._touched is None:
+            self._touched = set(self._items)
+        while self._touched:
+            for _ in range(min(LEAVES_PER_TURN, len(self._touched))):
+                self._plant(self._touched.pop())
+            await asyncio.sleep(0)
+        now = self._wall_clock.now_ms()
+        while self._expiring and self._expiring[0][0] <= now:
+            _, key = heapq.heappop(self._expiring)
+            self._plant(key)
+
+    def _plant(self, key: str) -> None:
+        item = self._items.get(key)
+        expiry = 0 if item is None else item.updated_at + self._ttl_ms
+        if item is None or (item.deleted and expiry <= self._wall_clock.now_ms()):
+            self._tree.set(key, None)
+            return
+        self._tree.set(key, encode_stamp(item))
+        if item.deleted:
+            heapq.heappush(self._expiring, (expiry, key))
+
+    async def root(self, layout: str) -> bytes:
+        """Return the digest of everything."""
+        await self._refresh()
+        return self._tree.root()
+
+    async def children(self, layout: str, paths: Sequence[str]) -> list[dict[str, bytes]]:
+        """Return the children of several nodes."""
+        await self._refresh()
+        return [self._tree.children(path) for path in paths]
+
+    async def sizes(self, layout: str, paths: Sequence[str]) -> list[int]:
+        """Return how many keys each bucket holds."""
+        return [self._tree.size(path) for path in paths]
+
+    async def clean_branches(self, layout: str) -> Sequence[str]:
+        """Return the root: reading brings everything up to date."""
+        return ("",)
+
+    async def is_branch_clean(self, layout: str, path: str) -> bool:
+        """Return True: reading brings everything up to date."""
+        return True

@@ -14,6 +14,7 @@ from enum import IntEnum
 
 from fsm_replication.errors import StoreError
 from fsm_replication.items import LastWriterWins, Resolver, Stamp, SyncItem
+from fsm_replication.merkle import Tree
 from fsm_replication.ports import Position
 from fsm_replication.stream import WireForm
 
@@ -113,6 +114,19 @@ class SyncEngine(ABC):
     @abstractmethod
     async def applied_position(self, peer_id: str) -> Position | None:
         """Return the position stored with the last batch from this peer, if the store keeps it."""
+
+    @property
+    def tree(self) -> Tree | None:
+        """The tree of what is held, tombstones included until they expire; None without one.
+
+        A store without a tree is repaired and bootstrapped all the same; only must every key be
+        compared then, where otherwise equal parts are passed over.
+        """
+        return None
+
+    async def live_items(self) -> int | None:
+        """Return how many live items are held, None where that is not known at once."""
+        return None
 
     def should_accept_writes(self) -> bool:
         """Say without I/O whether replication may write now; False pauses the links."""

@@ -2,7 +2,8 @@
 
 An item, its stream entry and the peer's position change together in one script, so no crash can
 separate them, and any number of processes may write at once. Scripts are kept short (at most 200
-items and 4 MiB a call), because Redis serves nobody else meanwhile.
+items and 4 MiB a call), because Redis serves nobody else meanwhile. All processes of a node open
+it with the same ``layouts``; the first that opens it with another set builds or drops the tree.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ from fsm_replication.layout import (
     encode_value,
     glob_escape,
 )
+from fsm_replication.merkle import OWN, PARTITIONS, Tree, bucket_of
 from fsm_replication.ports import Clock, Connection, Position, StreamId, SystemClock, Transport
+from fsm_replication.redis_tree import RedisTree
 from fsm_replication.stores import redis_scripts as scripts
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received, SyncEngine, WireForm
 from fsm_replication.stream import DataDecoder, Encoded, encode_data, encode_meta
@@ -68,6 +71,9 @@ SCAN_COUNT: Final = 500
 # After Redis refused a write for lack of memory or the like, links pause this long.
 REFUSAL_SEC: Final = 1.0
 STAMPS_PER_FLIGHT: Final = 1000
+CLEAR_KEYS: Final = 2000
+# The connection over which the tree is read; no peer can have this name.
+TREE_LANE: Final = "\0tree"
 _REFUSALS: Final = re.compile(r"\b(?:OOM|READONLY|MISCONF|NOREPLICAS)\b")
 _OUTCOMES: Final = {
     ord("0"): Outcome.APPLIED,
@@ -97,6 +103,7 @@ class RedisSyncEngine(SyncEngine):
         node_id: str,
         redis_prefix: str = "",
         stream_maxlen: int = 100_000,
+        layouts: Sequence[str] = (OWN,),
         tombstone_ttl_sec: float = 7 * 86_400,
         tombstone_grace_sec: float = 86_400,
         payload_bytes: int = 16 * 1024 * 1024,
@@ -117,6 +124,8 @@ class RedisSyncEngine(SyncEngine):
         self._locks: dict[str, asyncio.Lock] = {}
         self._closed = False
         self.keys = Keys(redis_prefix)
+        self._tree = RedisTree(self._call_many, self.keys, self._sweep) if OWN in layouts else None
+        self._tree_key = self.keys.tree if OWN in layouts else ""
         self._where = redact(url)
         self._maxlen = stream_maxlen
         self._ttl_ms = round(tombstone_ttl_sec * 1000)
@@ -149,7 +158,16 @@ class RedisSyncEngine(SyncEngine):
         self._redis = Redis.from_pool(pool)
         self._scripts = {
             text: self._redis.register_script(text)
-            for text in (scripts.OPEN, scripts.APPLY, scripts.PUT, scripts.DELETE, scripts.FETCH)
+            for text in (
+                scripts.OPEN,
+                scripts.APPLY,
+                scripts.PUT,
+                scripts.DELETE,
+                scripts.FETCH,
+                scripts.SWEEP,
+                scripts.BUILD,
+                scripts.CLEAR,
+            )
         }
 
     # Opening and closing.
@@ -161,7 +179,7 @@ class RedisSyncEngine(SyncEngine):
         """
         self._closed = False
         await self._check_server()
-        problem, value = await self._run(
+        problem, value, layouts = await self._run(
             scripts.OPEN,
             [self.keys.marker],
             [
@@ -179,6 +197,58 @@ class RedisSyncEngine(SyncEngine):
                 f" {FORMAT})"
             )
         self._incarnation = value.decode()
+        published = {name for name in layouts.decode().split(",") if name}
+        if self._tree is not None and OWN not in published:
+            await self._build_tree()
+        elif self._tree is None and OWN in published:
+            await self._drop_tree()
+
+    async def _build_tree(self) -> None:
+        """Plant a leaf for every item that was written without a tree, then publish the layout."""
+        await self._clear_tree()
+        async for keys in self._scan_keys():
+            args: list[str | int] = []
+            for key in keys:
+                args += (key, bucket_of(key))
+            head = (self._tree_key, self.keys.item_prefix, self._ttl_ms)
+            if args:
+                await self._run(scripts.BUILD, [], [*head, *args])
+        await self._call("HSET", self.keys.marker, "layouts", OWN, "partitions", PARTITIONS)
+
+    async def _drop_tree(self) -> None:
+        await self._call("HSET", self.keys.marker, "layouts", "", "partitions", 0)
+        await self._clear_tree()
+
+    async def _clear_tree(self) -> None:
+        tree = self.keys.tree
+        if not await self._call("EXISTS", tree):
+            return
+        buckets = [f"{tree}:{number}" for number in range(PARTITIONS)]
+        # The digests go last: where they are not, there is no leaf either.
+        names = [*buckets, f"{tree}:expiring", f"{tree}:live", tree]
+        for begin in range(0, len(names), CLEAR_KEYS):
+            await self._run(scripts.CLEAR, names[begin : begin + CLEAR_KEYS], [])
+
+    async def _sweep(self) -> None:
+        """Take expired tombstones out of the tree, so that it is as every other node's."""
+        while True:
+            args = [self._tree_key, self._ttl_ms, ITEMS_PER_CALL]
+            if await self._run(scripts.SWEEP, [], args) < ITEMS_PER_CALL:
+                return
+
+    @property
+    def tree(self) -> Tree | None:
+        """The tree of this node's keys, None where ``layouts`` names none."""
+        return self._tree
+
+    async def live_items(self) -> int | None:
+        """Return how many live items there are, None where no tree is kept.
+
+        :raises StoreError: if Redis fails.
+        """
+        if self._tree is None:
+            return None
+        return int(await self._call("GET", f"{self._tree_key}:live") or 0)
 
     async def _check_server(self) -> None:
         try:
@@ -286,7 +356,9 @@ class RedisSyncEngine(SyncEngine):
         self, lane: Connection, peer_id: str, position: str, args: Sequence[bytes | str | int]
     ) -> tuple[bytes, int]:
         head = (2, self.keys.stream, self.keys.positions, self._maxlen, self._ttl_ms)
-        tail = (self._grace_ms, self.keys.item_prefix, peer_id, position, *args)
+        tail = (
+            self._grace_ms, self.keys.item_prefix, peer_id, position, self._tree_key, *args
+        )  # fmt: skip
         timeout = self._timeout_sec
         try:
             try:
@@ -314,11 +386,13 @@ class RedisSyncEngine(SyncEngine):
             if form is None:
                 form = self._wire_form(item)
             data = form.data
-            if args and (len(args) >= 4 * ITEMS_PER_CALL or filled + len(data) > BYTES_PER_CALL):
+            if args and (len(args) >= 5 * ITEMS_PER_CALL or filled + len(data) > BYTES_PER_CALL):
                 yield args, False
                 args, filled = [], 0
             digest = "" if item.deleted else item.content_hash.hex()
-            args += (item.key, encode_value(item, data), digest, form.meta)
+            args += (
+                item.key, encode_value(item, data), digest, form.meta, bucket_of(item.key)
+            )  # fmt: skip
             filled += len(data)
         if args or (received is not None and received.position is not None):
             yield args, True
@@ -435,10 +509,12 @@ class RedisSyncEngine(SyncEngine):
                 batch, args, filled = [], [], 0
             digest = content_hash(content)
             data = encode_data(content, self._compressor)
-            tail = digest + _TYPE_BYTE[content_type] + self._origin + data
+            kind = digest + _TYPE_BYTE[content_type]
             head = f'{{"content_type":"{content_type}","version":'.encode()
             batch.append((key, content))
-            args += (key, tail, digest.hex(), head, self._meta_tail)
+            args += (
+                key, kind, self._origin + data, digest.hex(), head, self._meta_tail, bucket_of(key)
+            )  # fmt: skip
             filled += len(content)
         if batch:
             written += await self._put_batch(batch, args, content_type)
@@ -448,14 +524,16 @@ class RedisSyncEngine(SyncEngine):
         self, batch: Sequence[tuple[str, bytes]], args: Sequence[Any], content_type: str
     ) -> list[SyncItem]:
         reply = await self._run(
-            scripts.PUT, [self.keys.stream], [self._maxlen, self.keys.item_prefix, *args]
+            scripts.PUT,
+            [self.keys.stream],
+            [self._maxlen, self.keys.item_prefix, self._tree_key, *args],
         )
         return [
             SyncItem(
                 key,
                 content,
                 content_type,
-                bytes(args[5 * i + 1][:32]),
+                bytes(args[7 * i + 1][:32]),
                 int(reply[2 * i + 1]),
                 int(reply[2 * i]),
                 False,
@@ -479,10 +557,10 @@ class RedisSyncEngine(SyncEngine):
         :raises StoreError: if Redis fails; the delete may then have happened or not.
         """
         check_key(key)
-        tail = EMPTY_HASH + _TYPE_BYTE["binary"] + self._origin
+        kind = EMPTY_HASH + _TYPE_BYTE["binary"]
         args = [
-            self._maxlen, self.keys.item_prefix, key, tail, self._meta_tail, self._ttl_ms,
-            self._grace_ms,
+            self._maxlen, self.keys.item_prefix, self._tree_key, key, kind, self._origin,
+            self._meta_tail, bucket_of(key), self._ttl_ms, self._grace_ms,
         ]  # fmt: skip
         return bool(await self._run(scripts.DELETE, [self.keys.stream], args))
 
@@ -493,6 +571,16 @@ class RedisSyncEngine(SyncEngine):
 
         :raises StoreError: if Redis fails or an item cannot be read.
         """
+        async for found in self._scan_keys(prefix):
+            keys = found
+            while keys:
+                items = await self._fetch(keys[:ITEMS_PER_CALL])
+                keys = keys[len(items) :]
+                for item in items:
+                    if item is not None and not item.deleted:
+                        yield item
+
+    async def _scan_keys(self, prefix: str = "") -> AsyncIterator[list[str]]:
         begin = self.keys.item(prefix)
         cut = len(self.keys.item_prefix.encode())
         cursor: Any = 0
@@ -501,19 +589,25 @@ class RedisSyncEngine(SyncEngine):
                 "SCAN", cursor, "MATCH", glob_escape(begin) + "*", "COUNT", SCAN_COUNT
             )
             try:
-                keys = [raw[cut:].decode() for raw in raws]
+                yield [raw[cut:].decode() for raw in raws]
             except UnicodeDecodeError as error:
                 raise StoreError(f"{self._where}: a key is not UTF-8: {error.object!r}") from None
-            while keys:
-                items = await self._fetch(keys[:ITEMS_PER_CALL])
-                keys = keys[len(items) :]
-                for item in items:
-                    if item is not None and not item.deleted:
-                        yield item
             if int(cursor) == 0:
                 return
 
     # Calls to Redis; foreign exceptions end here.
+
+    async def _call_many(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
+        async with self._locks.setdefault(TREE_LANE, asyncio.Lock()):
+            lane = await self._lane(TREE_LANE)
+        try:
+            replies = await lane.pipeline(commands, timeout_sec=self._timeout_sec)
+        except ReplicationError as error:
+            raise self._store_error(error) from None
+        for reply in replies:
+            if isinstance(reply, PeerReplyError):
+                raise self._store_error(reply)
+        return replies
 
     async def _call(self, *args: Any) -> Any:
         self._check_open()
