@@ -181,7 +181,7 @@ SELECT peer_id, found_at_ms, missed, reason, healed_at_ms, healed_by, id FROM ga
 WHERE peer_id = ? AND healed_at_ms IS NULL ORDER BY id
 """
 _HEAL_GAPS: Final = """
-UPDATE gaps SET healed_at_ms = ?, healed_by = 'bootstrap'
+UPDATE gaps SET healed_at_ms = ?, healed_by = ?
 WHERE peer_id = ? AND healed_at_ms IS NULL
 """
 _TRIM_GAPS: Final = """
@@ -194,6 +194,10 @@ ON CONFLICT (peer_id) DO UPDATE SET operator_pause = excluded.operator_pause
 """
 _SET_SYNCED: Final = """
 INSERT INTO peers (peer_id, synced) VALUES (?, 1) ON CONFLICT (peer_id) DO UPDATE SET synced = 1
+"""
+_SET_AGREED: Final = """
+INSERT INTO peers (peer_id, agreed_at_ms) VALUES (?1, ?2)
+ON CONFLICT (peer_id) DO UPDATE SET agreed_at_ms = ?2
 """
 _T = TypeVar("_T")
 
@@ -701,7 +705,7 @@ class SqliteCursorStore:
             db.execute(_SET_CURSOR, row)
             db.execute("DELETE FROM bootstraps WHERE peer_id = ?", (name,))
             if healed_at_ms is not None:
-                db.execute(_HEAL_GAPS, (healed_at_ms, name))
+                db.execute(_HEAL_GAPS, (healed_at_ms, "bootstrap", name))
 
         await self._run(work)
 
@@ -712,6 +716,20 @@ class SqliteCursorStore:
     async def set_synced(self, peer_id: str) -> None:
         """Note that the peer was fully read or compared once."""
         await self._do(_SET_SYNCED, _text(peer_id))
+
+    async def set_agreed(self, peer_id: str, at_ms: int, *, heal_gaps: bool) -> None:
+        """Note when the peer's items were last known to be all here, in ms since the epoch.
+
+        With ``heal_gaps`` its open gaps are closed in the same transaction, as healed by repair.
+        """
+        name = _text(peer_id)
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(_SET_AGREED, (name, at_ms))
+            if heal_gaps:
+                db.execute(_HEAL_GAPS, (at_ms, "repair", name))
+
+        await self._run(work)
 
     async def _do(self, statement: str, *values: Any) -> None:
         def work(db: sqlite3.Connection) -> None:

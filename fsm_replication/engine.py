@@ -7,7 +7,7 @@ configuration and keeps the local store up to date until the block ends.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from enum import StrEnum
 from functools import partial
 from types import TracebackType
@@ -21,9 +21,11 @@ from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.dead_letters import DeadLetters
 from fsm_replication.driver import Driver, Observer
 from fsm_replication.errors import (
+    ConnectionLostError,
     CursorStoreError,
     DrainTimeoutError,
     EngineStoppedError,
+    InvalidStateError,
     NoPeerError,
     ReplicationError,
     StartupError,
@@ -42,10 +44,13 @@ from fsm_replication.stores.noop import NoOpSyncEngine
 from fsm_replication.stores.protocol import SyncEngine
 from fsm_replication.tables import ENGINE, CircuitState, EngineState, PeerState
 from fsm_replication.transport import RedisTransport
+from fsm_replication.workers.cold_path import ColdPath, RepairStats, Target
 from fsm_replication.workers.context import ChangeFeed, ChangeWatcher, LinkContext, LinkProgress
 from fsm_replication.workers.cursor_flush import CursorBook, flush_cursors
+from fsm_replication.workers.guards import Interlock, KeyMemory, StaleGuard
 from fsm_replication.workers.ping import ping_idle_peers
 from fsm_replication.workers.prober import probe_circuits
+from fsm_replication.workers.repair import KeyDifference, StaleVerdict, find_differences
 from fsm_replication.workers.supervisor import CrashCounter, supervise
 
 __all__ = ("Circuits", "ReplicationEngine")
@@ -112,6 +117,13 @@ class ReplicationEngine(Observer):
             on_crash=lambda name, _ticket, error: self._crashed(f"engine:{name}", error),
         )
         self._make_links()
+        self._cold_path = ColdPath(
+            config.settings.cold_path,
+            self._store,
+            self._ports,
+            self.metrics,
+            self._repair_targets,
+        )
         self._show_state()
 
     def _circuit(self, name: str, *, failures: int, reset_sec: float, successes: int) -> Circuit:
@@ -163,6 +175,11 @@ class ReplicationEngine(Observer):
             copy_slot=slot,
             feed=self._feed,
             progress=LinkProgress(),
+            interlock=Interlock(self._config.settings.repair, self._ports.clock),
+            stale=StaleGuard(
+                round(self._config.settings.tombstones.ttl * 1000), self._ports.wall_clock
+            ),
+            unfetchable=KeyMemory(self._ports.clock),
             on_synced=self._link_moved.set,
             log=get_logger("link", node_id=self._config.local_node_id, peer_id=peer.node_id),
         )
@@ -369,6 +386,70 @@ class ReplicationEngine(Observer):
         self._link(peer_id).resume()
         await self._ports.cursor_store.set_operator_pause(peer_id, False)
 
+    async def repair(
+        self,
+        peer_id: str | None = None,
+        *,
+        force: bool = False,
+        accept_stale: bool = False,
+        reject_stale: bool = False,
+        on_progress: Callable[[str, int, int], None] | None = None,
+    ) -> RepairStats:
+        """Compare trees with one peer, or all, now, and fetch everything that is newer there.
+
+        There is no limit on the items; a second call for the same peers joins the first. ``force``
+        lets any number of deletes through, ends a pause of the interlock, and tries again what
+        could not be fetched. ``accept_stale`` takes the old items that were held back,
+        ``reject_stale`` deletes them everywhere; both need ``peer_id``. ``on_progress`` is called
+        with the peer, the keys known to differ and the items fetched.
+
+        What goes wrong with one peer is counted and told in ``problems``, and the others go on.
+
+        :raises UsageError: if there is no such peer, or the choices contradict each other.
+        :raises InvalidStateError: unless the engine is Running.
+        """
+        self._check_running("repair")
+        if (accept_stale or reject_stale) and (peer_id is None or accept_stale == reject_stale):
+            raise UsageError("accept_stale or reject_stale, one of them, is for one named peer")
+        if peer_id is not None:
+            self._link(peer_id)
+        if force:
+            for link in self._links.values():
+                if peer_id in (None, link.peer_id):
+                    link.force()
+        verdict = StaleVerdict(accept=accept_stale) if accept_stale or reject_stale else None
+        return await self._cold_path.repair(peer_id, verdict, on_progress)
+
+    async def differences(self, peer_id: str) -> AsyncIterator[KeyDifference]:
+        """Yield every key that differs from a peer's, and which side is newer; changes nothing.
+
+        :raises UsageError: if there is no such peer, or it publishes no tree.
+        :raises InvalidStateError: unless the engine is Running.
+        :raises PeerError: if the peer is not connected or cannot be read.
+        """
+        self._check_running("differences")
+        link = self._link(peer_id)
+        lines = link.lines
+        if lines is None:
+            raise ConnectionLostError(f"peer {peer_id!r} is not connected: it is {link.state}")
+        if not lines.has_tree:
+            raise UsageError(f"peer {peer_id!r} publishes no tree that could be compared")
+        async for found in find_differences(link.context, lines):
+            yield found
+
+    def stale_keys(self, peer_id: str) -> tuple[str, ...]:
+        """Return the keys of a peer's old items that wait for a person's word, at most 10,000.
+
+        :raises UsageError: if there is no such peer.
+        """
+        return self._link(peer_id).context.stale.keys
+
+    def _check_running(self, call: str) -> None:
+        if not self.is_running:
+            raise InvalidStateError(
+                machine="engine", trigger=call, expected="Running", actual=self.state
+            )
+
     def _link(self, peer_id: str) -> PeerLink:
         try:
             return self._links[peer_id]
@@ -399,6 +480,8 @@ class ReplicationEngine(Observer):
         self._supervise("cursor-flush", lambda r: flush_cursors(self._book, clock, r))
         circuits = (self.circuit.writes, self.circuit.reads)
         self._supervise("prober", lambda _r: probe_circuits(circuits, self._grant_probe, clock))
+        if settings.cold_path.enabled:
+            self._supervise("cold-path", lambda _r: self._cold_path.run())
         if settings.peer_health.enabled:
             self._supervise(
                 "pinger", lambda _r: ping_idle_peers(self._idle_peers, settings.peer_health, clock)
@@ -464,6 +547,7 @@ class ReplicationEngine(Observer):
         progress = link.context.progress
         progress.synced = record.synced
         progress.gaps_open = len(record.gaps)
+        link.context.stale.agreed(record.agreed_at_ms)
         progress.dead_letters = record.dead_letters
 
     async def _first_peer(self) -> StartupError | None:
@@ -545,6 +629,12 @@ class ReplicationEngine(Observer):
         return error
 
     # What Running's workers need to know.
+
+    def _repair_targets(self) -> list[Target]:
+        return [
+            Target(link.context, link.state, link.lines, link.block)
+            for link in self._links.values()
+        ]
 
     def _idle_peers(self) -> list[tuple[LinkProgress, Callable[[], Coroutine[Any, Any, None]]]]:
         return [

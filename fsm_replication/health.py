@@ -18,6 +18,10 @@ class PeerHealth:
     ``lag_ms`` is 0 where nothing is unsettled; ``lag_events`` is None where the peer's Redis does
     not count entries. ``millis_since_success`` is None before the first success. ``bootstrap``
     tells how far a copy has come, "" where none runs. ``gaps_open`` counts gaps not healed yet.
+    ``stale_held_back`` counts old items that wait for ``repair(accept_stale=...)`` or
+    ``reject_stale``. ``stream_too_short``: the peer's stream was trimmed faster than it was read
+    after a bootstrap; raise its ``stream_maxlen``. ``agreed_at`` is when all the peer held was last
+    known to be here, in milliseconds since the epoch.
     """
 
     node_id: str
@@ -39,6 +43,9 @@ class PeerHealth:
     events_read: int
     events_applied: int
     synced: bool
+    stale_held_back: int = 0
+    stream_too_short: bool = False
+    agreed_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,8 @@ class PeerLink:
 
     def resume(self) -> None:
         """End an operator's pause, and what only an operator can end."""
+        if PauseReason.INTERLOCK in self._reasons:
+            self.context.interlock.forgive()
         self._reasons -= {PauseReason.OPERATOR, PauseReason.INTERLOCK}
         self.driver.request_if_legal("resume", why="an operator resumed it")
 
@@ -111,6 +113,23 @@ class PeerLink:
         """Take a reason to pause away."""
         self._reasons.discard(reason)
         self.driver.request_if_legal("resume", why=why)
+
+    def block(self, reason: PauseReason, why: str) -> None:
+        """Take in a reason to pause that somebody else than the tailer has found."""
+        self._reasons.add(reason)
+        self.driver.request_if_legal("pause", why=why)
+
+    def force(self) -> None:
+        """Let any number of deletes through for an hour, and try again what failed."""
+        self.context.interlock.forgive()
+        self.context.unfetchable.clear()
+        if PauseReason.INTERLOCK in self._reasons:
+            self.clear(PauseReason.INTERLOCK, "an operator forced it")
+
+    @property
+    def lines(self) -> Lines | None:
+        """The connections, while the link has them."""
+        return self._lines
 
     async def ping(self) -> None:
         """Ping the peer; a ping that fails is a lost connection."""
@@ -234,6 +253,9 @@ class PeerLink:
             events_read=progress.events_read,
             events_applied=progress.events_applied,
             synced=progress.synced,
+            stale_held_back=context.stale.count,
+            stream_too_short=progress.stream_too_short,
+            agreed_at=context.stale.agreed_at_ms,
         )
 
     def __repr__(self) -> str:

@@ -242,6 +242,12 @@ class CursorStore(Protocol):
     async def set_synced(self, peer_id: str) -> None:
         """Note that the peer was fully read or compared once."""
 
+    async def set_agreed(self, peer_id: str, at_ms: int, *, heal_gaps: bool) -> None:
+        """Note when the peer's items were last known to be all here (G5).
+
+        With ``heal_gaps`` its open gaps are closed in the same transaction, as healed by repair.
+        """
+
     async def dead_letters(
         self, peer_id: str | None = None, *, after_id: int = 0, limit: int = 1000
     ) -> Sequence[DeadLetter]:

@@ -22,7 +22,7 @@ from fsm_replication.errors import (
     StoreError,
     StoreTimeoutError,
 )
-from fsm_replication.items import SyncItem
+from fsm_replication.items import Stamp, SyncItem
 from fsm_replication.ports import Cursor, DeadLetter, Position
 from fsm_replication.reports import PauseReason
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received
@@ -97,6 +97,8 @@ class Applier:
         selection = builder.select(chunk.entries)
         if selection.candidates and (builder.foreign or (self._check_first and builder.coalesce)):
             await self._drop_current(selection)
+        if self._context.stale.active:
+            await self._hold_back(selection)
         parts = builder.materialise(selection)
         return Prepared(chunk, selection, next(parts), parts)
 
@@ -112,6 +114,26 @@ class Applier:
                 return
             held = await self.call(context.reads, lambda: context.store.stamps(keys))
         self._builder.drop_current(selection, held)
+
+    async def _hold_back(self, selection: Selection) -> None:
+        """Take out old items that are absent here; the trees bring them once a person agrees."""
+        context = self._context
+        floor = context.stale.floor_ms
+        old = [e for e in selection.candidates if not e.deleted and e.updated_at < floor]
+        if not old:
+            return
+        held = await self.call(
+            context.reads, lambda: context.store.stamps([entry.key for entry in old])
+        )
+        kept_back = set()
+        for entry, ours in zip(old, held, strict=True):
+            theirs = Stamp(
+                entry.updated_at, entry.version, False, entry.digest or b"", entry.content_type
+            )
+            if context.stale.holds_back(theirs, ours):
+                context.stale.note(entry.key, theirs)
+                kept_back.add(entry.index)
+        selection.candidates = [e for e in selection.candidates if e.index not in kept_back]
 
     # Step two: apply and settle.
 
@@ -147,17 +169,44 @@ class Applier:
         """Hand one part to the store, again and again until it takes it."""
         context = self._context
         received = Received(context.peer_id, position, part.wire)
+        deletes = sum([item.deleted for item in part.items])
+        if deletes and context.interlock.may_trip(deletes):
+            await self._check_interlock(part.items)
         began = context.ports.clock.monotonic()
         result = await self.call(
             context.writes, lambda: self._apply_many(part.items, received), writing=True
         )
         took = context.ports.clock.monotonic() - began
+        context.interlock.add(result.live_deleted)
         context.metrics.flush_seconds.observe(took)
         if took * 1000 > context.settings.slo.max_batch_flush_latency_ms:
             context.metrics.slo("batch_flush_latency")
         if context.feed.watchers:
             self._publish(part.items, result)
         return result
+
+    async def _check_interlock(self, items: Sequence[SyncItem]) -> None:
+        """Count what would die, now that it may be too much.
+
+        :raises Blocked: if it is.
+        """
+        context = self._context
+        tombstones = [item for item in items if item.deleted]
+        held = await self.call(
+            context.reads, lambda: context.store.stamps([item.key for item in tombstones])
+        )
+        dying = sum(
+            stamp is not None and not stamp.deleted and stamp < item.stamp
+            for item, stamp in zip(tombstones, held, strict=True)
+        )
+        live = await self.call(context.reads, context.store.live_items)
+        if dying and context.interlock.trips(dying, live):
+            raise Blocked(
+                PauseReason.INTERLOCK,
+                f"{context.interlock.count + dying} live items would be deleted within an hour, of"
+                f" {'an unknown number' if live is None else live}: resume the peer if that is"
+                " meant",
+            )
 
     async def _apply_many(self, items: Sequence[SyncItem], received: Received) -> ApplyResult:
         result = await self._context.store.apply_many(items, received)

@@ -14,6 +14,7 @@ from fsm_replication.errors import (
     ReplicationError,
 )
 from fsm_replication.layout import FORMAT, Keys
+from fsm_replication.merkle import OWN, PARTITIONS
 from fsm_replication.ports import Connection, Transport
 from fsm_replication.reports import LinkFact, Reporter
 from fsm_replication.workers.context import LinkContext
@@ -31,6 +32,13 @@ class Lines:
     asking: Connection
     foreign: bool
     marker: Mapping[bytes, bytes]
+
+    @property
+    def has_tree(self) -> bool:
+        """Whether the peer publishes a tree in our own layout."""
+        layouts = self.marker.get(b"layouts", b"").split(b",")
+        partitions = self.marker.get(b"partitions", b"")
+        return OWN.encode() in layouts and partitions == str(PARTITIONS).encode()
 
     def close(self) -> None:
         """Close both at once."""

@@ -12,13 +12,14 @@ from structlog.stdlib import BoundLogger
 
 from fsm_replication.circuits import Circuit
 from fsm_replication.config import PeerConfig, Settings
-from fsm_replication.errors import ReplicationError, WatcherLagged
+from fsm_replication.errors import CursorStoreError, ReplicationError, WatcherLagged
 from fsm_replication.items import SyncItem
 from fsm_replication.limiter import PrioritySlot, RateLimiter
 from fsm_replication.metrics import PeerMetrics
 from fsm_replication.ports import Ports, Position, StreamId
 from fsm_replication.stores.protocol import SyncEngine
 from fsm_replication.workers.cursor_flush import CursorBook
+from fsm_replication.workers.guards import Interlock, KeyMemory, StaleGuard
 
 __all__ = ("HEAD_OF_EMPTY", "ChangeFeed", "ChangeWatcher", "LinkContext", "LinkProgress")
 
@@ -51,6 +52,7 @@ class LinkProgress:
     bootstrap: str = ""
     copied: int = 0
     synced: bool = False
+    stream_too_short: bool = False
 
     def succeeded(self, now: float) -> None:
         """Note that the peer answered and what it sent was dealt with."""
@@ -175,6 +177,9 @@ class LinkContext:
     copy_slot: PrioritySlot
     feed: ChangeFeed
     progress: LinkProgress
+    interlock: Interlock
+    stale: StaleGuard
+    unfetchable: KeyMemory
     on_synced: Callable[[], None]
     log: BoundLogger
 
@@ -182,6 +187,31 @@ class LinkContext:
     def peer_id(self) -> str:
         """The peer's node id."""
         return self.peer.node_id
+
+    async def agree(self, at_ms: int) -> None:
+        """Note that everything the peer held at ``at_ms`` is held here: no gap is open any more."""
+        self.stale.agreed(at_ms)
+        self.progress.stream_too_short = False
+        try:
+            await self.ports.cursor_store.set_agreed(self.peer_id, at_ms, heal_gaps=True)
+        except CursorStoreError as error:
+            # It is found out again by the next comparison.
+            self.log.warning("agreement_not_kept", error=error)
+        else:
+            self.progress.gaps_open = 0
+        await self.note_synced()
+
+    async def note_synced(self) -> None:
+        """Note that the peer was fully read or compared once."""
+        if self.progress.synced:
+            return
+        self.progress.synced = True
+        self.on_synced()
+        try:
+            await self.ports.cursor_store.set_synced(self.peer_id)
+        except CursorStoreError as error:
+            # It is found out again after the next start.
+            self.log.warning("synced_not_kept", error=error)
 
 
 HEAD_OF_EMPTY: Final = Position(StreamId(0, 0), 0)

@@ -4,85 +4,70 @@ A row in the cursor store notes the stream's head *before* copying starts; when 
 complete, the cursor is set to that head and the row removed, in one transaction. Whatever changed
 at the peer meanwhile stands in the stream after the head, and is read from there.
 
-Items are found with SCAN. Its cursor means nothing after the peer's Redis restarts, so a copy that
-a crash interrupted begins its walk anew, but compares order tuples first and fetches only what is
-newer than what is held.
+Where the peer has a tree, it is compared with ours and only what is newer is fetched: on equal
+trees this is one round trip, and a copy that was interrupted finds equal what it has copied. A
+store without a tree looks into every bucket, and notes in the row how far it has come.
+
+Where the peer has no tree, its items are found with SCAN. Its cursor means nothing after the peer's
+Redis restarts, so a copy that a crash interrupted begins its walk anew, but compares order tuples
+first. Nothing tells of deletes then: what the gap held of them stays open in the ledger.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 from fsm_replication.batch import Part
-from fsm_replication.errors import BadEntryError, InvalidKeyError, ProtocolError
-from fsm_replication.items import Stamp, SyncItem
-from fsm_replication.layout import (
-    STAMP_BYTES,
-    Keys,
-    decode_item,
-    decode_stamp,
-    glob_escape,
-    item_data,
-)
-from fsm_replication.ports import BootstrapRow, Connection, Cursor, GapRow, Position
-from fsm_replication.stream import DataDecoder, Encoded, WireForm, encode_meta
+from fsm_replication.errors import BadEntryError, ProtocolError
+from fsm_replication.items import Stamp
+from fsm_replication.layout import STAMP_BYTES, Keys, decode_stamp
+from fsm_replication.merkle import Tree
+from fsm_replication.ports import BootstrapRow, Cursor, GapRow, Position
+from fsm_replication.redis_tree import RedisTree
 from fsm_replication.workers.applier import Applier
+from fsm_replication.workers.comparer import Comparer, Difference
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import LinkContext
+from fsm_replication.workers.fetcher import Fetched, Fetcher, ItemSource
 from fsm_replication.workers.reader import Gap, ask_info
 
-__all__ = ("Copier", "ItemSource", "OwnItems")
+__all__ = ("Copier", "GuardedTree", "make_comparer")
 
 SCAN_COUNT: Final = 500
-APPLY_ITEMS: Final = 250
+FETCH_KEYS: Final = 1000
+_WALK_MARK: Final = "own:"
 
 
-class ItemSource(Protocol):
-    """How the items of one kind of node are found and read."""
+class GuardedTree:
+    """The local store's tree, read through the store's circuit and within its timeout."""
 
-    match: str
+    def __init__(self, context: LinkContext, applier: Applier, tree: Tree) -> None:
+        self._circuit = context.reads
+        self._call = applier.call
+        self._tree = tree
 
-    def key_of(self, redis_key: bytes) -> str | None:
-        """Return the item's key, or None where this Redis key holds no item."""
+    async def root(self, layout: str) -> bytes:
+        """Return the digest of everything."""
+        return await self._call(self._circuit, lambda: self._tree.root(layout))
 
-    def fetch_command(self, redis_keys: Sequence[bytes]) -> Sequence[Sequence[bytes | str | int]]:
-        """Return the commands that read these items, one reply each."""
-
-    def decode(self, key: str, reply: Any) -> tuple[SyncItem, WireForm | None] | None:
-        """Return the item in a reply, with its wire form; None where it has gone meanwhile.
-
-        :raises BadEntryError: if it is not an item.
-        """
+    async def children(self, layout: str, paths: Sequence[str]) -> list[dict[str, bytes]]:
+        """Return the children of several nodes."""
+        return await self._call(self._circuit, lambda: self._tree.children(layout, paths))
 
 
-class OwnItems:
-    """The items of a node of ours."""
-
-    def __init__(self, keys: Keys, decoder: DataDecoder) -> None:
-        self._prefix = keys.item_prefix.encode()
-        self._decoder = decoder
-        self.match = glob_escape(keys.item_prefix) + "*"
-
-    def key_of(self, redis_key: bytes) -> str | None:
-        """Return the item's key, or None where it is not UTF-8."""
-        try:
-            return redis_key.removeprefix(self._prefix).decode() or None
-        except UnicodeDecodeError:
-            return None
-
-    def fetch_command(self, redis_keys: Sequence[bytes]) -> Sequence[Sequence[bytes | str | int]]:
-        """Read each by GET, so that one of a wrong type spoils no other."""
-        return [("GET", redis_key) for redis_key in redis_keys]
-
-    def decode(self, key: str, reply: Any) -> tuple[SyncItem, WireForm | None] | None:
-        """Return the item in a reply; its content stands there as on the stream."""
-        if reply is None:
-            return None
-        if not isinstance(reply, bytes):
-            raise BadEntryError("item", f"the value is no string: {reply}")
-        item = decode_item(key, reply, self._decoder)
-        return item, Encoded(item_data(reply), encode_meta(item))
+def make_comparer(context: LinkContext, lines: Lines, applier: Applier) -> Comparer:
+    """Return what compares a peer's tree with the one of the local store."""
+    timeout = context.settings.timeouts.command
+    ours = context.store.tree
+    return Comparer(
+        None if ours is None else GuardedTree(context, applier, ours),
+        RedisTree(
+            lambda commands: lines.asking.pipeline(commands, timeout_sec=timeout),
+            Keys(context.peer.redis_prefix),
+        ),
+        lambda keys: applier.call(context.reads, lambda: context.store.stamps(keys)),
+    )
 
 
 class Copier:
@@ -101,30 +86,34 @@ class Copier:
         self._lines = lines
         self._applier = applier
         self._source = source
+        self._fetcher = Fetcher(context, applier, source)
         self._incarnation = incarnation
         self._interrupted = interrupted
         self._row: BootstrapRow | None = None
-        self._scan = b"0"
-        self._compare_first = False
-        self._skipped = 0
+        self._fetched = Fetched()
+        self._began_at = 0.0
+        self._differing = 0
+        self._held_back = 0
+        self._as_of_ms = 0
 
     async def run(self, gap: Gap | None, why: str) -> Position | None:
         """Copy; returns the position to read on from, or None if it was interrupted."""
         if self._row is None:
+            self._began_at = self._context.ports.clock.monotonic()
             self._row = await self._begin(gap, why)
-        done = False
-        while not done:
-            if self._interrupted():
-                return None
-            done = await self._step()
-        return await self._finish(self._row)
+        self._as_of_ms = self._context.ports.wall_clock.now_ms()
+        if self._lines.has_tree:
+            done = await self._walk_tree(self._row)
+        else:
+            done = await self._walk_scan()
+        return await self._finish(self._row) if done else None
 
     async def _begin(self, gap: Gap | None, why: str) -> BootstrapRow:
         context = self._context
         store = context.ports.cursor_store
-        row = (await store.load(context.peer_id)).bootstrap
+        record = await store.load(context.peer_id)
+        row = record.bootstrap
         if row is not None and row.incarnation == self._incarnation:
-            self._compare_first = True
             context.log.info("bootstrap_resumed", head=str(row.head.stream_id))
             return row
         stream = Keys(context.peer.redis_prefix).stream
@@ -136,31 +125,93 @@ class Copier:
             context.progress.gaps_open += 1
             context.metrics.trimmed.inc()
         await store.begin_bootstrap(context.peer_id, row, entry)
-        context.log.info("bootstrap_started", why=why, head=str(info.last_id))
+        context.log.info(
+            "bootstrap_started",
+            why=why,
+            head=str(info.last_id),
+            by="tree" if self._lines.has_tree else "scan",
+        )
         return row
 
-    # One step of the walk
+    def _show(self) -> None:
+        took = self._context.ports.clock.monotonic() - self._began_at
+        rate = self._fetched.items / took if took > 0 else 0.0
+        known = f"{self._differing} keys known to differ, " if self._lines.has_tree else ""
+        self._context.progress.copied = self._fetched.items
+        self._context.progress.bootstrap = (
+            f"{known}{self._fetched.items} items copied, {rate:.0f}/s"
+        )
 
-    async def _step(self) -> bool:
-        """Copy what one SCAN call finds; True at the end of the walk."""
+    # By the trees
+
+    async def _walk_tree(self, row: BootstrapRow) -> bool:
+        """Fetch what differs, bucket by bucket; False if it was interrupted."""
+        context = self._context
+        comparer = make_comparer(context, self._lines, self._applier)
+        buckets = await comparer.differing_buckets()
+        if context.store.tree is None and row.walk.startswith(_WALK_MARK):
+            # Nothing here tells what was copied already, but the row does.
+            buckets = [path for path in buckets if path > row.walk.removeprefix(_WALK_MARK)]
+        # What an interrupted walk knew to differ was fetched, or is found again.
+        self._differing = self._fetched.items
+        async for group in comparer.groups(buckets):
+            self._differing += len(group.differences)
+            wanted = [found for found in group.differences if not self._holds_back(found)]
+            for begin in range(0, len(wanted), FETCH_KEYS):
+                if self._interrupted():
+                    return False
+                await self._fetch([found.key for found in wanted[begin : begin + FETCH_KEYS]])
+            if group.skipped:
+                context.metrics.error("bad_node")
+                context.log.warning("tree_nodes_skipped", count=group.skipped)
+            if context.store.tree is None:
+                await context.ports.cursor_store.save_walk(
+                    context.peer_id, f"{_WALK_MARK}{group.last}"
+                )
+            if self._interrupted():
+                return False
+        return True
+
+    async def _fetch(self, keys: list[str]) -> None:
+        named = [(self._source.redis_key(key), key) for key in keys]
+        await self._fetcher.fetch(self._lines.asking, named, self._fetched)
+        self._show()
+
+    def _holds_back(self, found: Difference) -> bool:
+        guard = self._context.stale
+        if not guard.holds_back(found.theirs, found.ours):
+            return False
+        guard.note(found.key, found.theirs)
+        self._held_back += 1
+        return True
+
+    # By SCAN
+
+    async def _walk_scan(self) -> bool:
+        """Copy what SCAN finds; False if it was interrupted: then the walk begins anew."""
+        scan = b"0"
+        while not self._interrupted():
+            scan = await self._step(scan)
+            if scan == b"0":
+                return True
+        return False
+
+    async def _step(self, scan: bytes) -> bytes:
         context, asking = self._context, self._lines.asking
         timeout = context.settings.timeouts.command
         reply = await asking.call(
-            "SCAN", self._scan, "MATCH", self._source.match, "COUNT", SCAN_COUNT,
-            timeout_sec=timeout,
-        )  # fmt: skip
+            "SCAN", scan, "MATCH", self._source.match, "COUNT", SCAN_COUNT, timeout_sec=timeout
+        )
         try:
             next_scan, found = reply
         except (TypeError, ValueError):
             raise ProtocolError("SCAN: unexpected reply") from None
         named = [(raw, key) for raw in found if (key := self._source.key_of(raw)) is not None]
-        self._skipped += len(found) - len(named)
-        if named and self._compare_first:
+        if named:
             named = await self._only_newer(named)
-        for group in await self._by_size(named):
-            await self._copy_group(asking, group, timeout)
-        self._scan = next_scan
-        return bool(next_scan == b"0")
+        await self._fetcher.fetch(asking, named, self._fetched)
+        self._show()
+        return bytes(next_scan)
 
     async def _only_newer(self, named: list[tuple[bytes, str]]) -> list[tuple[bytes, str]]:
         context = self._context
@@ -174,90 +225,41 @@ class Copier:
         return [
             pair
             for pair, raw, mine in zip(named, raws, held, strict=True)
-            if mine is None or not _is_current(mine, raw)
+            if self._is_wanted(pair[1], raw, mine)
         ]
 
-    async def _by_size(self, named: Sequence[tuple[bytes, str]]) -> list[list[tuple[bytes, str]]]:
-        """Group keys so that the replies of a group stay within the limit in bytes."""
-        context = self._context
-        if not named:
-            return []
-        sizes = await self._lines.asking.pipeline(
-            [("STRLEN", raw) for raw, _ in named], timeout_sec=context.settings.timeouts.command
-        )
-        budget = context.settings.limits.batch_bytes // 4
-        groups: list[list[tuple[bytes, str]]] = [[]]
-        filled = 0
-        for pair, size in zip(named, sizes, strict=True):
-            if not isinstance(size, int) or size > context.settings.limits.batch_bytes:
-                self._skip(pair[1], f"an item of {size} bytes cannot be copied")
-                continue
-            if groups[-1] and (filled + size > budget or len(groups[-1]) >= APPLY_ITEMS):
-                groups.append([])
-                filled = 0
-            groups[-1].append(pair)
-            filled += size
-        return [group for group in groups if group]
+    def _is_wanted(self, key: str, raw: Any, ours: Stamp | None) -> bool:
+        if not isinstance(raw, bytes):
+            return True
+        try:
+            theirs = decode_stamp(raw)
+        except BadEntryError:
+            return True
+        if ours is not None and ours >= theirs:
+            return False
+        return not self._holds_back(Difference(key, theirs, ours))
 
-    async def _copy_group(
-        self, asking: Connection, group: Sequence[tuple[bytes, str]], timeout_sec: float
-    ) -> None:
-        asking.limit_reply(self._context.settings.limits.batch_bytes * 2)
-        replies = await asking.pipeline(
-            self._source.fetch_command([raw for raw, _ in group]), timeout_sec=timeout_sec
-        )
-        for part in self._parts(group, replies):
-            result = await self._applier.hand_over(part, None)
-            self._context.progress.copied += len(part.items)
-            self._context.progress.events_applied += result.applied
-        self._context.progress.bootstrap = f"{self._context.progress.copied} items copied"
-
-    def _parts(self, group: Sequence[tuple[bytes, str]], replies: Sequence[Any]) -> Iterator[Part]:
-        part, filled = Part(), 0
-        budget = self._context.settings.limits.batch_bytes // 4
-        for (_, key), reply in zip(group, replies, strict=True):
-            try:
-                made = self._source.decode(key, reply)
-            except (BadEntryError, InvalidKeyError) as error:
-                self._skip(key, str(error))
-                continue
-            if made is None:
-                continue
-            item, wire = made
-            part.items.append(item)
-            part.wire.append(wire)
-            filled += len(item.content)
-            if filled >= budget:
-                yield part
-                part, filled = Part(), 0
-        if part.items:
-            yield part
-
-    def _skip(self, key: str, why: str) -> None:
-        self._skipped += 1
-        self._context.metrics.error("bad_item")
-        self._context.log.warning("item_skipped", key=key, error=why)
+    # The end
 
     async def _finish(self, row: BootstrapRow) -> Position:
         context = self._context
         # The position in the store moves along, or the next start would go on from the old one.
         await self._applier.hand_over(Part(), row.head)
         cursor = Cursor(row.head, self._incarnation)
-        now = context.ports.wall_clock.now_ms()
-        await context.ports.cursor_store.finish_bootstrap(context.peer_id, cursor, now)
+        store, now = context.ports.cursor_store, context.ports.wall_clock.now_ms()
+        whole = self._lines.has_tree and not self._fetched.failed and not self._held_back
+        await store.finish_bootstrap(context.peer_id, cursor, now if whole else None)
         context.cursors.saved(context.peer_id, cursor)
-        context.log.info("bootstrap_finished", items=context.progress.copied, skipped=self._skipped)
+        context.log.info(
+            "bootstrap_finished",
+            items=self._fetched.items,
+            skipped=len(self._fetched.failed),
+            held_back=self._held_back,
+        )
+        if whole:
+            await context.agree(self._as_of_ms)
+        context.progress.gaps_open = len((await store.load(context.peer_id)).gaps)
+        context.unfetchable.add(self._fetched.failed)
         context.progress.bootstrap = ""
-        context.progress.gaps_open = 0
         self._row = None
-        self._scan = b"0"
         return row.head
-
-
-def _is_current(held: Stamp, raw: Any) -> bool:
-    if not isinstance(raw, bytes):
-        return False
-    try:
-        return held >= decode_stamp(raw)
-    except BadEntryError:
-        return False

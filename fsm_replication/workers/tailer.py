@@ -37,7 +37,8 @@ from fsm_replication.workers.applier import Applier, Blocked, Unsettled
 from fsm_replication.workers.chunks import ChunkQueue
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import LinkContext
-from fsm_replication.workers.copier import Copier, OwnItems
+from fsm_replication.workers.copier import Copier
+from fsm_replication.workers.fetcher import OwnItems
 from fsm_replication.workers.reader import (
     Gap,
     Read,
@@ -111,6 +112,8 @@ class Tailer:
         self._copier: Copier | None = None
         self._incarnation = ""
         self._gap: tuple[Gap | None, str] = (None, "")
+        # The head that the last bootstrap noted, until a read has reached a head since.
+        self._copied_to: Position | None = None
 
     # What the link asks of it.
 
@@ -225,6 +228,7 @@ class Tailer:
         context.progress.dead_letters = record.dead_letters
         context.progress.gaps_open = len(record.gaps)
         context.progress.synced = context.progress.synced or record.synced
+        context.stale.agreed(record.agreed_at_ms)
         if not context.settings.hot_path.enabled:
             orders.report(LinkFact.NO_HOT_PATH, "hot_path.enabled is false")
             return None
@@ -261,14 +265,47 @@ class Tailer:
             "XRANGE", self._keys.stream, at, at, "COUNT", 1, timeout_sec=timeout
         )
         info = await ask_info(asking, self._keys.stream, timeout)
+        if position.stream_id > info.last_id:
+            await self._note_older_peer(info)
         gap = check_history(position, info, entry_is_there=bool(found))
         if gap is not None:
-            return self._must_copy(orders, gap, gap.reason)
+            await self._deal_with_gap(orders, gap)
+            return None
         if self._reader.position != position and self._outstanding is not None:
             await self._reopen_reading()
         self._reader.position = position
         self._context.progress.read = self._context.progress.settled = position
         return self._report_distance(orders, position, info)
+
+    async def _note_older_peer(self, info: StreamInfo) -> None:
+        """A peer whose stream ends before our cursor came back as it was at an earlier time."""
+        guard = self._context.stale
+        if guard.agreed_at_ms is None or guard.agreed_at_ms <= info.last_id.ms:
+            return
+        guard.peer_came_back(info.last_id.ms)
+        await self._context.ports.cursor_store.set_agreed(
+            self._context.peer_id, guard.agreed_at_ms, heal_gaps=False
+        )
+
+    async def _deal_with_gap(self, orders: _Orders, gap: Gap) -> bool:
+        """Have the peer copied; or, where it has just been, let the cold path repair the gap.
+
+        A stream so short that it is trimmed while its peer is copied would be copied for ever.
+        Returns whether to read on in the present mode.
+        """
+        cold = self._context.settings.cold_path.enabled and self._lines.has_tree
+        if self._copied_to is None or not cold:
+            self._must_copy(orders, gap, gap.reason)
+            return False
+        await self._work_off(orders)
+        if self._queue:
+            return False
+        self._context.progress.stream_too_short = True
+        info = await self._go_on_from_oldest(gap, f"{gap.reason}, right after a bootstrap")
+        if orders.mode is Mode.READ_IN_BULK:
+            return True
+        orders.report(LinkFact.BEHIND, f"reading on from the oldest entry, {info.first_id}")
+        return False
 
     def _must_copy(self, orders: _Orders, gap: Gap | None, why: str) -> None:
         self._gap = (gap, why)
@@ -323,7 +360,7 @@ class Tailer:
         context.copy_slot.release(self)
         if self._outstanding is not None:
             await self._reopen_reading()
-        self._reader.position = head
+        self._reader.position = self._copied_to = head
         context.progress.read = context.progress.settled = head
         info = await ask_info(
             self._lines.asking, self._keys.stream, context.settings.timeouts.command
@@ -335,28 +372,35 @@ class Tailer:
 
         Its items are not copied, so what the stream no longer holds is an open gap in the ledger.
         """
-        context, why = self._context, self._gap[1]
+        why = f"{self._gap[1]}; items of foreign nodes are not copied"
+        info = await self._go_on_from_oldest(self._gap[0], why)
+        self._context.copy_slot.release(self)
+        self._report_distance(orders, self._reader.position, info)
+
+    async def _go_on_from_oldest(self, gap: Gap | None, why: str) -> StreamInfo:
+        """Read on from the oldest entry; what the stream no longer holds is an open gap."""
+        context = self._context
         timeout = context.settings.timeouts.command
         info = await ask_info(self._lines.asking, self._keys.stream, timeout)
         start = info.head if info.first_id is None else info.before_first
         row = BootstrapRow(start, "", self._incarnation, why)
-        gap = None
-        if info.trimmed != 0:
-            told = f"{why}; items of foreign nodes are not copied"
+        entry = None
+        missed = info.trimmed if gap is None else gap.missed
+        if missed != 0:
             now = context.ports.wall_clock.now_ms()
-            gap = GapRow(context.peer_id, now, info.trimmed, told)
+            entry = GapRow(context.peer_id, now, missed, why)
             context.progress.gaps_open += 1
-            context.log.warning("gap_not_healed", missed=info.trimmed, why=told)
+            context.metrics.trimmed.inc()
+            context.log.warning("gap_not_healed", missed=missed, why=why)
         store, cursor = context.ports.cursor_store, Cursor(start, self._incarnation)
-        await store.begin_bootstrap(context.peer_id, row, gap)
+        await store.begin_bootstrap(context.peer_id, row, entry)
         await store.finish_bootstrap(context.peer_id, cursor, None)
         context.cursors.saved(context.peer_id, cursor)
-        context.copy_slot.release(self)
         if self._outstanding is not None:
             await self._reopen_reading()
         self._reader.position = start
         context.progress.read = context.progress.settled = start
-        self._report_distance(orders, start, info)
+        return info
 
     async def _enter_copy_slot(self, orders: _Orders) -> bool:
         """Wait for the turn to copy; False if the mode changed first."""
@@ -388,13 +432,15 @@ class Tailer:
             if read is None:
                 continue
             if read.gap is not None:
-                return self._must_copy(orders, read.gap, read.gap.reason)
+                if await self._deal_with_gap(orders, read.gap):
+                    continue
+                return
             self._queue.take_in(read)
             if read.at_head and not at_head:
                 await self._work_off(orders)
                 await self._note_head(read)
                 orders.report(LinkFact.AT_HEAD, "a read reached the head")
-                return None
+                return
             # At the head a full read means there may be more, and an empty one that there is time
             # to compare counts: both ask for them once.
             ask_bulk = not at_head or read.full or (not read.entries and read.info is None)
@@ -408,7 +454,7 @@ class Tailer:
                 behind = self._distance(read.end, read.info)
                 if behind:
                     orders.report(LinkFact.BEHIND, behind)
-        return None
+        return
 
     def _ask(self, *, bulk: bool) -> None:
         reading = self._lines.reading
@@ -528,14 +574,9 @@ class Tailer:
         progress.succeeded(context.ports.clock.monotonic())
         if read.info is not None or read.entries:
             progress.unread_events = 0
-        if not progress.synced and not self._queue:
-            progress.synced = True
-            context.on_synced()
-            try:
-                await context.ports.cursor_store.set_synced(context.peer_id)
-            except CursorStoreError as error:
-                # It is found out again after the next start.
-                context.log.warning("synced_not_kept", error=error)
+        self._copied_to = None
+        if not self._queue:
+            await context.note_synced()
 
     # Holding what is pending while paused.
 

@@ -1,0 +1,304 @@
+"""The cold path: now and then compares trees with each peer, and fetches what the hot path missed.
+
+A *cycle* visits the peers one after the other, by priority, and each is judged alone: one that
+fails rests for a while that doubles with each failure, and one whose link is not at rest is left
+out. A cycle has a budget of items; where it ended a pass, the next one goes on after the last key.
+A pass that somebody asks for has no budget.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from fsm_replication.config import ColdPathConfig
+from fsm_replication.errors import CursorStoreError, ReplicationError
+from fsm_replication.log import get_logger
+from fsm_replication.merkle import OWN
+from fsm_replication.metrics import Metrics
+from fsm_replication.ports import Ports
+from fsm_replication.reports import PauseReason
+from fsm_replication.stores.protocol import SyncEngine
+from fsm_replication.workers.applier import Blocked, Unsettled
+from fsm_replication.workers.connector import Lines
+from fsm_replication.workers.context import LinkContext
+from fsm_replication.workers.repair import (
+    Budget,
+    PeerRepair,
+    StaleVerdict,
+    make_applier,
+    repair_peer,
+)
+
+__all__ = ("ColdPath", "RepairStats", "Target")
+
+ROOT_CACHE_SEC: Final = 5.0
+CATCHING_UP_SKIPS: Final = 10
+_READY: Final = frozenset({"Tailing", "Standby"})
+_BUSY: Final = "CatchingUp"
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A peer that may be repaired: its link's state, its connections, and how to pause it."""
+
+    context: LinkContext
+    state: str
+    lines: Lines | None
+    block: Callable[[PauseReason, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RepairStats:
+    """What a repair came to, over all its peers.
+
+    ``items_submitted`` and ``items_deleted`` were newer than what was held; ``items_deferred`` are
+    left for later: over the budget, unfetchable within the last hour, or held back as stale.
+    ``items_rejected`` are old items that were deleted everywhere. ``problems`` tells what went
+    wrong with which peer, one line for each of ``errors``.
+    """
+
+    peers_checked: int = 0
+    peers_in_sync: int = 0
+    items_fetched: int = 0
+    items_submitted: int = 0
+    items_deleted: int = 0
+    items_deferred: int = 0
+    errors: int = 0
+    items_rejected: int = 0
+    problems: tuple[str, ...] = ()
+
+    def plus(self, one: PeerRepair) -> RepairStats:
+        """Return the sum with what one peer came to."""
+        fetched = one.fetched
+        return replace(
+            self,
+            peers_checked=self.peers_checked + 1,
+            peers_in_sync=self.peers_in_sync + one.in_sync,
+            items_fetched=self.items_fetched + fetched.items,
+            items_submitted=self.items_submitted + fetched.submitted,
+            items_deleted=self.items_deleted + fetched.deleted,
+            items_deferred=self.items_deferred + one.deferred + one.held_back,
+            items_rejected=self.items_rejected + one.rejected,
+        )
+
+    def failed(self, problem: str) -> RepairStats:
+        """Return the sum with one more problem."""
+        return replace(self, errors=self.errors + 1, problems=(*self.problems, problem))
+
+
+@dataclass(slots=True)
+class _Peer:
+    """What is remembered of a peer from one cycle to the next."""
+
+    failures: int = 0
+    not_before: float = 0.0
+    skipped_busy: int = 0
+    after: tuple[str, str] | None = None
+
+
+class ColdPath:
+    """Repairs peers: in cycles as a worker of the engine, and when asked."""
+
+    def __init__(
+        self,
+        settings: ColdPathConfig,
+        store: SyncEngine,
+        ports: Ports,
+        metrics: Metrics,
+        targets: Callable[[], Sequence[Target]],
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._ports = ports
+        self._metrics = metrics
+        self._targets = targets
+        self._peers: dict[str, _Peer] = {}
+        self._one_at_a_time = asyncio.Lock()
+        self._asked: dict[tuple[str | None, StaleVerdict | None], asyncio.Future[RepairStats]] = {}
+        self._root: tuple[float, bytes] | None = None
+        self._log = get_logger("cold_path", node_id=metrics.node_id)
+
+    # As a worker
+
+    async def run(self) -> None:
+        """Go through a cycle every interval; until cancelled."""
+        while True:
+            await self._ports.clock.sleep(self._settings.interval_sec)
+            await self.cycle()
+
+    async def cycle(self) -> RepairStats:
+        """Visit every peer that is ready for it, by priority, within the budget."""
+        async with self._one_at_a_time:
+            clock = self._ports.clock
+            began = clock.monotonic()
+            budget = Budget(self._settings.max_items_per_cycle)
+            stats = RepairStats()
+            for target in self._targets():
+                why = self._reason_to_skip(target)
+                if why:
+                    self._metrics.get("repair_skipped", why).inc()
+                    continue
+                stats = await self._visit(target, stats, budget, None, None)
+            self._metrics.get("repair_cycles").inc()
+            self._metrics.get("repair_cycle_duration_seconds").observe(clock.monotonic() - began)
+            self._count(stats)
+            return stats
+
+    def _reason_to_skip(self, target: Target) -> str:
+        """Return why a cycle leaves this peer out, "" if it does not."""
+        peer = self._peer(target)
+        lines = target.lines
+        if target.state == _BUSY:
+            peer.skipped_busy += 1
+            if peer.skipped_busy <= CATCHING_UP_SKIPS:
+                return "catching up"
+        elif target.state not in _READY:
+            return "not connected" if lines is None else "not at rest"
+        if lines is None:
+            return "not connected"
+        if not lines.has_tree:
+            return "no tree"
+        if self._ports.clock.monotonic() < peer.not_before:
+            return "backoff"
+        peer.skipped_busy = 0
+        return ""
+
+    def _peer(self, target: Target) -> _Peer:
+        return self._peers.setdefault(target.context.peer_id, _Peer())
+
+    # When asked
+
+    async def repair(
+        self,
+        peer_id: str | None = None,
+        verdict: StaleVerdict | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> RepairStats:
+        """Repair one peer, or all, without a budget; a call that finds one under way joins it."""
+        key = (peer_id, verdict)
+        while (running := self._asked.get(key)) is not None:
+            await asyncio.wait((running,))
+            if not running.cancelled():
+                return running.result()
+        done: asyncio.Future[RepairStats] = asyncio.get_running_loop().create_future()
+        self._asked[key] = done
+        try:
+            async with self._one_at_a_time:
+                stats = await self._repair_now(peer_id, verdict, on_progress)
+            done.set_result(stats)
+            return stats
+        finally:
+            del self._asked[key]
+            # Whoever joined a call that was cancelled makes it himself.
+            done.cancel()
+
+    async def _repair_now(
+        self, peer_id: str | None, verdict: StaleVerdict | None, on_progress: OnProgress | None
+    ) -> RepairStats:
+        stats = RepairStats()
+        self._root = None
+        for target in self._targets():
+            name = target.context.peer_id
+            if peer_id not in (None, name):
+                continue
+            if target.lines is None or target.state not in (*_READY, _BUSY):
+                stats = stats.failed(f"peer {name!r} is {target.state}: it cannot be compared now")
+            elif not target.lines.has_tree:
+                stats = stats.failed(f"peer {name!r} publishes no tree that could be compared")
+            else:
+                stats = await self._visit(target, stats, Budget(), verdict, on_progress)
+        self._count(stats)
+        return stats
+
+    # One peer
+
+    async def _visit(
+        self, target: Target, stats: RepairStats, budget: Budget,
+        verdict: StaleVerdict | None, on_progress: OnProgress | None,
+    ) -> RepairStats:  # fmt: skip
+        context, lines = target.context, target.lines
+        assert lines is not None
+        peer, name = self._peer(target), context.peer_id
+        clock = self._ports.clock
+        began = clock.monotonic()
+
+        def show(result: PeerRepair) -> None:
+            if on_progress is not None:
+                on_progress(name, result.differing, result.fetched.items)
+
+        try:
+            result = await repair_peer(
+                context,
+                lines,
+                budget=budget,
+                our_root=await self._our_root(context),
+                after=peer.after,
+                verdict=verdict,
+                on_progress=show,
+            )
+        except Blocked as blocked:
+            if blocked.reason is PauseReason.INTERLOCK:
+                target.block(blocked.reason, str(blocked))
+            return self._gave_up(peer, context, stats, blocked)
+        except Unsettled as unsettled:
+            return self._gave_up(peer, context, stats, unsettled.__cause__ or unsettled)
+        except CursorStoreError as error:
+            if not error.may_pass:
+                raise
+            return self._gave_up(peer, context, stats, error)
+        except ReplicationError as error:
+            return self._gave_up(peer, context, stats, error)
+        peer.failures, peer.not_before = 0, 0.0
+        peer.after = result.after if budget.left == 0 else None
+        context.metrics.operation("repair", clock.monotonic() - began)
+        if not result.in_sync:
+            self._metrics.get("merkle_divergence", name).inc()
+            self._log.info(
+                "peer_repaired",
+                peer_id=name,
+                differing=result.differing,
+                fetched=result.fetched.items,
+                deferred=result.deferred,
+                held_back=result.held_back,
+                complete=result.complete,
+            )
+        return stats.plus(result)
+
+    def _gave_up(
+        self, peer: _Peer, context: LinkContext, stats: RepairStats, error: BaseException
+    ) -> RepairStats:
+        peer.failures += 1
+        settings = self._settings
+        rest = settings.backoff_base_sec * 2.0 ** min(peer.failures, 30)
+        rest = min(settings.backoff_max_sec, rest)
+        peer.not_before = self._ports.clock.monotonic() + rest
+        context.metrics.error(type(error).__name__)
+        self._log.warning("repair_failed", peer_id=context.peer_id, error=error, rest_sec=rest)
+        return stats.failed(f"peer {context.peer_id!r}: {error}")
+
+    async def _our_root(self, context: LinkContext) -> bytes | None:
+        """Return our root, at most five seconds old: one reading serves the peers of a cycle."""
+        tree = self._store.tree
+        if tree is None:
+            return None
+        now = self._ports.clock.monotonic()
+        if self._root is None or now - self._root[0] > ROOT_CACHE_SEC:
+            applier, _ = make_applier(context)
+            self._root = (now, await applier.call(context.reads, lambda: tree.root(OWN)))
+        return self._root[1]
+
+    def _count(self, stats: RepairStats) -> None:
+        for name in (
+            "peers_checked",
+            "peers_in_sync",
+            "items_fetched",
+            "items_submitted",
+            "items_deleted",
+            "items_deferred",
+            "errors",
+        ):
+            self._metrics.get(f"repair_{name}").inc(getattr(stats, name))

@@ -1,0 +1,170 @@
+"""Finds what a peer holds newer, by comparing its tree with ours.
+
+One round trip to the peer for each level, however many nodes differ: the root, the branches, the
+buckets of branches that differ; then the leaves of buckets that differ, in flights of a bounded
+number of leaves. A leaf carries its order tuple, so what is older there is never fetched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple, Protocol
+
+from fsm_replication.errors import BadEntryError
+from fsm_replication.items import Stamp
+from fsm_replication.layout import decode_stamp
+from fsm_replication.merkle import OWN, differing
+
+__all__ = ("Comparer", "Difference", "Group")
+
+LEAVES_PER_FLIGHT: Final = 10_000
+BUCKETS_PER_FLIGHT: Final = 512
+# A node with more children than this is nobody's ordinary bucket, and is passed over.
+CHILDREN_MAX: Final = 100_000
+
+
+class ReadableTree(Protocol):
+    """What is needed of our own tree."""
+
+    async def root(self, layout: str) -> bytes:
+        """Return the digest of everything."""
+
+    async def children(self, layout: str, paths: Sequence[str]) -> list[dict[str, bytes]]:
+        """Return the children of several nodes by name, in one round trip."""
+
+
+class SizedTree(ReadableTree, Protocol):
+    """What is needed of a peer's tree: nobody knows how large it is."""
+
+    async def sizes(self, layout: str, paths: Sequence[str]) -> list[int]:
+        """Return how many keys each bucket holds, in one round trip."""
+
+
+class Difference(NamedTuple):
+    """A key that the peer holds newer; ``ours`` is None where we hold nothing, nor a tombstone."""
+
+    key: str
+    theirs: Stamp
+    ours: Stamp | None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The differences of some buckets, of which ``last`` is the path of the last.
+
+    ``skipped`` counts leaves and whole buckets that could not be read. ``newer_here`` holds, where
+    it was asked for, key, our order tuple and theirs of what is newer here.
+    """
+
+    last: str
+    differences: Sequence[Difference]
+    skipped: int
+    newer_here: Sequence[tuple[str, Stamp, Stamp | None]] = ()
+
+
+class Comparer:
+    """Compares our tree with a peer's; without a tree of ours every bucket is looked into.
+
+    ``stamps`` returns what is held for keys that our tree does not hold: a tombstone that expired
+    has left the tree but still wins as long as it is kept. ``root`` is our root where it is known.
+    """
+
+    def __init__(
+        self,
+        ours: ReadableTree | None,
+        theirs: SizedTree,
+        stamps: Callable[[Sequence[str]], Awaitable[Sequence[Stamp | None]]],
+        *,
+        layout: str = OWN,
+    ) -> None:
+        self._ours = ours
+        self._theirs = theirs
+        self._stamps = stamps
+        self._layout = layout
+
+    async def differing_buckets(
+        self, our_root: bytes | None = None, *, both: bool = False
+    ) -> list[str]:
+        """Return the paths of the buckets that differ, in order; none if the roots are equal.
+
+        Buckets that are empty at the peer are left out, unless ``both`` sides are looked into.
+        """
+        layout, ours = self._layout, self._ours
+        if ours is not None:
+            mine = await ours.root(layout) if our_root is None else our_root
+            if mine == await self._theirs.root(layout):
+                return []
+        paths = [""]
+        for _ in range(2):
+            theirs = await self._theirs.children(layout, paths)
+            mine_too: Sequence[dict[str, bytes]] = [{}] * len(paths)
+            if ours is not None:
+                mine_too = await ours.children(layout, paths)
+            paths = [
+                path + name
+                for path, there, here in zip(paths, theirs, mine_too, strict=True)
+                for name in differing(here, there)
+                if both or name in there
+            ]
+            if not paths:
+                return []
+        return paths
+
+    async def groups(self, buckets: Sequence[str], *, both: bool = False) -> AsyncIterator[Group]:
+        """Yield what differs in these buckets, in their order, a bounded number at a time."""
+        for begin in range(0, len(buckets), BUCKETS_PER_FLIGHT):
+            chunk = buckets[begin : begin + BUCKETS_PER_FLIGHT]
+            sizes = await self._theirs.sizes(self._layout, chunk)
+            flight: list[str] = []
+            leaves = skipped = 0
+            for path, size in zip(chunk, sizes, strict=True):
+                if size > CHILDREN_MAX:
+                    skipped += 1
+                    continue
+                if flight and leaves + size > LEAVES_PER_FLIGHT:
+                    yield await self._look_into(flight, skipped, both=both)
+                    flight, leaves, skipped = [], 0, 0
+                flight.append(path)
+                leaves += size
+            if flight:
+                yield await self._look_into(flight, skipped, both=both)
+            elif skipped:
+                yield Group(chunk[-1], (), skipped)
+
+    async def _look_into(self, paths: Sequence[str], skipped: int, *, both: bool) -> Group:
+        found = await self._theirs.children(self._layout, paths)
+        mine: Sequence[dict[str, bytes]] = [{}] * len(paths)
+        if self._ours is not None:
+            mine = await self._ours.children(self._layout, paths)
+        newer: list[Difference] = []
+        unknown: list[tuple[str, Stamp]] = []
+        newer_here: list[tuple[str, Stamp, Stamp | None]] = []
+        for theirs, ours in zip(found, mine, strict=True):
+            for key in sorted(theirs):
+                raw, held = theirs[key], ours.get(key)
+                if raw == held:
+                    continue
+                try:
+                    stamp = decode_stamp(raw)
+                    ours_stamp = None if held is None else decode_stamp(held)
+                except BadEntryError:
+                    skipped += 1
+                    continue
+                if ours_stamp is None:
+                    unknown.append((key, stamp))
+                elif stamp > ours_stamp:
+                    newer.append(Difference(key, stamp, ours_stamp))
+                elif both:
+                    newer_here.append((key, ours_stamp, stamp))
+            if both:
+                only_here = sorted(ours.keys() - theirs.keys())
+                newer_here += [(key, decode_stamp(ours[key]), None) for key in only_here]
+        if unknown:
+            stamps = await self._stamps([key for key, _ in unknown])
+            for (key, stamp), kept in zip(unknown, stamps, strict=True):
+                if kept is None or stamp > kept:
+                    newer.append(Difference(key, stamp, kept))
+                elif both and stamp != kept:
+                    newer_here.append((key, kept, stamp))
+        return Group(paths[-1], newer, skipped, newer_here)

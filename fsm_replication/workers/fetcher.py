@@ -1,0 +1,182 @@
+"""Fetches a peer's items by key, in flights of bounded size, and hands them to the store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from fsm_replication.batch import Part
+from fsm_replication.errors import BadEntryError, InvalidKeyError
+from fsm_replication.items import SyncItem
+from fsm_replication.layout import Keys, decode_item, glob_escape, item_data
+from fsm_replication.ports import Connection
+from fsm_replication.stores.protocol import ApplyResult, Outcome
+from fsm_replication.stream import DataDecoder, Encoded, WireForm, encode_meta
+from fsm_replication.workers.applier import Applier
+from fsm_replication.workers.context import LinkContext
+
+__all__ = ("Fetched", "Fetcher", "ItemSource", "OwnItems")
+
+APPLY_ITEMS: Final = 250
+
+
+class ItemSource(Protocol):
+    """How the items of one kind of node are found and read."""
+
+    match: str
+
+    def redis_key(self, key: str) -> bytes:
+        """Return where the item of a key lies."""
+
+    def key_of(self, redis_key: bytes) -> str | None:
+        """Return the item's key, or None where this Redis key holds no item."""
+
+    def fetch_command(self, redis_keys: Sequence[bytes]) -> Sequence[Sequence[bytes | str | int]]:
+        """Return the commands that read these items, one reply each."""
+
+    def decode(self, key: str, reply: Any) -> tuple[SyncItem, WireForm | None] | None:
+        """Return the item in a reply, with its wire form; None where it has gone meanwhile.
+
+        :raises BadEntryError: if it is not an item.
+        """
+
+
+class OwnItems:
+    """The items of a node of ours."""
+
+    def __init__(self, keys: Keys, decoder: DataDecoder) -> None:
+        self._prefix = keys.item_prefix.encode()
+        self._decoder = decoder
+        self.match = glob_escape(keys.item_prefix) + "*"
+
+    def redis_key(self, key: str) -> bytes:
+        """Return where the item of a key lies."""
+        return self._prefix + key.encode()
+
+    def key_of(self, redis_key: bytes) -> str | None:
+        """Return the item's key, or None where it is not UTF-8."""
+        try:
+            return redis_key.removeprefix(self._prefix).decode() or None
+        except UnicodeDecodeError:
+            return None
+
+    def fetch_command(self, redis_keys: Sequence[bytes]) -> Sequence[Sequence[bytes | str | int]]:
+        """Read each by GET, so that one of a wrong type spoils no other."""
+        return [("GET", redis_key) for redis_key in redis_keys]
+
+    def decode(self, key: str, reply: Any) -> tuple[SyncItem, WireForm | None] | None:
+        """Return the item in a reply; its content stands there as on the stream."""
+        if reply is None:
+            return None
+        if not isinstance(reply, bytes):
+            raise BadEntryError("item", f"the value is no string: {reply}")
+        item = decode_item(key, reply, self._decoder)
+        return item, Encoded(item_data(reply), encode_meta(item))
+
+
+@dataclass(slots=True)
+class Fetched:
+    """What became of keys that were asked for; ``failed`` could not be read or were refused."""
+
+    items: int = 0
+    submitted: int = 0
+    deleted: int = 0
+    failed: list[str] = field(default_factory=list)
+
+
+class Fetcher:
+    """Fetches items of one peer; memory stays within a quarter of ``limits.batch_bytes`` a flight."""
+
+    def __init__(self, context: LinkContext, applier: Applier, source: ItemSource) -> None:
+        self._context = context
+        self._applier = applier
+        self._source = source
+
+    async def fetch(
+        self, asking: Connection, named: Sequence[tuple[bytes, str]], result: Fetched
+    ) -> None:
+        """Fetch and apply the items of these Redis keys and keys; adds up in ``result``.
+
+        :raises Blocked: if the link must pause; what is missing is not applied.
+        """
+        for group in await self._by_size(asking, named, result):
+            await self._fetch_group(asking, group, result)
+
+    async def _by_size(
+        self, asking: Connection, named: Sequence[tuple[bytes, str]], result: Fetched
+    ) -> list[list[tuple[bytes, str]]]:
+        """Group keys so that the replies of a group stay within the limit in bytes."""
+        settings = self._context.settings
+        if not named:
+            return []
+        sizes = await asking.pipeline(
+            [("STRLEN", raw) for raw, _ in named], timeout_sec=settings.timeouts.command
+        )
+        budget = settings.limits.batch_bytes // 4
+        groups: list[list[tuple[bytes, str]]] = [[]]
+        filled = 0
+        for pair, size in zip(named, sizes, strict=True):
+            if not isinstance(size, int) or size > settings.limits.batch_bytes:
+                self._skip(pair[1], f"an item of {size} bytes cannot be fetched", result)
+                continue
+            if groups[-1] and (filled + size > budget or len(groups[-1]) >= APPLY_ITEMS):
+                groups.append([])
+                filled = 0
+            groups[-1].append(pair)
+            filled += size
+        return [group for group in groups if group]
+
+    async def _fetch_group(
+        self, asking: Connection, group: Sequence[tuple[bytes, str]], result: Fetched
+    ) -> None:
+        settings = self._context.settings
+        asking.limit_reply(settings.limits.batch_bytes * 2)
+        replies = await asking.pipeline(
+            self._source.fetch_command([raw for raw, _ in group]),
+            timeout_sec=settings.timeouts.command,
+        )
+        for part in self._parts(group, replies, result):
+            applied = await self._applier.hand_over(part, None)
+            self._count(part, applied, result)
+
+    def _parts(
+        self, group: Sequence[tuple[bytes, str]], replies: Sequence[Any], result: Fetched
+    ) -> Iterator[Part]:
+        part, filled = Part(), 0
+        budget = self._context.settings.limits.batch_bytes // 4
+        for (_, key), reply in zip(group, replies, strict=True):
+            try:
+                made = self._source.decode(key, reply)
+            except (BadEntryError, InvalidKeyError) as error:
+                self._skip(key, str(error), result)
+                continue
+            if made is None:
+                continue
+            item, wire = made
+            part.items.append(item)
+            part.wire.append(wire)
+            filled += len(item.content)
+            if filled >= budget:
+                yield part
+                part, filled = Part(), 0
+        if part.items:
+            yield part
+
+    def _count(self, part: Part, applied: ApplyResult, result: Fetched) -> None:
+        result.items += len(part.items)
+        for index, outcome in enumerate(applied.outcomes):
+            if outcome is Outcome.REFUSED:
+                reason = applied.reasons.get(index, "no reason given")
+                self._skip(part.items[index].key, f"the store refused it: {reason}", result)
+            elif outcome is Outcome.APPLIED:
+                if part.items[index].deleted:
+                    result.deleted += 1
+                else:
+                    result.submitted += 1
+        self._context.progress.events_applied += applied.applied
+
+    def _skip(self, key: str, why: str, result: Fetched) -> None:
+        result.failed.append(key)
+        self._context.metrics.error("bad_item")
+        self._context.log.warning("item_skipped", key=key, error=why)

@@ -1,0 +1,252 @@
+"""Repairs one peer's differences: compares the trees, fetches what is newer there, applies it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from fsm_replication.batch import BatchBuilder, Part
+from fsm_replication.items import EMPTY_HASH, Stamp, SyncItem
+from fsm_replication.layout import Keys
+from fsm_replication.merkle import bucket_of, bucket_path
+from fsm_replication.workers.applier import Applier
+from fsm_replication.workers.comparer import Difference, Group
+from fsm_replication.workers.connector import Lines
+from fsm_replication.workers.context import LinkContext
+from fsm_replication.workers.copier import make_comparer
+from fsm_replication.workers.fetcher import Fetched, Fetcher, OwnItems
+
+__all__ = (
+    "Budget",
+    "KeyDifference",
+    "PeerRepair",
+    "StaleVerdict",
+    "find_differences",
+    "make_applier",
+    "repair_peer",
+)
+
+FETCH_KEYS: Final = 1000
+
+
+@dataclass(slots=True)
+class Budget:
+    """How many items a cycle may still fetch; None is no limit."""
+
+    left: int | None = None
+
+    def take(self, wanted: int) -> int:
+        """Return how many of these may be fetched now."""
+        return wanted if self.left is None else min(wanted, self.left)
+
+    def spend(self, fetched: int) -> None:
+        """Note items that were fetched: only these count."""
+        if self.left is not None:
+            self.left = max(0, self.left - fetched)
+
+
+@dataclass(frozen=True, slots=True)
+class StaleVerdict:
+    """A person's word on old items of a peer: to take them, or to delete them everywhere."""
+
+    accept: bool
+
+
+@dataclass(slots=True)
+class PeerRepair:
+    """What one pass over one peer came to.
+
+    ``after`` is the last place (bucket and key) that was fetched, where the next pass goes on if
+    the budget ended this one; ``complete`` says that everything the peer holds is held here.
+    """
+
+    in_sync: bool = False
+    complete: bool = False
+    differing: int = 0
+    deferred: int = 0
+    held_back: int = 0
+    rejected: int = 0
+    skipped: int = 0
+    after: tuple[str, str] | None = None
+    fetched: Fetched = field(default_factory=Fetched)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyDifference:
+    """A key that differs: what is held here and there, and what fetching it would transfer.
+
+    ``size`` is in bytes, 0 where the peer's is not newer.
+    """
+
+    peer_id: str
+    key: str
+    ours: Stamp | None
+    theirs: Stamp | None
+    size: int
+
+    @property
+    def newer(self) -> str:
+        """Which side is newer: "peer" or "local"."""
+        if self.theirs is None or (self.ours is not None and self.ours > self.theirs):
+            return "local"
+        return "peer"
+
+
+def make_applier(context: LinkContext) -> tuple[Applier, OwnItems]:
+    """Return what applies repaired items; a store call that fails ends the pass."""
+    builder = BatchBuilder(
+        context.peer_id,
+        payload_bytes=context.settings.limits.payload_bytes,
+        part_bytes=context.settings.limits.batch_bytes // 4,
+        now_ms=context.ports.wall_clock.now_ms,
+    )
+    applier = Applier(context, builder, "", lambda: True)
+    return applier, OwnItems(Keys(context.peer.redis_prefix), builder.decoder)
+
+
+class _Pass:
+    def __init__(
+        self, context: LinkContext, lines: Lines, budget: Budget, verdict: StaleVerdict | None,
+        on_progress: Callable[[PeerRepair], None],
+    ) -> None:  # fmt: skip
+        self._context = context
+        self._lines = lines
+        self._budget = budget
+        self._verdict = verdict
+        self._on_progress = on_progress
+        self._applier, self._source = make_applier(context)
+        self._fetcher = Fetcher(context, self._applier, self._source)
+        self.result = PeerRepair()
+
+    async def run(self, our_root: bytes | None, after: tuple[str, str] | None) -> PeerRepair:
+        context, result = self._context, self.result
+        began_ms = context.ports.wall_clock.now_ms()
+        comparer = make_comparer(context, self._lines, self._applier)
+        buckets = await comparer.differing_buckets(our_root)
+        result.in_sync = not buckets
+        # The part before the last key of the pass before comes last: the walk wraps.
+        begin = after[0] if after is not None else ""
+        ordered = [path for path in buckets if path >= begin]
+        ordered += [path for path in buckets if path < begin]
+        first = True
+        async for group in comparer.groups(ordered):
+            await self._take(group, after if first else None)
+            first = False
+            self._on_progress(result)
+        result.complete = not (result.deferred or result.held_back or result.skipped)
+        result.complete = result.complete and not result.fetched.failed
+        if result.complete:
+            await context.agree(began_ms)
+        return result
+
+    async def _take(self, group: Group, after: tuple[str, str] | None) -> None:
+        context, result = self._context, self.result
+        result.skipped += group.skipped
+        result.differing += len(group.differences) + len(group.newer_here)
+        wanted: list[Difference] = []
+        stale: list[Difference] = []
+        for found in group.differences:
+            if context.stale.is_spent(found.theirs, found.ours):
+                continue
+            if found.key in context.unfetchable:
+                result.deferred += 1
+            elif not context.stale.holds_back(found.theirs, found.ours) or (
+                self._verdict is not None and self._verdict.accept
+            ):
+                wanted.append(found)
+            else:
+                stale.append(found)
+        if after is not None:
+            wanted.sort(key=lambda found: _place(found.key) <= after)
+        await self._deal_with_stale(stale)
+        for begin in range(0, len(wanted), FETCH_KEYS):
+            part = wanted[begin : begin + FETCH_KEYS]
+            allowed = self._budget.take(len(part))
+            await self._fetch([found.key for found in part[:allowed]])
+            result.deferred += len(part) - allowed
+            if allowed:
+                result.after = _place(part[allowed - 1].key)
+
+    async def _fetch(self, keys: Sequence[str]) -> None:
+        if not keys:
+            return
+        fetched, context = self.result.fetched, self._context
+        before, failed = fetched.items, len(fetched.failed)
+        named = [(self._source.redis_key(key), key) for key in keys]
+        await self._fetcher.fetch(self._lines.asking, named, fetched)
+        context.unfetchable.add(fetched.failed[failed:])
+        self._budget.spend(fetched.items - before)
+
+    async def _deal_with_stale(self, stale: Sequence[Difference]) -> None:
+        context = self._context
+        if not stale:
+            return
+        if self._verdict is None:
+            for found in stale:
+                context.stale.note(found.key, found.theirs)
+            self.result.held_back += len(stale)
+            return
+        # Rejected: a delete of our own, newer than what the peer holds, which reaches it and
+        # everybody else as any other delete does.
+        now = context.ports.wall_clock.now_ms()
+        part = Part()
+        for found in stale:
+            at = max(now, found.theirs.updated_at + 1)
+            version = found.theirs.version + 1
+            part.items.append(
+                SyncItem(
+                    found.key, b"", "binary", EMPTY_HASH, version, at, True, context.local_node_id
+                )
+            )
+            part.wire.append(None)
+        await self._applier.hand_over(part, None)
+        self.result.rejected += len(stale)
+
+
+def _place(key: str) -> tuple[str, str]:
+    return bucket_path(bucket_of(key)), key
+
+
+async def repair_peer(
+    context: LinkContext,
+    lines: Lines,
+    *,
+    budget: Budget,
+    our_root: bytes | None = None,
+    after: tuple[str, str] | None = None,
+    verdict: StaleVerdict | None = None,
+    on_progress: Callable[[PeerRepair], None] = lambda _result: None,
+) -> PeerRepair:
+    """Compare with one peer and fetch what is newer there, as far as ``budget`` goes.
+
+    ``our_root`` is the root of our tree where it is known already, ``after`` where the pass before
+    ended.
+
+    :raises Blocked: if the link must pause.
+    :raises Unsettled: if the store failed.
+    :raises ReplicationError: if the peer cannot be read.
+    """
+    work = _Pass(context, lines, budget, verdict, on_progress)
+    return await work.run(our_root, after)
+
+
+async def find_differences(context: LinkContext, lines: Lines) -> AsyncIterator[KeyDifference]:
+    """Yield every key that differs, with the side that is newer; nothing is changed.
+
+    :raises ReplicationError: if the peer cannot be read.
+    """
+    applier, source = make_applier(context)
+    comparer = make_comparer(context, lines, applier)
+    buckets = await comparer.differing_buckets(both=True)
+    async for group in comparer.groups(buckets, both=True):
+        fetching = [found.key for found in group.differences]
+        sizes = await lines.asking.pipeline(
+            [("STRLEN", source.redis_key(key)) for key in fetching],
+            timeout_sec=context.settings.timeouts.command,
+        )
+        for found, size in zip(group.differences, sizes, strict=True):
+            known = size if isinstance(size, int) else 0
+            yield KeyDifference(context.peer_id, found.key, found.ours, found.theirs, known)
+        for key, ours, theirs in group.newer_here:
+            yield KeyDifference(context.peer_id, key, ours, theirs, 0)
