@@ -44,9 +44,12 @@ from fsm_replication.stores.noop import NoOpSyncEngine
 from fsm_replication.stores.protocol import SyncEngine
 from fsm_replication.tables import ENGINE, CircuitState, EngineState, PeerState
 from fsm_replication.transport import RedisTransport
+from fsm_replication.workers.arrivals import Arrivals
 from fsm_replication.workers.cold_path import ColdPath, RepairStats, Target
+from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import ChangeFeed, ChangeWatcher, LinkContext, LinkProgress
 from fsm_replication.workers.cursor_flush import CursorBook, flush_cursors
+from fsm_replication.workers.explain import Explanation, explain_key
 from fsm_replication.workers.guards import Interlock, KeyMemory, StaleGuard
 from fsm_replication.workers.ping import ping_idle_peers
 from fsm_replication.workers.prober import probe_circuits
@@ -99,6 +102,7 @@ class ReplicationEngine(Observer):
         self._error: BaseException | None = None
         self._book = CursorBook(self._ports.cursor_store, self.metrics)
         self._feed = ChangeFeed()
+        self._arrivals = Arrivals()
         self._links: dict[str, PeerLink] = {}
         self._link_moved = asyncio.Event()
         self._crashes: dict[str, CrashCounter] = {}
@@ -123,6 +127,9 @@ class ReplicationEngine(Observer):
             self._ports,
             self.metrics,
             self._repair_targets,
+            lambda work: self._driver.start_worker(
+                "repair", str(EngineState.RUNNING), lambda _report: work()
+            ),
         )
         self._show_state()
 
@@ -174,6 +181,7 @@ class ReplicationEngine(Observer):
             limiter=limiter,
             copy_slot=slot,
             feed=self._feed,
+            arrivals=self._arrivals,
             progress=LinkProgress(),
             interlock=Interlock(self._config.settings.repair, self._ports.clock),
             stale=StaleGuard(
@@ -407,6 +415,7 @@ class ReplicationEngine(Observer):
 
         :raises UsageError: if there is no such peer, or the choices contradict each other.
         :raises InvalidStateError: unless the engine is Running.
+        :raises EngineStoppedError: if it ends before the repair does.
         """
         self._check_running("repair")
         if (accept_stale or reject_stale) and (peer_id is None or accept_stale == reject_stale):
@@ -417,8 +426,20 @@ class ReplicationEngine(Observer):
             for link in self._links.values():
                 if peer_id in (None, link.peer_id):
                     link.force()
+        await self._decided(peer_id)
         verdict = StaleVerdict(accept=accept_stale) if accept_stale or reject_stale else None
         return await self._cold_path.repair(peer_id, verdict, on_progress)
+
+    async def _decided(self, peer_id: str | None) -> None:
+        """Wait until links that have just connected have decided what comes next."""
+        decided = tuple(state for state in PeerState if state is not PeerState.RESUMING)
+        for link in tuple(self._links.values()):
+            if peer_id in (None, link.peer_id) and link.state is PeerState.RESUMING:
+                try:
+                    async with self._ports.clock.timeout(self._config.settings.timeouts.command):
+                        await link.waiter(*decided).wait()
+                except TimeoutError:
+                    continue
 
     async def differences(self, peer_id: str) -> AsyncIterator[KeyDifference]:
         """Yield every key that differs from a peer's, and which side is newer; changes nothing.
@@ -429,6 +450,7 @@ class ReplicationEngine(Observer):
         """
         self._check_running("differences")
         link = self._link(peer_id)
+        await self._decided(peer_id)
         lines = link.lines
         if lines is None:
             raise ConnectionLostError(f"peer {peer_id!r} is not connected: it is {link.state}")
@@ -436,6 +458,22 @@ class ReplicationEngine(Observer):
             raise UsageError(f"peer {peer_id!r} publishes no tree that could be compared")
         async for found in find_differences(link.context, lines):
             yield found
+
+    async def explain(self, key: str) -> Explanation:
+        """Tell which version of a key is held here and at each peer, and which wins by which rule.
+
+        :raises InvalidKeyError: if the key is not one.
+        :raises StoreError: if the local store fails.
+        """
+        peers: list[tuple[PeerConfig, Lines | str]] = [
+            (link.context.peer, link.lines or f"the link is {link.state}")
+            for link in self._links.values()
+        ]
+        timeout = self._config.settings.timeouts
+        async with self._ports.clock.timeout(timeout.store_call + timeout.command * len(peers)):
+            return await explain_key(
+                key, self._store, peers, timeout_sec=timeout.command, arrivals=self._arrivals
+            )
 
     def stale_keys(self, peer_id: str) -> tuple[str, ...]:
         """Return the keys of a peer's old items that wait for a person's word, at most 10,000.
@@ -513,6 +551,7 @@ class ReplicationEngine(Observer):
     def release(self, _move: Move) -> None:
         """Tell whoever follows that nothing more will come."""
         self._feed.close()
+        self._cold_path.close()
         self._link_moved.set()
 
     # The work of starting.

@@ -26,6 +26,7 @@ __all__ = (
     "check_key",
     "content_hash",
     "next_stamp",
+    "resolve",
 )
 
 KEY_BYTES_MAX: Final = 1024
@@ -113,6 +114,31 @@ class LastWriterWins:
 
     def __hash__(self) -> int:
         return hash(LastWriterWins)
+
+
+def resolve(resolver: Resolver, held: SyncItem | None, change: SyncItem) -> SyncItem | None:
+    """Return what is to be held instead of ``held`` when ``change`` arrives; None if nothing changes.
+
+    The order tuple decides, unless both are live and the resolver looks at contents: then what it
+    makes of them gets the larger of the two stamps.
+    """
+    if held is None:
+        return change
+    if resolver.by_stamp or held.deleted or change.deleted:
+        return change if change.stamp > held.stamp else None
+    merged = resolver.merge(held, change)
+    top = held if held.stamp >= change.stamp else change
+    made = SyncItem(
+        held.key,
+        merged.content,
+        merged.content_type,
+        content_hash(merged.content),
+        top.version,
+        top.updated_at,
+        False,
+        top.origin,
+    )
+    return None if made.stamp == held.stamp else made
 
 
 def content_hash(content: bytes) -> bytes:

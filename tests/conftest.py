@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from enum import StrEnum
 from pathlib import Path
@@ -59,6 +59,15 @@ async def until(condition: Callable[[], object], what: str = "") -> None:
         if time.monotonic() > deadline:
             raise AssertionError(f"this never came: {what or condition}")
         await asyncio.sleep(0.005)
+
+
+async def until_async(condition: Callable[[], Awaitable[object]], what: str = "") -> None:
+    """Wait for a condition that must be asked for, as ``until`` does."""
+    deadline = time.monotonic() + DEADLINE_SEC
+    while not await condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"this never came: {what or condition}")
+        await asyncio.sleep(0.02)
 
 
 class ServerPool:

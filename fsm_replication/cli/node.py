@@ -45,6 +45,7 @@ async def open_store(config: ReplicationConfig) -> AsyncIterator[SyncEngine]:
             node_id=config.local_node_id,
             redis_prefix=store.redis_prefix,
             stream_maxlen=store.stream_maxlen,
+            layouts=store.layouts,
             tombstone_ttl_sec=tombstones.ttl,
             tombstone_grace_sec=tombstones.grace,
             payload_bytes=config.settings.limits.payload_bytes,

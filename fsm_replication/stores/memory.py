@@ -12,11 +12,14 @@ from fsm_replication.items import (
     CONTENT_TYPES,
     EMPTY_HASH,
     NUMBER_MAX,
+    LastWriterWins,
+    Resolver,
     Stamp,
     SyncItem,
     check_key,
     content_hash,
     next_stamp,
+    resolve,
 )
 from fsm_replication.layout import encode_stamp
 from fsm_replication.merkle import OWN, MerkleTree, Tree
@@ -34,6 +37,7 @@ LEAVES_PER_TURN: Final = 500
 class MemorySyncEngine(SyncEngine):
     """Holds items in a dict; a new object is a new incarnation and starts empty.
 
+    Where ``resolver`` looks at contents, two live items of a key become what it makes of them.
     Tombstones are kept until max(expiry, arrival) + grace, both in seconds. Set
     ``accepting_writes`` to False to make links pause.
     """
@@ -44,6 +48,7 @@ class MemorySyncEngine(SyncEngine):
         node_id: str = "",
         tombstone_ttl_sec: float = 7 * 86_400,
         tombstone_grace_sec: float = 86_400,
+        resolver: Resolver | None = None,
         wall_clock: WallClock | None = None,
     ) -> None:
         self.node_id = node_id
@@ -51,6 +56,7 @@ class MemorySyncEngine(SyncEngine):
         self._ttl_ms = round(tombstone_ttl_sec * 1000)
         self._grace_ms = round(tombstone_grace_sec * 1000)
         self._wall_clock = wall_clock or SystemWallClock()
+        self._resolver = resolver or LastWriterWins()
         self._incarnation = uuid.uuid4().hex
         self._items: dict[str, SyncItem] = {}
         self._live = 0
@@ -58,6 +64,11 @@ class MemorySyncEngine(SyncEngine):
         # is passed over.
         self._forget_at: list[tuple[int, str, int, int]] = []
         self._tree = _LazyTree(self._items, self._ttl_ms, self._wall_clock)
+
+    @property
+    def resolver(self) -> Resolver:
+        """How two live items of one key become one."""
+        return self._resolver
 
     @property
     def tree(self) -> Tree:
@@ -85,11 +96,20 @@ class MemorySyncEngine(SyncEngine):
         live = live_deleted = 0
         now = self._wall_clock.now_ms()
         self._forget(now)
-        for change in changes:
+        resolver, by_stamp = self._resolver, self._resolver.by_stamp
+        for arrived in changes:
+            change = arrived
             held = items.get(change.key)
-            if held is not None and (
-                held.updated_at > change.updated_at
-                or (held.updated_at == change.updated_at and held.stamp >= change.stamp)
+            if held is None:
+                pass
+            elif not by_stamp:
+                made = resolve(resolver, held, change)
+                if made is None:
+                    outcomes.append(superseded)
+                    continue
+                change = made
+            elif held.updated_at > change.updated_at or (
+                held.updated_at == change.updated_at and held.stamp >= change.stamp
             ):
                 outcomes.append(superseded)
                 continue
@@ -162,7 +182,7 @@ class MemorySyncEngine(SyncEngine):
             key, content, content_type, digest, version, updated_at, False, self.node_id
         )
         await self.apply_many([item])
-        return item
+        return self._items[key]
 
     async def delete(self, key: str) -> bool:
         """Delete locally; returns whether there was a live item.

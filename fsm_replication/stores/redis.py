@@ -40,10 +40,15 @@ from fsm_replication.errors import (
 from fsm_replication.items import (
     CONTENT_TYPES,
     EMPTY_HASH,
+    NUMBER_MAX,
+    LastWriterWins,
+    Resolver,
     Stamp,
     SyncItem,
     check_key,
     content_hash,
+    next_stamp,
+    resolve,
 )
 from fsm_replication.layout import (
     FORMAT,
@@ -52,10 +57,11 @@ from fsm_replication.layout import (
     decode_item,
     decode_stamp,
     encode_origin,
+    encode_stamp,
     encode_value,
     glob_escape,
 )
-from fsm_replication.merkle import OWN, PARTITIONS, Tree, bucket_of
+from fsm_replication.merkle import OWN, PARTITIONS, Tree, bucket_of, leaf_digest
 from fsm_replication.ports import Clock, Connection, Position, StreamId, SystemClock, Transport
 from fsm_replication.redis_tree import RedisTree
 from fsm_replication.stores import redis_scripts as scripts
@@ -104,6 +110,7 @@ class RedisSyncEngine(SyncEngine):
         redis_prefix: str = "",
         stream_maxlen: int = 100_000,
         layouts: Sequence[str] = (OWN,),
+        resolver: Resolver | None = None,
         tombstone_ttl_sec: float = 7 * 86_400,
         tombstone_grace_sec: float = 86_400,
         payload_bytes: int = 16 * 1024 * 1024,
@@ -122,6 +129,7 @@ class RedisSyncEngine(SyncEngine):
         # batches of one peer stay in order, and a cancelled call costs nobody else a connection.
         self._lanes: dict[str, Connection] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._resolver = resolver or LastWriterWins()
         self._closed = False
         self.keys = Keys(redis_prefix)
         self._tree = RedisTree(self._call_many, self.keys, self._sweep) if OWN in layouts else None
@@ -161,6 +169,7 @@ class RedisSyncEngine(SyncEngine):
             for text in (
                 scripts.OPEN,
                 scripts.APPLY,
+                scripts.MERGE,
                 scripts.PUT,
                 scripts.DELETE,
                 scripts.FETCH,
@@ -235,6 +244,11 @@ class RedisSyncEngine(SyncEngine):
             args = [self._tree_key, self._ttl_ms, ITEMS_PER_CALL]
             if await self._run(scripts.SWEEP, [], args) < ITEMS_PER_CALL:
                 return
+
+    @property
+    def resolver(self) -> Resolver:
+        """How two live items of one key become one."""
+        return self._resolver
 
     @property
     def tree(self) -> Tree | None:
@@ -322,14 +336,68 @@ class RedisSyncEngine(SyncEngine):
             lock = self._locks[peer_id] = asyncio.Lock()
         async with lock:
             lane = await self._lane(peer_id)
+            if not self._resolver.by_stamp:
+                return await self._apply_merging(lane, changes, received)
             for args, last in self._calls(changes, received):
                 peer, position = _position_args(received) if last else ("", "")
-                codes, deleted = await self._apply(lane, peer, position, args)
+                codes, deleted = await self._apply(lane, scripts.APPLY, peer, position, args)
                 outcomes += [_OUTCOMES[code] for code in codes]
                 live_deleted += deleted
         if Outcome.REFUSED in outcomes:
             reasons = {i: _NO_ITEM for i, o in enumerate(outcomes) if o is Outcome.REFUSED}
         return ApplyResult(outcomes, reasons, live_deleted)
+
+    async def _apply_merging(
+        self, lane: Connection, changes: Sequence[SyncItem], received: Received | None
+    ) -> ApplyResult:
+        """Merge each change with what is held, in rounds: what changed meanwhile is made anew."""
+        outcomes: list[Outcome | None] = [None] * len(changes)
+        live_deleted = 0
+        # A key that comes twice in one call is taken in turn, so that the second sees the first.
+        while None in outcomes:
+            turn: dict[str, int] = {}
+            for index, change in enumerate(changes):
+                if outcomes[index] is None and len(turn) < ITEMS_PER_CALL:
+                    turn.setdefault(change.key, index)
+            live_deleted += await self._merge_round(lane, changes, turn, outcomes)
+        peer, position = _position_args(received)
+        if position:
+            await self._apply(lane, scripts.APPLY, peer, position, ())
+        done = [outcome for outcome in outcomes if outcome is not None]
+        reasons = {i: _NO_ITEM for i, o in enumerate(done) if o is Outcome.REFUSED}
+        return ApplyResult(done, reasons, live_deleted)
+
+    async def _merge_round(
+        self,
+        lane: Connection,
+        changes: Sequence[SyncItem],
+        turn: Mapping[str, int],
+        outcomes: list[Outcome | None],
+    ) -> int:
+        keys, args, filled = list(turn), list[bytes | str | int](), 0
+        tried: list[int] = []
+        held_items = await self._fetch(keys)
+        for key, held in zip(keys, held_items, strict=False):
+            made = resolve(self._resolver, held, changes[turn[key]])
+            if made is None:
+                outcomes[turn[key]] = Outcome.SUPERSEDED
+                continue
+            form = self._wire_form(made)
+            stamp = b"" if held is None else encode_stamp(held)
+            head = stamp and stamp + leaf_digest(key, stamp)
+            digest = "" if made.deleted else made.content_hash.hex()
+            value = encode_value(made, form.data)
+            args += (key, value, digest, form.meta, bucket_of(key), head)
+            tried.append(turn[key])
+            filled += len(value)
+            if filled > BYTES_PER_CALL:
+                break
+        if not tried:
+            return 0
+        codes, deleted = await self._apply(lane, scripts.MERGE, "", "", args)
+        for index, code in zip(tried, codes, strict=True):
+            outcomes[index] = _OUTCOMES.get(code)
+        return deleted
 
     async def _lane(self, peer_id: str) -> Connection:
         self._check_open()
@@ -353,7 +421,12 @@ class RedisSyncEngine(SyncEngine):
             raise StoreError(f"{self._where}: the store was closed")
 
     async def _apply(
-        self, lane: Connection, peer_id: str, position: str, args: Sequence[bytes | str | int]
+        self,
+        lane: Connection,
+        text: str,
+        peer_id: str,
+        position: str,
+        args: Sequence[bytes | str | int],
     ) -> tuple[bytes, int]:
         head = (2, self.keys.stream, self.keys.positions, self._maxlen, self._ttl_ms)
         tail = (
@@ -362,14 +435,12 @@ class RedisSyncEngine(SyncEngine):
         timeout = self._timeout_sec
         try:
             try:
-                sha = self._scripts[scripts.APPLY].sha
+                sha = self._scripts[text].sha
                 codes, deleted = await lane.call("EVALSHA", sha, *head, *tail, timeout_sec=timeout)
             except PeerReplyError as error:
                 if error.code != "NOSCRIPT":
                     raise
-                codes, deleted = await lane.call(
-                    "EVAL", scripts.APPLY, *head, *tail, timeout_sec=timeout
-                )
+                codes, deleted = await lane.call("EVAL", text, *head, *tail, timeout_sec=timeout)
         except ReplicationError as error:
             raise self._store_error(error) from None
         return codes, deleted
@@ -499,6 +570,8 @@ class RedisSyncEngine(SyncEngine):
                 raise ValueError(
                     f"{key!r}: {len(content)} bytes of content, the limit is {self._payload_bytes}"
                 )
+        if not self._resolver.by_stamp:
+            return [await self._put_merging(key, content, content_type) for key, content in pairs]
         written: list[SyncItem] = []
         batch: list[tuple[str, bytes]] = []
         args: list[Any] = []
@@ -541,6 +614,25 @@ class RedisSyncEngine(SyncEngine):
             )
             for i, (key, content) in enumerate(batch)
         ]
+
+    async def _put_merging(self, key: str, content: bytes, content_type: str) -> SyncItem:
+        """Write what a resolver makes of the content and what is held."""
+        held = (await self._fetch([key]))[0]
+        seconds, micros = await self._call("TIME")
+        now = int(seconds) * 1000 + int(micros) // 1000
+        updated_at, version = next_stamp(None if held is None else held.stamp, now)
+        if updated_at > NUMBER_MAX or version > NUMBER_MAX:
+            raise ValueError(f"{key!r}: version or updated_at would go over 2**53-1")
+        digest = content_hash(content)
+        item = SyncItem(
+            key, content, content_type, digest, version, updated_at, False, self.node_id
+        )
+        result = await self.apply_many([item])
+        if result.refused:
+            raise StoreError(f"{self._where}: {key!r}: {_NO_ITEM}")
+        made = (await self._fetch([key]))[0]
+        # Where somebody has deleted it since, the write did happen before that.
+        return item if made is None or made.deleted else made
 
     async def put_json(self, key: str, value: Any) -> SyncItem:
         """Write a value as compact JSON.

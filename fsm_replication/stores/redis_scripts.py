@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ("APPLY", "BUILD", "CLEAR", "DELETE", "FETCH", "OPEN", "PUT", "SWEEP")
+__all__ = ("APPLY", "BUILD", "CLEAR", "DELETE", "FETCH", "MERGE", "OPEN", "PUT", "SWEEP")
 
 # not_an_item(error): whether a read failed because something stands there that is no string: that
 # is somebody's, and is neither overwritten nor taken for an item.
@@ -190,7 +190,7 @@ return {'', redis.call('HGET', KEYS[1], 'incarnation'), redis.call('HGET', KEYS[
 # string, and the live items deleted.
 # The loop is one protected call and not one for each item, which would cost a fifth of the script:
 # where a read fails on a key of a wrong type, that item is refused and the loop goes on after it.
-APPLY: Final = (
+_APPLY: Final = (
     _COMMON
     + _TREE
     + _KEEP
@@ -200,7 +200,7 @@ local now = now_ms()
 local codes, count, live_deleted = {}, 0, 0
 local at, reading = 8, false
 local function run()
-  for i = at, #ARGV, 5 do
+  for i = at, #ARGV, STRIDE do
     at = i
     local key, value = ARGV[i], ARGV[i + 1]
     local item_key = prefix .. key
@@ -210,7 +210,7 @@ local function run()
     local code = '1'
     if held ~= '' and #held < 58 then
       code = '2'
-    elseif held == '' or newer(value, held) then
+    elseif WANTED then
       local expiry
       if byte(value, 17) == 1 then expiry = unpack_bytes('>I8', value) + ttl end
       if not (expiry and held == '' and expiry <= now) then
@@ -235,7 +235,7 @@ repeat
     reading = false
     count = count + 1
     codes[count] = '2'
-    at = at + 5
+    at = at + STRIDE
   end
 until at > #ARGV
 if tree ~= '' then
@@ -245,6 +245,16 @@ end
 if ARGV[6] ~= '' then call('HSET', KEYS[2], ARGV[5], ARGV[6]) end
 return {table.concat(codes), live_deleted}
 """
+)
+APPLY: Final = _APPLY.replace("STRIDE", "5").replace("WANTED", "held == '' or newer(value, held)")
+
+# As APPLY, for a resolver that looks at contents: each item has one argument more, the first 58
+# bytes of what was held when the client made it, "" for nothing. Where something else is held by
+# now the code is 3, and the client makes the item anew.
+MERGE: Final = (
+    _APPLY.replace("STRIDE", "6")
+    .replace("WANTED", "held == ARGV[i + 5]")
+    .replace("local code = '1'", "local code = held == ARGV[i + 5] and '1' or '3'")
 )
 
 # held_head(): the first 58 bytes of what is held, "" where nothing is, false where it is no item.

@@ -165,8 +165,13 @@ class Applier:
             context.cursors.settle(context.peer_id, cursor)
         self._count(prepared, applied, superseded)
 
-    async def hand_over(self, part: Part, position: Position | None) -> ApplyResult:
-        """Hand one part to the store, again and again until it takes it."""
+    async def hand_over(
+        self, part: Part, position: Position | None, path: str = "stream"
+    ) -> ApplyResult:
+        """Hand one part to the store, again and again until it takes it.
+
+        ``path`` tells how it came: "stream", "bootstrap" or "repair".
+        """
         context = self._context
         received = Received(context.peer_id, position, part.wire)
         deletes = sum([item.deleted for item in part.items])
@@ -178,6 +183,8 @@ class Applier:
         )
         took = context.ports.clock.monotonic() - began
         context.interlock.add(result.live_deleted)
+        now = context.ports.wall_clock.now_ms()
+        context.arrivals.add(context.peer_id, now, path, part.items, result)
         context.metrics.flush_seconds.observe(took)
         if took * 1000 > context.settings.slo.max_batch_flush_latency_ms:
             context.metrics.slo("batch_flush_latency")

@@ -9,12 +9,13 @@ A pass that somebody asks for has no budget.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 from fsm_replication.config import ColdPathConfig
-from fsm_replication.errors import CursorStoreError, ReplicationError
+from fsm_replication.errors import CursorStoreError, EngineStoppedError, ReplicationError
 from fsm_replication.log import get_logger
 from fsm_replication.merkle import OWN
 from fsm_replication.metrics import Metrics
@@ -101,7 +102,10 @@ class _Peer:
 
 
 class ColdPath:
-    """Repairs peers: in cycles as a worker of the engine, and when asked."""
+    """Repairs peers: in cycles as a worker of the engine, and when asked.
+
+    ``targets`` returns the peers by priority, ``start`` starts a worker of the engine.
+    """
 
     def __init__(
         self,
@@ -110,7 +114,9 @@ class ColdPath:
         ports: Ports,
         metrics: Metrics,
         targets: Callable[[], Sequence[Target]],
+        start: Callable[[Callable[[], Coroutine[Any, Any, None]]], None],
     ) -> None:
+        self._start = start
         self._settings = settings
         self._store = store
         self._ports = ports
@@ -178,23 +184,44 @@ class ColdPath:
         verdict: StaleVerdict | None = None,
         on_progress: OnProgress | None = None,
     ) -> RepairStats:
-        """Repair one peer, or all, without a budget; a call that finds one under way joins it."""
+        """Repair one peer, or all, without a budget; a call that finds one under way joins it.
+
+        The pass is a worker of the engine: it goes on when a caller is cancelled, because others
+        may wait for it too, and because a connection in mid-reply could not be used any more.
+
+        :raises EngineStoppedError: if the engine ends first.
+        """
         key = (peer_id, verdict)
-        while (running := self._asked.get(key)) is not None:
-            await asyncio.wait((running,))
-            if not running.cancelled():
-                return running.result()
-        done: asyncio.Future[RepairStats] = asyncio.get_running_loop().create_future()
-        self._asked[key] = done
+        running = self._asked.get(key)
+        if running is None:
+            running = self._asked[key] = asyncio.get_running_loop().create_future()
+            self._start(partial(self._pass, key, running, on_progress))
+        return await asyncio.shield(running)
+
+    async def _pass(
+        self,
+        key: tuple[str | None, StaleVerdict | None],
+        done: asyncio.Future[RepairStats],
+        on_progress: OnProgress | None,
+    ) -> None:
         try:
             async with self._one_at_a_time:
-                stats = await self._repair_now(peer_id, verdict, on_progress)
-            done.set_result(stats)
-            return stats
+                done.set_result(await self._repair_now(*key, on_progress))
+        except Exception as error:  # noqa: BLE001 - whoever asked is told
+            done.set_exception(error)
         finally:
-            del self._asked[key]
-            # Whoever joined a call that was cancelled makes it himself.
-            done.cancel()
+            if done.done():
+                self._asked.pop(key, None)
+                # Whoever asked may have gone away without waiting.
+                done.exception()
+
+    def close(self) -> None:
+        """Tell whoever waits for a pass that the engine has ended."""
+        for done in self._asked.values():
+            if not done.done():
+                done.set_exception(EngineStoppedError("the engine ended during the repair"))
+                done.exception()
+        self._asked.clear()
 
     async def _repair_now(
         self, peer_id: str | None, verdict: StaleVerdict | None, on_progress: OnProgress | None

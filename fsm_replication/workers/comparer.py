@@ -7,7 +7,7 @@ number of leaves. A leaf carries its order tuple, so what is older there is neve
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
@@ -67,7 +67,8 @@ class Comparer:
     """Compares our tree with a peer's; without a tree of ours every bucket is looked into.
 
     ``stamps`` returns what is held for keys that our tree does not hold: a tombstone that expired
-    has left the tree but still wins as long as it is kept. ``root`` is our root where it is known.
+    has left the tree but still wins as long as it is kept. Where ``by_stamp`` is false a resolver
+    looks at contents, and of two live items that differ the older is needed too.
     """
 
     def __init__(
@@ -77,7 +78,9 @@ class Comparer:
         stamps: Callable[[Sequence[str]], Awaitable[Sequence[Stamp | None]]],
         *,
         layout: str = OWN,
+        by_stamp: bool = True,
     ) -> None:
+        self._by_stamp = by_stamp
         self._ours = ours
         self._theirs = theirs
         self._stamps = stamps
@@ -137,34 +140,53 @@ class Comparer:
         mine: Sequence[dict[str, bytes]] = [{}] * len(paths)
         if self._ours is not None:
             mine = await self._ours.children(self._layout, paths)
-        newer: list[Difference] = []
-        unknown: list[tuple[str, Stamp]] = []
-        newer_here: list[tuple[str, Stamp, Stamp | None]] = []
+        look = _Look(self._by_stamp, both=both)
         for theirs, ours in zip(found, mine, strict=True):
-            for key in sorted(theirs):
-                raw, held = theirs[key], ours.get(key)
-                if raw == held:
-                    continue
-                try:
-                    stamp = decode_stamp(raw)
-                    ours_stamp = None if held is None else decode_stamp(held)
-                except BadEntryError:
-                    skipped += 1
-                    continue
-                if ours_stamp is None:
-                    unknown.append((key, stamp))
-                elif stamp > ours_stamp:
-                    newer.append(Difference(key, stamp, ours_stamp))
-                elif both:
-                    newer_here.append((key, ours_stamp, stamp))
-            if both:
-                only_here = sorted(ours.keys() - theirs.keys())
-                newer_here += [(key, decode_stamp(ours[key]), None) for key in only_here]
-        if unknown:
-            stamps = await self._stamps([key for key, _ in unknown])
-            for (key, stamp), kept in zip(unknown, stamps, strict=True):
-                if kept is None or stamp > kept:
-                    newer.append(Difference(key, stamp, kept))
-                elif both and stamp != kept:
-                    newer_here.append((key, kept, stamp))
-        return Group(paths[-1], newer, skipped, newer_here)
+            look.compare(theirs, ours)
+        if look.unknown:
+            stamps = await self._stamps([key for key, _ in look.unknown])
+            for (key, stamp), held in zip(look.unknown, stamps, strict=True):
+                look.judge(key, stamp, held)
+        return Group(paths[-1], look.newer, skipped + look.skipped, look.newer_here)
+
+
+class _Look:
+    """Sorts the leaves of some buckets into newer there, newer here, and not in our tree."""
+
+    def __init__(self, by_stamp: bool, *, both: bool) -> None:
+        self._by_stamp = by_stamp
+        self._both = both
+        self.newer: list[Difference] = []
+        self.newer_here: list[tuple[str, Stamp, Stamp | None]] = []
+        self.unknown: list[tuple[str, Stamp]] = []
+        self.skipped = 0
+
+    def compare(self, theirs: Mapping[str, bytes], ours: Mapping[str, bytes]) -> None:
+        """Look at the leaves of one bucket on both sides."""
+        for key in sorted(theirs):
+            raw, held = theirs[key], ours.get(key)
+            if raw == held:
+                continue
+            try:
+                stamp = decode_stamp(raw)
+                our_stamp = None if held is None else decode_stamp(held)
+            except BadEntryError:
+                self.skipped += 1
+                continue
+            if our_stamp is None:
+                self.unknown.append((key, stamp))
+            else:
+                self.judge(key, stamp, our_stamp)
+        if self._both:
+            for key in sorted(ours.keys() - theirs.keys()):
+                self.newer_here.append((key, decode_stamp(ours[key]), None))
+
+    def judge(self, key: str, theirs: Stamp, ours: Stamp | None) -> None:
+        """Note which side of a key is newer."""
+        if ours is None or theirs > ours or self._needs_merging(theirs, ours):
+            self.newer.append(Difference(key, theirs, ours))
+        elif self._both and theirs != ours:
+            self.newer_here.append((key, ours, theirs))
+
+    def _needs_merging(self, theirs: Stamp, ours: Stamp) -> bool:
+        return not (self._by_stamp or theirs.deleted or ours.deleted or theirs == ours)

@@ -18,6 +18,7 @@ from fsm_replication.limiter import PrioritySlot, RateLimiter
 from fsm_replication.metrics import PeerMetrics
 from fsm_replication.ports import Ports, Position, StreamId
 from fsm_replication.stores.protocol import SyncEngine
+from fsm_replication.workers.arrivals import Arrivals
 from fsm_replication.workers.cursor_flush import CursorBook
 from fsm_replication.workers.guards import Interlock, KeyMemory, StaleGuard
 
@@ -176,6 +177,7 @@ class LinkContext:
     limiter: RateLimiter | None
     copy_slot: PrioritySlot
     feed: ChangeFeed
+    arrivals: Arrivals
     progress: LinkProgress
     interlock: Interlock
     stale: StaleGuard

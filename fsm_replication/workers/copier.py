@@ -67,6 +67,7 @@ def make_comparer(context: LinkContext, lines: Lines, applier: Applier) -> Compa
             Keys(context.peer.redis_prefix),
         ),
         lambda keys: applier.call(context.reads, lambda: context.store.stamps(keys)),
+        by_stamp=context.store.resolver.by_stamp,
     )
 
 
@@ -86,7 +87,7 @@ class Copier:
         self._lines = lines
         self._applier = applier
         self._source = source
-        self._fetcher = Fetcher(context, applier, source)
+        self._fetcher = Fetcher(context, applier, source, "bootstrap")
         self._incarnation = incarnation
         self._interrupted = interrupted
         self._row: BootstrapRow | None = None
@@ -236,7 +237,8 @@ class Copier:
         except BadEntryError:
             return True
         if ours is not None and ours >= theirs:
-            return False
+            merging = not (self._context.store.resolver.by_stamp or ours.deleted or theirs.deleted)
+            return merging and ours != theirs
         return not self._holds_back(Difference(key, theirs, ours))
 
     # The end

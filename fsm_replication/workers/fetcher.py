@@ -86,9 +86,12 @@ class Fetched:
 
 
 class Fetcher:
-    """Fetches items of one peer; memory stays within a quarter of ``limits.batch_bytes`` a flight."""
+    """Fetches items of one peer for a ``path``, "bootstrap" or "repair"; memory stays within a quarter of ``limits.batch_bytes`` a flight."""
 
-    def __init__(self, context: LinkContext, applier: Applier, source: ItemSource) -> None:
+    def __init__(
+        self, context: LinkContext, applier: Applier, source: ItemSource, path: str
+    ) -> None:
+        self._path = path
         self._context = context
         self._applier = applier
         self._source = source
@@ -137,7 +140,7 @@ class Fetcher:
             timeout_sec=settings.timeouts.command,
         )
         for part in self._parts(group, replies, result):
-            applied = await self._applier.hand_over(part, None)
+            applied = await self._applier.hand_over(part, None, self._path)
             self._count(part, applied, result)
 
     def _parts(

@@ -116,7 +116,7 @@ class _Pass:
         self._verdict = verdict
         self._on_progress = on_progress
         self._applier, self._source = make_applier(context)
-        self._fetcher = Fetcher(context, self._applier, self._source)
+        self._fetcher = Fetcher(context, self._applier, self._source, "repair")
         self.result = PeerRepair()
 
     async def run(self, our_root: bytes | None, after: tuple[str, str] | None) -> PeerRepair:
@@ -162,11 +162,12 @@ class _Pass:
         await self._deal_with_stale(stale)
         for begin in range(0, len(wanted), FETCH_KEYS):
             part = wanted[begin : begin + FETCH_KEYS]
-            allowed = self._budget.take(len(part))
-            await self._fetch([found.key for found in part[:allowed]])
-            result.deferred += len(part) - allowed
-            if allowed:
+            # What cannot be fetched costs nothing, so there may be budget left for more.
+            while part and (allowed := self._budget.take(len(part))):
+                await self._fetch([found.key for found in part[:allowed]])
                 result.after = _place(part[allowed - 1].key)
+                part = part[allowed:]
+            result.deferred += len(part)
 
     async def _fetch(self, keys: Sequence[str]) -> None:
         if not keys:
@@ -200,7 +201,7 @@ class _Pass:
                 )
             )
             part.wire.append(None)
-        await self._applier.hand_over(part, None)
+        await self._applier.hand_over(part, None, "repair")
         self.result.rejected += len(stale)
 
 
