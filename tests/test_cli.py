@@ -281,6 +281,19 @@ def test_the_demo_ends_in_agreement(tmp_path: Path, shape: tuple[str, int]) -> N
     assert list(temporary.iterdir()) == []
 
 
+def test_the_demo_survives_an_outage(tmp_path: Path) -> None:
+    """If this fails a node that was cut off for longer than streams remember stays behind."""
+    make_repository(tmp_path / "repo")
+    done = run("demo", "--repo", str(tmp_path / "repo"), "--outage", "--json")
+    assert done.returncode == 0, done.stderr
+    verdict = json.loads(done.stdout)
+    assert verdict["agreed"]
+    assert verdict["outage"]["bootstrapped"] == ["a", "b"]
+    assert verdict["outage"]["healed_by"] == ["bootstrap"]
+    assert verdict["outage"]["changes_missed"] > 0
+    assert run("demo", "--nodes", "1", "--outage").returncode == 1
+
+
 def test_the_demo_replays_a_directory_outside_a_repository(tmp_path: Path) -> None:
     """If this fails the demo is of no use to somebody without a repository."""
     folder = tmp_path / "files"

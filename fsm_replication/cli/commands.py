@@ -17,6 +17,14 @@ from rich.text import Text
 from fsm_replication.bench.report import run_bench
 from fsm_replication.bench.workload import EVENTS
 from fsm_replication.cli.node import check_node, run_node
+from fsm_replication.cli.repair import (
+    explain_node,
+    explanation_table,
+    print_ledger,
+    repair_node,
+    show_differences,
+    stats_table,
+)
 from fsm_replication.cli.runtime import LogFormat, configure_logging, run_async
 from fsm_replication.config import ReplicationConfig
 from fsm_replication.cursor import SqliteCursorStore
@@ -24,7 +32,7 @@ from fsm_replication.demo.mesh import NODES_MAX, Topology
 from fsm_replication.demo.screen import run_demo
 from fsm_replication.diagram import render_all
 from fsm_replication.errors import ReplicationError
-from fsm_replication.ports import DeadLetter
+from fsm_replication.ports import DeadLetter, GapRow
 
 __all__ = ("app",)
 
@@ -109,12 +117,15 @@ def demo(
     ] = Path(),
     nodes: Annotated[int, typer.Option(min=1, max=NODES_MAX, help="How many nodes.")] = 3,
     topology: Annotated[Topology, typer.Option(help="Who reads whom.")] = Topology.MESH,
+    outage: Annotated[
+        bool, typer.Option("--outage", help="Cut a node off for so long that streams forget.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
 ) -> None:
     """Replay a real change history through real nodes, and see whether they agree."""
     configure_logging("error", LogFormat.CONSOLE)
     try:
-        agreed = run_async(run_demo(repo, nodes, topology, as_json=as_json))
+        agreed = run_async(run_demo(repo, nodes, topology, as_json=as_json, outage=outage))
     except ReplicationError as error:
         raise _fail(error) from None
     except KeyboardInterrupt:
@@ -143,6 +154,101 @@ def bench(
         sys.stdout.write(json.dumps(report.as_json()) + "\n")
     else:
         console.print(*report.tables(), sep="\n")
+
+
+@app.command()
+def repair(
+    config: ConfigPath,
+    peer: Annotated[str | None, typer.Option(help="Only this peer.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Change nothing; print what differs. Works beside a running node.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option(help="Let any number of deletes through; try again what failed.")
+    ] = False,
+    accept_stale: Annotated[
+        str | None, typer.Option(metavar="PEER", help="Take the old items of this peer.")
+    ] = None,
+    reject_stale: Annotated[
+        str | None, typer.Option(metavar="PEER", help="Delete the old items of this peer.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Compare trees with the peers of a stopped node, and fetch what is newer there."""
+    loaded = _load(config)
+    configure_logging("error", LogFormat.CONSOLE)
+    named = {name for name in (peer, accept_stale, reject_stale) if name is not None}
+    if len(named) > 1 or (accept_stale and reject_stale):
+        raise typer.BadParameter("--peer, --accept-stale and --reject-stale contradict each other")
+    one = next(iter(named), None)
+    try:
+        if dry_run:
+            if force or accept_stale or reject_stale:
+                raise typer.BadParameter("--dry-run changes nothing: leave the other option out")
+            if not run_async(show_differences(loaded, one, as_json=as_json)):
+                raise typer.Exit(1)
+            return
+        stats = run_async(
+            repair_node(
+                loaded,
+                one,
+                force=force,
+                accept_stale=accept_stale is not None,
+                reject_stale=reject_stale is not None,
+                console=errors,
+            )
+        )
+    except ReplicationError as error:
+        raise _fail(error) from None
+    except KeyboardInterrupt:
+        errors.print("stopped; what was fetched stays, and another repair goes on from there")
+        raise typer.Exit(130) from None
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(stats)) + "\n")
+    else:
+        console.print(stats_table(stats))
+    if stats.errors:
+        raise typer.Exit(1)
+
+
+@app.command()
+def explain(
+    config: ConfigPath, key: Annotated[str, typer.Argument(help="The key, as the store has it.")]
+) -> None:
+    """Tell which version of a key is held here and at each peer, and which wins by which rule."""
+    loaded = _load(config)
+    configure_logging("error", LogFormat.CONSOLE)
+    try:
+        made = run_async(explain_node(loaded, key))
+    except ReplicationError as error:
+        raise _fail(error) from None
+    console.print(explanation_table(made))
+
+
+@app.command()
+def ledger(
+    config: ConfigPath,
+    peer: Annotated[str | None, typer.Option(help="Only this peer's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """List the gaps that were found in the peers' streams, and how they were healed."""
+    rows = run_async(_read_ledger(_load(config), peer))
+    if as_json:
+        for row in rows:
+            sys.stdout.write(json.dumps(asdict(row)) + "\n")
+    else:
+        print_ledger(rows, console)
+
+
+async def _read_ledger(config: ReplicationConfig, peer: str | None) -> list[GapRow]:
+    store = SqliteCursorStore(config.cursor.sqlite_path, read_only=True)
+    try:
+        await store.open()
+        return list(await store.gaps(peer))
+    except ReplicationError as error:
+        raise _fail(error) from None
+    finally:
+        await store.close()
 
 
 @letters_app.command("list")

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from redis.asyncio import Redis
+
 from fsm_replication.config import (
     CursorConfig,
     PeerConfig,
@@ -17,7 +19,10 @@ from fsm_replication.config import (
     Settings,
     StartupConfig,
 )
+from fsm_replication.cursor import SqliteCursorStore
+from fsm_replication.demo.outage import CuttableTransport
 from fsm_replication.engine import ReplicationEngine
+from fsm_replication.ports import Ports
 from fsm_replication.servers import RedisServer
 from fsm_replication.stores import RedisSyncEngine
 
@@ -48,12 +53,21 @@ def links(topology: Topology, nodes: int) -> list[set[int]]:
 
 
 class Node:
-    """One node: a server, a store and an engine."""
+    """One node: a server, a store and an engine, and the lines to its peers."""
 
-    def __init__(self, node_id: str, store: RedisSyncEngine, engine: ReplicationEngine) -> None:
+    def __init__(
+        self,
+        node_id: str,
+        url: str,
+        store: RedisSyncEngine,
+        engine: ReplicationEngine,
+        transport: CuttableTransport,
+    ) -> None:
         self.node_id = node_id
+        self.url = url
         self.store = store
         self.engine = engine
+        self.transport = transport
 
     async def holds(self) -> dict[str, bytes]:
         """Return the SHA-256 of every live item, by key; reading an item verifies its content."""
@@ -95,12 +109,37 @@ class Mesh:
                 settings=Settings(startup=StartupConfig(when_no_peer="run")),
                 cursor=CursorConfig(sqlite_path=str(folder / f"{name}.db")),
             )
-            engine = ReplicationEngine(config, sync_engine=store)
+            transport = CuttableTransport()
+            cursors = SqliteCursorStore(str(folder / f"{name}.db"))
+            ports = Ports(transport=transport, cursor_store=cursors)
+            engine = ReplicationEngine(config, sync_engine=store, ports=ports)
             self._stack.push_async_callback(engine.shutdown)
-            self.nodes.append(Node(name, store, engine))
+            self.nodes.append(Node(name, servers[index].url, store, engine, transport))
         async with asyncio.TaskGroup() as starting:
             for node in self.nodes:
                 starting.create_task(node.engine.start())
+
+    def cut_off(self, node: Node) -> None:
+        """Break every line to and from a node; its own Redis stays at its side."""
+        for other in self.nodes:
+            if other is not node:
+                other.transport.cut(node.url)
+                node.transport.cut(other.url)
+
+    def rejoin(self, node: Node) -> None:
+        """Mend the lines to and from a node."""
+        for other in self.nodes:
+            if other is not node:
+                other.transport.heal(node.url)
+                node.transport.heal(other.url)
+
+    async def trim(self, entries: int) -> int:
+        """Trim every stream to its last entries; returns how many entries that removed."""
+        removed = 0
+        for node in self.nodes:
+            async with Redis.from_url(node.url) as client:
+                removed += await client.xtrim(node.store.keys.stream, entries, approximate=False)
+        return removed
 
     async def __aexit__(
         self,

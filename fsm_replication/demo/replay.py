@@ -6,11 +6,12 @@ import asyncio
 import time
 from collections import deque
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 from fsm_replication.demo.history import Commit, History
 from fsm_replication.demo.mesh import Mesh, Node
+from fsm_replication.demo.outage import Outage, OutageReport
 from fsm_replication.errors import WatcherLagged
 
 __all__ = ("Progress", "Verdict", "replay")
@@ -19,6 +20,7 @@ __all__ = ("Progress", "Verdict", "replay")
 STALLED_SEC: Final = 30.0
 POLL_SEC: Final = 0.05
 SAMPLES_MAX: Final = 200_000
+NOTES_KEPT: Final = 8
 
 
 @dataclass(slots=True)
@@ -32,7 +34,12 @@ class Progress:
     content_bytes: int = 0
     phase: str = "starting"
     began: float = 0.0
+    notes: deque[str] = field(default_factory=lambda: deque(maxlen=NOTES_KEPT))
     delays_ms: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES_MAX))
+
+    def note(self, text: str) -> None:
+        """Tell something that just happened, with the time since the replay began."""
+        self.notes.append(f"{time.perf_counter() - self.began:6.2f} s  {text}")
 
     @property
     def changes(self) -> int:
@@ -58,6 +65,7 @@ class Verdict:
     delay_p50_ms: float | None
     delay_p99_ms: float | None
     differing: dict[str, int]
+    outage: OutageReport | None = None
 
     @property
     def agreed(self) -> bool:
@@ -66,12 +74,20 @@ class Verdict:
 
     def as_json(self) -> dict[str, Any]:
         """Return it as plain data."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {"agreed": self.agreed, **plain}
+        return {"agreed": self.agreed, **asdict(self)}
 
 
-async def replay(mesh: Mesh, history: History, topology: str, progress: Progress) -> Verdict:
-    """Write the whole history at the first node, wait for the others, and compare."""
+async def replay(
+    mesh: Mesh,
+    history: History,
+    topology: str,
+    progress: Progress,
+    outage: Outage | None = None,
+) -> Verdict:
+    """Write the whole history at the first node, wait for the others, and compare.
+
+    With an ``outage`` the last node is cut off in between.
+    """
     writer, *others = mesh.nodes
     progress.commits_total = await history.count()
     written: dict[tuple[str, int], float] = {}
@@ -83,15 +99,23 @@ async def replay(mesh: Mesh, history: History, topology: str, progress: Progress
         progress.phase = "replaying"
         progress.began = time.perf_counter()
         versions: dict[str, int] = {}
+        cutter = None if outage is None else _Cutter(mesh, outage, progress)
+        watching = [] if cutter is None else cutter.watch(group)
         # Closed here and not by whoever collects garbage: it holds child processes.
         async with aclosing(history.commits()) as commits:
             async for commit in commits:
+                if cutter is not None:
+                    await cutter.at(progress.commits)
                 await _write(writer, commit, versions, written, progress)
+        if cutter is not None:
+            await cutter.at(progress.commits_total)
         progress.phase = "waiting for all nodes to agree"
         expected = await history.final_files()
         differing = await _agree(mesh.nodes, expected)
         seconds = time.perf_counter() - progress.began
         progress.phase = "comparing"
+        for task in watching:
+            task.cancel()
         for watcher in watchers:
             watcher.close()
         for task in listening:
@@ -112,7 +136,66 @@ async def replay(mesh: Mesh, history: History, topology: str, progress: Progress
         delay_p50_ms=_percentile(delays, 50),
         delay_p99_ms=_percentile(delays, 99),
         differing=differing,
+        outage=None if cutter is None else await cutter.report(),
     )
+
+
+class _Cutter:
+    """Cuts the last node off and lets it back in, as the replay goes on."""
+
+    def __init__(self, mesh: Mesh, outage: Outage, progress: Progress) -> None:
+        self._mesh = mesh
+        self._node = mesh.nodes[-1]
+        self._progress = progress
+        self._begin = int(progress.commits_total * outage.begin)
+        self._end = max(self._begin + 1, int(progress.commits_total * outage.end))
+        self._entries_left = outage.entries_left
+        self._cut_at: float | None = None
+        self._changes_before = 0
+        self._done: OutageReport | None = None
+
+    async def at(self, commit: int) -> None:
+        """Cut or mend, if it is time."""
+        if self._done is None and self._cut_at is None and commit >= self._begin:
+            self._mesh.cut_off(self._node)
+            self._cut_at = time.perf_counter()
+            self._changes_before = self._progress.changes
+            self._progress.note(f"{self._node.node_id} is cut off from all others")
+        elif self._done is None and self._cut_at is not None and commit >= self._end:
+            missed = self._progress.changes - self._changes_before
+            removed = await self._mesh.trim(self._entries_left)
+            self._mesh.rejoin(self._node)
+            seconds = time.perf_counter() - self._cut_at
+            self._progress.note(
+                f"{self._node.node_id} is back; it missed {missed:,} changes, and the streams were"
+                f" trimmed to {self._entries_left} entries"
+            )
+            self._done = OutageReport(
+                self._node.node_id, round(seconds, 3), missed, removed, (), ()
+            )
+
+    def watch(self, group: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
+        """Note what the links of the node go through."""
+        return [group.create_task(self._watch(peer)) for peer in self._node.engine.peers]
+
+    async def _watch(self, peer_id: str) -> None:
+        async for move in self._node.engine.watch_state(peer_id):
+            if move.source is not None and self._cut_at is not None:
+                name = f"{self._node.node_id} reads {peer_id}"
+                self._progress.note(f"{name}: {move.source} → {move.dest}")
+
+    async def report(self) -> OutageReport | None:
+        """Return what came of it."""
+        if self._done is None:
+            return None
+        engine = self._node.engine
+        went = {
+            move.machine.removeprefix("link:")
+            for move in engine.journal
+            if move.trigger == "bootstrap"
+        }
+        healed = sorted({row.healed_by or "nothing" for row in await engine.ledger()})
+        return replace(self._done, bootstrapped=tuple(sorted(went)), healed_by=tuple(healed))
 
 
 def _percentile(ordered: list[float], percent: int) -> float | None:

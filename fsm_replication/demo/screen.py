@@ -17,7 +17,9 @@ from rich.text import Text
 
 from fsm_replication.demo.history import DirectoryHistory, History, open_history
 from fsm_replication.demo.mesh import Mesh, Topology
+from fsm_replication.demo.outage import Outage
 from fsm_replication.demo.replay import Progress, Verdict, replay
+from fsm_replication.errors import UsageError
 from fsm_replication.health import PeerHealth
 from fsm_replication.tables import PeerState
 
@@ -31,8 +33,16 @@ _COLOURS: Final = {
 }
 
 
-async def run_demo(path: Path, nodes: int, topology: Topology, *, as_json: bool) -> bool:
-    """Run the demo; True if all nodes agree in the end."""
+async def run_demo(
+    path: Path, nodes: int, topology: Topology, *, as_json: bool, outage: bool = False
+) -> bool:
+    """Run the demo; True if all nodes agree in the end.
+
+    :raises UsageError: if there is no node that could be cut off.
+    """
+    if outage and nodes < 2:
+        raise UsageError("an outage needs at least two nodes")
+    planned = Outage() if outage else None
     history = open_history(path)
     progress = Progress()
     errors = Console(stderr=True)
@@ -40,9 +50,9 @@ async def run_demo(path: Path, nodes: int, topology: Topology, *, as_json: bool)
         errors.print(f"{path}: {history.reason}; the files of the directory are replayed instead")
     async with Mesh(nodes, topology) as mesh:
         if as_json or not errors.is_terminal:
-            verdict = await replay(mesh, history, str(topology), progress)
+            verdict = await replay(mesh, history, str(topology), progress, planned)
         else:
-            verdict = await _live(mesh, history, topology, progress, errors)
+            verdict = await _live(mesh, history, topology, progress, errors, planned)
     if as_json:
         sys.stdout.write(json.dumps(verdict.as_json()) + "\n")
     else:
@@ -51,7 +61,12 @@ async def run_demo(path: Path, nodes: int, topology: Topology, *, as_json: bool)
 
 
 async def _live(
-    mesh: Mesh, history: History, topology: Topology, progress: Progress, console: Console
+    mesh: Mesh,
+    history: History,
+    topology: Topology,
+    progress: Progress,
+    console: Console,
+    outage: Outage | None,
 ) -> Verdict:
     rates = _Rates()
     with Live(console=console, auto_refresh=False, transient=False) as live:
@@ -63,7 +78,7 @@ async def _live(
 
         showing = asyncio.create_task(show())
         try:
-            return await replay(mesh, history, str(topology), progress)
+            return await replay(mesh, history, str(topology), progress, outage)
         finally:
             showing.cancel()
             await asyncio.wait((showing,))
@@ -119,7 +134,8 @@ def _screen(mesh: Mesh, progress: Progress, topology: Topology, rates: _Rates) -
         f" {progress.changes:,} changes ({rate:,.0f}/s)"
     )
     bar = ProgressBar(total=max(1, progress.commits_total), completed=progress.commits, width=60)
-    return Group(table, Text(said), bar)
+    notes = [Text(note, style="dim") for note in progress.notes]
+    return Group(table, Text(said), bar, *notes)
 
 
 def _verdict(verdict: Verdict) -> RenderableType:
@@ -135,6 +151,20 @@ def _verdict(verdict: Verdict) -> RenderableType:
     if verdict.delay_p50_ms is not None:
         rows.append(
             ("write to arrival", f"p50 {verdict.delay_p50_ms} ms, p99 {verdict.delay_p99_ms} ms")
+        )
+    if verdict.outage is not None:
+        told = verdict.outage
+        links = ", ".join(told.bootstrapped) or "no peer"
+        rows.append(
+            (
+                "outage",
+                (
+                    f"{told.node} was cut off for {told.seconds:.2f} s and missed"
+                    f" {told.changes_missed:,} changes; {told.entries_trimmed:,} stream entries were"
+                    f" trimmed; it bootstrapped from {links}; gaps healed by"
+                    f" {', '.join(told.healed_by) or 'nothing: there were none'}"
+                ),
+            )
         )
     if verdict.skipped:
         rows.append(("left out", f"{verdict.skipped:,} files that cannot be items"))

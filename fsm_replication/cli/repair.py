@@ -1,0 +1,254 @@
+"""Repairs, shows differences and explains keys from the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from fsm_replication.cli.node import open_store
+from fsm_replication.config import (
+    ColdPathConfig,
+    CursorConfig,
+    HotPathConfig,
+    PeerConfig,
+    ReplicationConfig,
+    StartupConfig,
+)
+from fsm_replication.engine import ReplicationEngine
+from fsm_replication.errors import AlreadyRunningError, ReplicationError, UsageError
+from fsm_replication.ports import GapRow
+from fsm_replication.tables import PeerState
+from fsm_replication.transport import RedisTransport
+from fsm_replication.workers.cold_path import RepairStats
+from fsm_replication.workers.connector import Lines, open_lines
+from fsm_replication.workers.explain import Explanation, explain_key
+
+__all__ = (
+    "explain_node",
+    "explanation_table",
+    "print_ledger",
+    "repair_node",
+    "show_differences",
+    "stats_table",
+)
+
+_DECIDED: Final = tuple(
+    state
+    for state in PeerState
+    if state not in (PeerState.CREATED, PeerState.CONNECTING, PeerState.RESUMING)
+)
+
+
+def _cold_only(config: ReplicationConfig, *, sqlite_path: str | None = None) -> ReplicationConfig:
+    """Return the configuration of an engine that only repairs, and only when asked."""
+    settings = config.settings.model_copy(
+        update={
+            "hot_path": HotPathConfig(enabled=False),
+            "cold_path": ColdPathConfig(enabled=False),
+            "startup": StartupConfig(timeout=config.settings.startup.timeout, when_no_peer="run"),
+        }
+    )
+    update: dict[str, Any] = {"settings": settings}
+    if sqlite_path is not None:
+        update["cursor"] = CursorConfig(sqlite_path=sqlite_path)
+    return config.model_copy(update=update)
+
+
+@asynccontextmanager
+async def _cold_engine(
+    config: ReplicationConfig, peers: Sequence[str]
+) -> AsyncIterator[ReplicationEngine]:
+    """Run an engine that only repairs, and wait until these links are up or cannot be."""
+    if config.store is None or config.store.kind != "redis":
+        raise UsageError("only a node whose store.kind is redis holds anything while it is stopped")
+    async with open_store(config) as store, ReplicationEngine(config, store) as engine:
+        for peer_id in peers:
+            await engine.wait_for_state(*_DECIDED, peer_id=peer_id)
+        yield engine
+
+
+def _chosen(config: ReplicationConfig, peer: str | None) -> list[str]:
+    known = [one.node_id for one in config.peers]
+    if peer is None:
+        return known
+    if peer not in known:
+        raise UsageError(f"there is no peer {peer!r} (configured: {', '.join(known) or 'none'})")
+    return [peer]
+
+
+async def repair_node(
+    config: ReplicationConfig,
+    peer: str | None,
+    *,
+    force: bool,
+    accept_stale: bool,
+    reject_stale: bool,
+    console: Console,
+) -> RepairStats:
+    """Repair a node that is not running, with a progress bar for each peer.
+
+    :raises AlreadyRunningError: if an engine runs on the same cursor file.
+    """
+    peers = _chosen(config, peer)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("keys"),
+        TimeElapsedColumn(),
+    )
+    try:
+        async with _cold_engine(_cold_only(config), peers) as engine:
+            with Progress(*columns, console=console) as bars:
+                tasks = {name: bars.add_task(f"from {escape(name)}", total=None) for name in peers}
+
+                def show(name: str, differing: int, fetched: int) -> None:
+                    bars.update(tasks[name], total=differing, completed=fetched)
+
+                stats = await engine.repair(
+                    peer,
+                    force=force,
+                    accept_stale=accept_stale,
+                    reject_stale=reject_stale,
+                    on_progress=show,
+                )
+                for task in tasks.values():
+                    if bars.tasks[task].total is None:
+                        bars.update(task, total=0, completed=0)
+            return stats
+    except AlreadyRunningError as error:
+        raise AlreadyRunningError(
+            f"{error}. A repair changes what the running engine holds: stop it first, or call"
+            " engine.repair() in it; --dry-run works beside it",
+            path=error.path,
+        ) from None
+
+
+def stats_table(stats: RepairStats) -> Table:
+    """Return what a repair came to."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in asdict(stats).items():
+        if name != "problems":
+            table.add_row(Text(name.replace("_", " "), style="dim"), f"{value:,}")
+    for problem in stats.problems:
+        table.add_row(Text("problem", style="red"), Text(problem))
+    return table
+
+
+async def show_differences(config: ReplicationConfig, peer: str | None, *, as_json: bool) -> bool:
+    """Print every key that differs; nothing is changed. True if all peers could be compared."""
+    well = True
+    console, errors = Console(highlight=False), Console(stderr=True)
+    # The cursor file belongs to the engine that may be running; a comparison needs none.
+    quiet = _cold_only(config, sqlite_path=":memory:")
+    async with _cold_engine(quiet, _chosen(config, peer)) as engine:
+        for name in _chosen(config, peer):
+            newer = {"peer": 0, "local": 0}
+            size = 0
+            try:
+                async for found in engine.differences(name):
+                    newer[found.newer] += 1
+                    size += found.size
+                    if as_json:
+                        line = {
+                            "peer": name, "key": found.key, "newer": found.newer,
+                            "bytes": found.size,
+                        }  # fmt: skip
+                        sys.stdout.write(json.dumps(line) + "\n")
+                        continue
+                    side = f"newer at {name}" if found.newer == "peer" else "newer here"
+                    cost = f", {found.size:,} bytes" if found.newer == "peer" else ""
+                    console.print(Text(f"{found.key}  {side}{cost}"), soft_wrap=True)
+            except ReplicationError as error:
+                well = False
+                errors.print(Text(f"{name}: {error}", style="red"))
+                continue
+            if not as_json:
+                total = (
+                    f"{name}: {newer['peer'] + newer['local']:,} keys differ;"
+                    f" {newer['peer']:,} are newer there, to fetch them would take {size:,} bytes;"
+                    f" {newer['local']:,} are newer here"
+                )
+                console.print(Text(total, style="bold"), soft_wrap=True)
+    return well
+
+
+async def explain_node(config: ReplicationConfig, key: str) -> Explanation:
+    """Ask the node's store and each peer for one key; works beside a running node."""
+    async with open_store(config) as store:
+        peers: list[tuple[PeerConfig, Lines | str]] = []
+        try:
+            for peer in sorted(config.peers, key=lambda one: one.priority):
+                try:
+                    lines: Lines | str = await open_lines(
+                        local_node_id=config.local_node_id,
+                        peer=peer,
+                        settings=config.settings,
+                        resolver=store.resolver.name,
+                        transport=RedisTransport(),
+                    )
+                except ReplicationError as error:
+                    lines = str(error)
+                peers.append((peer, lines))
+            timeout = config.settings.timeouts.command
+            return await explain_key(key, store, peers, timeout_sec=timeout)
+        finally:
+            for _, lines in peers:
+                if not isinstance(lines, str):
+                    lines.close()
+                    await lines.wait_closed()
+
+
+def explanation_table(made: Explanation) -> Table:
+    """Return an explanation for a person."""
+    table = Table("where", "holds", title=Text(made.key))
+    table.add_row("here", Text(str(made.held or "nothing")))
+    if made.arrival is not None:
+        at = _time(made.arrival.at_ms)
+        table.add_row("", Text(f"came from {made.arrival.peer_id} by {made.arrival.path} at {at}"))
+    for peer in made.peers:
+        table.add_row(Text(peer.peer_id), Text(str(peer)))
+    return table
+
+
+def print_ledger(rows: Sequence[GapRow], console: Console) -> None:
+    """Print each peer's gaps, with a line that sums them up."""
+    if not rows:
+        console.print("no gap was ever found")
+    for peer_id in dict.fromkeys(row.peer_id for row in rows):
+        mine = [row for row in rows if row.peer_id == peer_id]
+        known = sum(row.missed or 0 for row in mine)
+        unknown = sum(row.missed is None for row in mine)
+        missed = f"{known:,}" + (f" and an unknown number in {unknown}" if unknown else "")
+        still_open = sum(row.healed_at_ms is None for row in mine)
+        if still_open:
+            end = f"{still_open} not healed"
+        else:
+            last = max(mine, key=lambda row: row.healed_at_ms or 0)
+            end = f"healed by {last.healed_by} at {_time(last.healed_at_ms or 0)}"
+        text = f"{peer_id}: gaps: {len(mine)}, entries missed by the stream: {missed}, {end}"
+        console.print(Text(text, style="bold"), soft_wrap=True)
+        for row in mine:
+            healed = (
+                "not healed"
+                if row.healed_at_ms is None
+                else f"healed by {row.healed_by} at {_time(row.healed_at_ms)}"
+            )
+            count = "unknown" if row.missed is None else f"{row.missed:,}"
+            line = f"  {_time(row.found_at_ms)}  {count} entries, {healed}: {row.reason}"
+            console.print(Text(line), soft_wrap=True)
+
+
+def _time(at_ms: int) -> str:
+    return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
