@@ -105,6 +105,7 @@ class ReplicationEngine(Observer):
         self._arrivals = Arrivals()
         self._links: dict[str, PeerLink] = {}
         self._link_moved = asyncio.Event()
+        self._circuit_moved = asyncio.Event()
         self._crashes: dict[str, CrashCounter] = {}
         self.circuit = Circuits(
             reads=self._circuit("store-reads", failures=5, reset_sec=30.0, successes=2),
@@ -517,7 +518,10 @@ class ReplicationEngine(Observer):
         settings, clock = self._config.settings, self._ports.clock
         self._supervise("cursor-flush", lambda r: flush_cursors(self._book, clock, r))
         circuits = (self.circuit.writes, self.circuit.reads)
-        self._supervise("prober", lambda _r: probe_circuits(circuits, self._grant_probe, clock))
+        self._supervise(
+            "prober",
+            lambda _r: probe_circuits(circuits, self._grant_probe, clock, self._circuit_moved),
+        )
         if settings.cold_path.enabled:
             self._supervise("cold-path", lambda _r: self._cold_path.run())
         if settings.peer_health.enabled:
@@ -690,6 +694,7 @@ class ReplicationEngine(Observer):
         return False
 
     def _circuit_changed(self, circuit: Circuit, old: CircuitState, new: CircuitState) -> None:
+        self._circuit_moved.set()
         self._log.warning("circuit_changed", circuit=circuit.name, source=old, dest=new)
         self.metrics.get("circuit_state", circuit.name).set(_CIRCUIT_VALUES[new])
         peer_id = circuit.name.removeprefix("peer:")

@@ -28,7 +28,7 @@ from typing import Final
 
 from fsm_replication.errors import BadEntryError
 from fsm_replication.items import NUMBER_MAX, Stamp, SyncItem, check_key
-from fsm_replication.merkle import DIGEST_BYTES, leaf_digest
+from fsm_replication.merkle import DIGEST_BYTES, bucket_of, leaf_digest
 from fsm_replication.stream import DataDecoder
 
 __all__ = (
@@ -38,6 +38,7 @@ __all__ = (
     "Keys",
     "decode_item",
     "decode_stamp",
+    "encode_item",
     "encode_origin",
     "encode_stamp",
     "encode_value",
@@ -51,6 +52,7 @@ HEAD_BYTES: Final = STAMP_BYTES + DIGEST_BYTES
 _TYPE_CODES: Final = {"binary": 0, "json": 1}
 _TYPE_NAMES: Final = ("binary", "json")
 _STAMP: Final = struct.Struct(">QQB32sB")
+_pack_stamp = _STAMP.pack
 _ORIGIN_BYTES_MAX: Final = 255
 
 
@@ -81,6 +83,11 @@ class Keys:
         return f"{self.prefix}fsm:tree"
 
     @property
+    def live(self) -> str:
+        """How many live items there are."""
+        return f"{self.prefix}fsm:live"
+
+    @property
     def item_prefix(self) -> str:
         """What every item key begins with."""
         return f"{self.prefix}item:"
@@ -92,7 +99,7 @@ class Keys:
 
 def encode_stamp(item: SyncItem) -> bytes:
     """Return the order tuple as 50 bytes that compare like the tuple."""
-    return _STAMP.pack(
+    return _pack_stamp(
         item.updated_at,
         item.version,
         item.deleted,
@@ -108,10 +115,26 @@ def encode_origin(origin: str) -> bytes:
     return bytes((len(raw),)) + raw
 
 
+def encode_item(item: SyncItem, data: bytes) -> tuple[bytes, bytes, int]:
+    """Return the key as bytes, the value of its item key, and its bucket in the tree.
+
+    ``data`` is the content as on the stream. One call for all three, because this is the path of
+    every change.
+    """
+    key = item.key.encode()
+    stamp = _pack_stamp(
+        item.updated_at,
+        item.version,
+        item.deleted,
+        item.content_hash,
+        _TYPE_CODES[item.content_type],
+    )
+    return key, stamp + leaf_digest(key, stamp) + encode_origin(item.origin) + data, bucket_of(key)
+
+
 def encode_value(item: SyncItem, data: bytes) -> bytes:
     """Return the value of an item key; ``data`` is the content as on the stream."""
-    stamp = encode_stamp(item)
-    return stamp + leaf_digest(item.key, stamp) + encode_origin(item.origin) + data
+    return encode_item(item, data)[1]
 
 
 def decode_stamp(raw: bytes) -> Stamp:

@@ -48,20 +48,20 @@ BRANCHES: Final = 128
 PARTITIONS: Final = BRANCHES * BRANCHES
 DIGEST_BYTES: Final = 8
 EMPTY_ROOT: Final = bytes(DIGEST_BYTES)
+_PARTITION_MASK: Final = PARTITIONS - 1
 _WORD: Final = 1 << 32
 _NAMES: Final = tuple(f"{index:02x}" for index in range(BRANCHES))
 _LEVEL_BYTES: Final = BRANCHES * DIGEST_BYTES
 
 
-def bucket_of(key: str | bytes) -> int:
+def bucket_of(key: bytes) -> int:
     """Return the bucket of a key, 0 .. 16,383."""
-    return crc32(key.encode() if isinstance(key, str) else key) & (PARTITIONS - 1)
+    return crc32(key) & _PARTITION_MASK
 
 
-def leaf_digest(key: str, stamp: bytes) -> bytes:
+def leaf_digest(key: bytes, stamp: bytes) -> bytes:
     """Return the 8 bytes by which a leaf counts; ``stamp`` is the order tuple as 50 bytes."""
-    raw = key.encode()
-    return sha1(len(raw).to_bytes(2) + raw + stamp, usedforsecurity=False).digest()[:DIGEST_BYTES]
+    return sha1(len(key).to_bytes(2) + key + stamp, usedforsecurity=False).digest()[:DIGEST_BYTES]
 
 
 def bucket_path(bucket: int) -> str:
@@ -166,18 +166,19 @@ class MerkleTree:
 
     def set(self, key: str, stamp: bytes | None) -> None:
         """Make ``stamp`` the leaf of a key; None takes the leaf out."""
-        bucket = bucket_of(key)
+        raw = key.encode()
+        bucket = bucket_of(raw)
         leaves = self._leaves.setdefault(bucket, {})
         old = leaves.get(key)
         if old == stamp:
             return
         if old is not None:
-            self._fold(bucket, leaf_digest(key, old), -1)
+            self._fold(bucket, leaf_digest(raw, old), -1)
         if stamp is None:
             leaves.pop(key, None)
         else:
             leaves[key] = stamp
-            self._fold(bucket, leaf_digest(key, stamp), 1)
+            self._fold(bucket, leaf_digest(raw, stamp), 1)
         if not leaves:
             del self._leaves[bucket]
 

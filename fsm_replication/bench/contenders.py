@@ -25,6 +25,7 @@ from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.engine import ReplicationEngine
 from fsm_replication.items import EMPTY_HASH, SyncItem
 from fsm_replication.layout import Keys
+from fsm_replication.merkle import OWN
 from fsm_replication.ports import Cursor, Position, StreamId
 from fsm_replication.stores import MemorySyncEngine, RedisSyncEngine, SyncEngine
 from fsm_replication.stores.protocol import ApplyResult, Received
@@ -116,12 +117,14 @@ async def drain(url: str) -> Measure:
 # The hot path -----------------------------------------------------------------------------------
 
 
-async def _open_store(stack: AsyncExitStack, target_url: str | None) -> SyncEngine:
+async def _open_store(stack: AsyncExitStack, target_url: str | None, *, tree: bool) -> SyncEngine:
     if target_url is None:
         return MemorySyncEngine(node_id="reader")
     async with Redis.from_url(target_url) as client:
         await client.flushall()
-    return await stack.enter_async_context(RedisSyncEngine(target_url, node_id="reader"))
+    return await stack.enter_async_context(
+        RedisSyncEngine(target_url, node_id="reader", layouts=(OWN,) if tree else ())
+    )
 
 
 async def _engine(
@@ -146,11 +149,14 @@ async def _engine(
     return engine
 
 
-async def hot_path(url: str, target_url: str | None, events: int) -> Measure:
-    """Replay the stream through a whole engine, into memory or into another Redis."""
+async def hot_path(url: str, target_url: str | None, events: int, *, tree: bool = False) -> Measure:
+    """Replay the stream through a whole engine, into memory or into another Redis.
+
+    ``tree`` says whether the other Redis keeps a tree of what it holds.
+    """
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fsm-bench-")))
-        store = await _open_store(stack, target_url)
+        store = await _open_store(stack, target_url, tree=tree)
         engine = await _engine(stack, url, store, folder, START)
         clock = _Clock()
         async with asyncio.TaskGroup() as both:

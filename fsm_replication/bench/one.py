@@ -35,12 +35,13 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--cli", action="store_true")
+    parser.add_argument("--tree", action="store_true")
     args = parser.parse_args()
     work: Coroutine[Any, Any, Any]
     if args.what == "drain":
         work = contenders.drain(args.url)
     elif args.what == "hot":
-        work = contenders.hot_path(args.url, args.target, args.events)
+        work = contenders.hot_path(args.url, args.target, args.events, tree=args.tree)
     elif args.what == "straight":
         work = contenders.straightforward(args.url)
     elif args.what == "write":

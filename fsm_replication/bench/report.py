@@ -25,6 +25,8 @@ CONTENDERS: Final = (
     ("hot path into memory, command line", ("hot", "--cli")),
     ("hot path into Redis, embedded", ("hot", "--redis")),
     ("hot path into Redis, command line", ("hot", "--redis", "--cli")),
+    ("hot path into Redis with its tree, embedded", ("hot", "--redis", "--tree")),
+    ("hot path into Redis with its tree, command line", ("hot", "--redis", "--tree", "--cli")),
     ("straightforward, into a dict", ("straight",)),
 )
 

@@ -15,6 +15,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from fsm_replication.bench.report import run_bench
+from fsm_replication.bench.trees import run_tree_bench, tree_table
 from fsm_replication.bench.workload import EVENTS
 from fsm_replication.cli.node import check_node, run_node
 from fsm_replication.cli.repair import (
@@ -139,12 +140,22 @@ def demo(
 def bench(
     rounds: Annotated[int, typer.Option(min=1, help="How often everything is measured.")] = 5,
     events: Annotated[int, typer.Option(min=1000, help="Events in the stream.")] = EVENTS,
+    trees: Annotated[
+        bool, typer.Option("--trees", help="Measure what the tree costs instead; about a minute.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Measure the hot path against what this machine can do at best; about 20 s a round."""
+    """Measure the hot path against what this machine can do at best; about 30 s a round."""
     configure_logging("error", LogFormat.CONSOLE)
     try:
         with errors.status("starting") as status:
+            if trees:
+                costs = run_async(run_tree_bench(note=status.update))
+                if as_json:
+                    sys.stdout.write(json.dumps([cost.as_json() for cost in costs]) + "\n")
+                else:
+                    console.print(tree_table(costs))
+                return
             report = run_async(run_bench(rounds, events, note=status.update))
     except ReplicationError as error:
         raise _fail(error) from None

@@ -125,7 +125,11 @@ class SyncEngine(ABC):
         return None
 
     async def live_items(self) -> int | None:
-        """Return how many live items are held, None where that is not known at once."""
+        """Return how many live items are held, None where that is not known at once.
+
+        The interlock allows a share of them to be deleted within an hour; where the number is not
+        known, ``repair.interlock_min`` deletes are all that one peer is allowed.
+        """
         return None
 
     def should_accept_writes(self) -> bool:

@@ -56,9 +56,9 @@ from fsm_replication.layout import (
     Keys,
     decode_item,
     decode_stamp,
+    encode_item,
     encode_origin,
     encode_stamp,
-    encode_value,
     glob_escape,
 )
 from fsm_replication.merkle import OWN, PARTITIONS, Tree, bucket_of, leaf_digest
@@ -218,7 +218,7 @@ class RedisSyncEngine(SyncEngine):
         async for keys in self._scan_keys():
             args: list[str | int] = []
             for key in keys:
-                args += (key, bucket_of(key))
+                args += (key, bucket_of(key.encode()))
             head = (self._tree_key, self.keys.item_prefix, self._ttl_ms)
             if args:
                 await self._run(scripts.BUILD, [], [*head, *args])
@@ -234,7 +234,7 @@ class RedisSyncEngine(SyncEngine):
             return
         buckets = [f"{tree}:{number}" for number in range(PARTITIONS)]
         # The digests go last: where they are not, there is no leaf either.
-        names = [*buckets, f"{tree}:expiring", f"{tree}:live", tree]
+        names = [*buckets, f"{tree}:expiring", tree]
         for begin in range(0, len(names), CLEAR_KEYS):
             await self._run(scripts.CLEAR, names[begin : begin + CLEAR_KEYS], [])
 
@@ -255,14 +255,12 @@ class RedisSyncEngine(SyncEngine):
         """The tree of this node's keys, None where ``layouts`` names none."""
         return self._tree
 
-    async def live_items(self) -> int | None:
-        """Return how many live items there are, None where no tree is kept.
+    async def live_items(self) -> int:
+        """Return how many live items there are.
 
         :raises StoreError: if Redis fails.
         """
-        if self._tree is None:
-            return None
-        return int(await self._call("GET", f"{self._tree_key}:live") or 0)
+        return int(await self._call("GET", self.keys.live) or 0)
 
     async def _check_server(self) -> None:
         try:
@@ -384,10 +382,10 @@ class RedisSyncEngine(SyncEngine):
                 continue
             form = self._wire_form(made)
             stamp = b"" if held is None else encode_stamp(held)
-            head = stamp and stamp + leaf_digest(key, stamp)
+            head = stamp and stamp + leaf_digest(key.encode(), stamp)
             digest = "" if made.deleted else made.content_hash.hex()
-            value = encode_value(made, form.data)
-            args += (key, value, digest, form.meta, bucket_of(key), head)
+            raw, value, bucket = encode_item(made, form.data)
+            args += (raw, value, digest, form.meta, bucket, head)
             tried.append(turn[key])
             filled += len(value)
             if filled > BYTES_PER_CALL:
@@ -428,7 +426,8 @@ class RedisSyncEngine(SyncEngine):
         position: str,
         args: Sequence[bytes | str | int],
     ) -> tuple[bytes, int]:
-        head = (2, self.keys.stream, self.keys.positions, self._maxlen, self._ttl_ms)
+        keys = (3, self.keys.stream, self.keys.positions, self.keys.live)
+        head = (*keys, self._maxlen, self._ttl_ms)
         tail = (
             self._grace_ms, self.keys.item_prefix, peer_id, position, self._tree_key, *args
         )  # fmt: skip
@@ -460,10 +459,9 @@ class RedisSyncEngine(SyncEngine):
             if args and (len(args) >= 5 * ITEMS_PER_CALL or filled + len(data) > BYTES_PER_CALL):
                 yield args, False
                 args, filled = [], 0
+            key, value, bucket = encode_item(item, data)
             digest = "" if item.deleted else item.content_hash.hex()
-            args += (
-                item.key, encode_value(item, data), digest, form.meta, bucket_of(item.key)
-            )  # fmt: skip
+            args += (key, value, digest, form.meta, bucket)
             filled += len(data)
         if args or (received is not None and received.position is not None):
             yield args, True
@@ -586,7 +584,7 @@ class RedisSyncEngine(SyncEngine):
             head = f'{{"content_type":"{content_type}","version":'.encode()
             batch.append((key, content))
             args += (
-                key, kind, self._origin + data, digest.hex(), head, self._meta_tail, bucket_of(key)
+                key, kind, self._origin + data, digest.hex(), head, self._meta_tail, bucket_of(key.encode())
             )  # fmt: skip
             filled += len(content)
         if batch:
@@ -598,7 +596,7 @@ class RedisSyncEngine(SyncEngine):
     ) -> list[SyncItem]:
         reply = await self._run(
             scripts.PUT,
-            [self.keys.stream],
+            [self.keys.stream, self.keys.live],
             [self._maxlen, self.keys.item_prefix, self._tree_key, *args],
         )
         return [
@@ -652,9 +650,9 @@ class RedisSyncEngine(SyncEngine):
         kind = EMPTY_HASH + _TYPE_BYTE["binary"]
         args = [
             self._maxlen, self.keys.item_prefix, self._tree_key, key, kind, self._origin,
-            self._meta_tail, bucket_of(key), self._ttl_ms, self._grace_ms,
+            self._meta_tail, bucket_of(key.encode()), self._ttl_ms, self._grace_ms,
         ]  # fmt: skip
-        return bool(await self._run(scripts.DELETE, [self.keys.stream], args))
+        return bool(await self._run(scripts.DELETE, [self.keys.stream, self.keys.live], args))
 
     async def scan(self, prefix: str = "") -> AsyncIterator[SyncItem]:
         """Yield live items whose keys start with ``prefix``, in no order.

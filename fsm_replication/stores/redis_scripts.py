@@ -72,14 +72,12 @@ local function digest_of(key, stamp)
   local hex = redis.sha1hex(pack('>I2', #key) .. key .. stamp)
   return pack('>I4I4', tonumber(sub(hex, 1, 8), 16), tonumber(sub(hex, 9, 16), 16))
 end
-local function is_live(stamp) return byte(stamp, 17) == 0 and 1 or 0 end
 local function uproot(tree, bucket, key)
   local stamp = call('HGET', tree .. ':' .. bucket, key)
   if stamp then
     call('HDEL', tree .. ':' .. bucket, key)
     local high, low = unpack_bytes('>I4I4', digest_of(key, stamp))
     note(tree, bucket, -high, -low)
-    live = live - is_live(stamp)
   end
 end
 local function plant(tree, bucket, key, stamp, digest, held)
@@ -89,7 +87,6 @@ local function plant(tree, bucket, key, stamp, digest, held)
     if call('HSET', leaves, key, stamp) == 0 then
       local old_high, old_low = unpack_bytes('>I4I4', held, 51)
       high, low = high - old_high, low - old_low
-      live = live - is_live(held)
     end
   elseif call('HSETNX', leaves, key, stamp) == 0 then
     -- Its item went away by itself, as an expired tombstone does after its grace.
@@ -97,7 +94,6 @@ local function plant(tree, bucket, key, stamp, digest, held)
     call('HSET', leaves, key, stamp)
   end
   note(tree, bucket, high, low)
-  live = live + is_live(stamp)
 end
 local function expires(tree, bucket, key, expiry)
   call('ZADD', tree .. ':expiring', string.format('%.0f', expiry), bucket .. ':' .. key)
@@ -117,7 +113,7 @@ local function sweep(tree, now, ttl, most)
   return #due
 end
 local function fold(tree)
-  if live ~= 0 then call('INCRBY', tree .. ':live', live) end
+  if live ~= 0 then call('INCRBY', KEYS[#KEYS], live) end
   if touched == 0 then return end
   for branch, high in pairs(highs) do
     root_high, root_low = root_high + high, root_low + lows[branch]
@@ -144,10 +140,12 @@ end
 """
 
 # keep(): writes an item, its leaf and its stream entry. KEYS[1] is the stream, ARGV[1] its length
-# at most. ``expiry`` is given for a tombstone only.
+# at most, the last of KEYS the number of live items. ``expiry`` is given for a tombstone only.
 _KEEP: Final = """
 local function keep(tree, bucket, item_key, key, value, held, digest, meta, expiry, now, grace)
+  local was_live = held ~= '' and byte(held, 17) == 0 and 1 or 0
   if expiry then
+    live = live - was_live
     call('SET', item_key, value, 'PXAT', string.format('%.0f', math.max(expiry, now) + grace))
     if tree ~= '' then
       if expiry > now then
@@ -159,6 +157,7 @@ local function keep(tree, bucket, item_key, key, value, held, digest, meta, expi
     end
     call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[1], '*', 'op', 'DEL', 'key', key, 'meta', meta)
   else
+    live = live + 1 - was_live
     call('SET', item_key, value)
     if tree ~= '' then
       plant(tree, bucket, key, sub(value, 1, 50), sub(value, 51, 58), held)
@@ -184,7 +183,7 @@ redis.call('HSETNX', KEYS[1], 'partitions', '0')
 return {'', redis.call('HGET', KEYS[1], 'incarnation'), redis.call('HGET', KEYS[1], 'layouts')}
 """
 
-# KEYS: stream, positions. ARGV: maxlen, ttl in ms, grace in ms, item prefix, peer id, position,
+# KEYS: stream, positions, live. ARGV: maxlen, ttl in ms, grace in ms, item prefix, peer id, position,
 # tree, then key, value, digest in hex, meta, bucket for each item. An empty position is not kept.
 # Returns one code per item (0 applied, 1 superseded, 2 refused: what is held is no item) as a
 # string, and the live items deleted.
@@ -229,7 +228,7 @@ repeat
   local fine, why = pcall(run)
   if not fine then
     if not (reading and not_an_item(why)) then
-      if tree ~= '' then fold(tree) end
+      fold(tree)
       error(why)
     end
     reading = false
@@ -238,10 +237,8 @@ repeat
     at = at + STRIDE
   end
 until at > #ARGV
-if tree ~= '' then
-  sweep(tree, now, ttl, 16)
-  fold(tree)
-end
+if tree ~= '' then sweep(tree, now, ttl, 16) end
+fold(tree)
 if ARGV[6] ~= '' then call('HSET', KEYS[2], ARGV[5], ARGV[6]) end
 return {table.concat(codes), live_deleted}
 """
@@ -276,7 +273,7 @@ end
 local LIMIT = 9007199254740991
 """
 
-# KEYS: stream. ARGV: maxlen, item prefix, tree, then for each item: key, hash and type as bytes,
+# KEYS: stream, live. ARGV: maxlen, item prefix, tree, then for each item: key, hash and type as bytes,
 # origin and data as bytes, digest in hex, head of meta, tail of meta, bucket.
 # Returns updated_at and version of each as text.
 PUT: Final = (
@@ -297,7 +294,7 @@ for i = 4, #ARGV, 7 do
     if at > LIMIT or version > LIMIT then refusal = 'RANGE ' end
   end
   if refusal then
-    if tree ~= '' then fold(tree) end
+    fold(tree)
     return redis.error_reply(refusal .. key)
   end
   local stamp = pack('>I8I8B', at, version, 0) .. ARGV[i + 1]
@@ -308,12 +305,12 @@ for i = 4, #ARGV, 7 do
   out[#out + 1] = at_text
   out[#out + 1] = version_text
 end
-if tree ~= '' then fold(tree) end
+fold(tree)
 return out
 """
 )
 
-# KEYS: stream. ARGV: maxlen, item prefix, tree, key, hash and type as bytes, origin as bytes, tail
+# KEYS: stream, live. ARGV: maxlen, item prefix, tree, key, hash and type as bytes, origin as bytes, tail
 # of meta, bucket, ttl and grace in ms. Returns 1 if there was a live item, else 0.
 DELETE: Final = (
     _COMMON
@@ -334,10 +331,8 @@ local value = stamp .. digest_of(key, stamp) .. ARGV[6]
 local meta = '{"version":' .. string.format('%.0f', version)
   .. ',"updated_at":' .. string.format('%.0f', at) .. ARGV[7]
 keep(tree, ARGV[8], item_key, key, value, held, '', meta, at + ttl, now, grace)
-if tree ~= '' then
-  sweep(tree, now, ttl, 16)
-  fold(tree)
-end
+if tree ~= '' then sweep(tree, now, ttl, 16) end
+fold(tree)
 return 1
 """
 )
@@ -373,7 +368,6 @@ for i = 4, #ARGV, 2 do
     if byte(stamp, 17) == 1 then expiry = unpack_bytes('>I8', stamp) + ttl end
     if not (expiry and expiry <= now) and call('HSETNX', leaves, key, stamp) == 1 then
       note(tree, bucket, unpack_bytes('>I4I4', digest_of(key, stamp)))
-      live = live + is_live(stamp)
       if expiry then expires(tree, bucket, key, expiry) end
     end
   end

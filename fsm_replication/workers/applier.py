@@ -198,6 +198,10 @@ class Applier:
         :raises Blocked: if it is.
         """
         context = self._context
+        live = await self.call(context.reads, context.store.live_items)
+        context.interlock.learn(live)
+        if not context.interlock.may_trip(sum([item.deleted for item in items])):
+            return
         tombstones = [item for item in items if item.deleted]
         held = await self.call(
             context.reads, lambda: context.store.stamps([item.key for item in tombstones])
@@ -206,13 +210,16 @@ class Applier:
             stamp is not None and not stamp.deleted and stamp < item.stamp
             for item, stamp in zip(tombstones, held, strict=True)
         )
-        live = await self.call(context.reads, context.store.live_items)
-        if dying and context.interlock.trips(dying, live):
+        if dying and context.interlock.may_trip(dying):
             raise Blocked(
                 PauseReason.INTERLOCK,
                 f"{context.interlock.count + dying} live items would be deleted within an hour, of"
                 f" {'an unknown number' if live is None else live}: resume the peer if that is"
-                " meant",
+                " meant"
+                + (
+                    "; a store whose live_items() tells the number allows a share of it"
+                    * (live is None)
+                ),
             )
 
     async def _apply_many(self, items: Sequence[SyncItem], received: Received) -> ApplyResult:

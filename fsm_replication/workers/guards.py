@@ -19,6 +19,8 @@ from fsm_replication.ports import Clock, WallClock
 __all__ = ("Interlock", "KeyMemory", "StaleGuard")
 
 WINDOW_SEC: Final = 3600.0
+# How long a number of live items is taken for granted, so that deletes cost no call each.
+KNOWN_SEC: Final = 60.0
 KEYS_KEPT: Final = 10_000
 
 
@@ -31,6 +33,8 @@ class Interlock:
         self._deleted: deque[tuple[float, int]] = deque()
         self._count = 0
         self._forgiven_until = 0.0
+        self._allowed = float(settings.interlock_min)
+        self._known_until = 0.0
 
     def add(self, live_deleted: int) -> None:
         """Count live items that were deleted now."""
@@ -47,20 +51,22 @@ class Interlock:
         return self._count
 
     def may_trip(self, more: int) -> bool:
-        """Say whether ``more`` deletes could be too many, however large the store is."""
-        if self._clock.monotonic() < self._forgiven_until:
+        """Say whether ``more`` deletes could be too many, as far as the live items are known."""
+        now = self._clock.monotonic()
+        if now < self._forgiven_until:
             return False
-        return self.count + more > self._settings.interlock_min
+        if now > self._known_until:
+            self._allowed = float(self._settings.interlock_min)
+        return self.count + more > self._allowed
 
-    def trips(self, more: int, live: int | None) -> bool:
-        """Say whether ``more`` deletes of live items are too many, of ``live`` ones in all.
+    def learn(self, live: int | None) -> None:
+        """Take in how many live items there are, for a minute; None where that is not known.
 
-        Where their number is not known ``interlock_min`` decides alone. What has been deleted
-        within the hour was live too, and counts among all.
+        What has been deleted within the hour was live too, and counts among all.
         """
-        share = self._settings.interlock_share
-        by_share = 0.0 if live is None else share * (live + self.count)
-        return self.may_trip(more) and self.count + more > by_share
+        share = 0.0 if live is None else self._settings.interlock_share * (live + self.count)
+        self._allowed = max(self._settings.interlock_min, share)
+        self._known_until = self._clock.monotonic() + KNOWN_SEC
 
     def forgive(self) -> None:
         """Let everything through for an hour: a person has looked."""

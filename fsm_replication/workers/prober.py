@@ -6,6 +6,7 @@ the circuit and the links would wait for each other for ever.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Final
 
@@ -18,13 +19,21 @@ PROBE_INTERVAL_SEC: Final = 0.25
 
 
 async def probe_circuits(
-    circuits: tuple[Circuit, ...], grant_probe: Callable[[], bool], clock: Clock
+    circuits: tuple[Circuit, ...],
+    grant_probe: Callable[[], bool],
+    clock: Clock,
+    changed: asyncio.Event,
 ) -> None:
     """When a reset time is over, let one paused link try; until cancelled.
 
-    ``grant_probe`` lets one link go on and says whether there was one.
+    ``grant_probe`` lets one link go on and says whether there was one. ``changed`` is set when a
+    circuit changes: as long as all are closed there is nothing to look after.
     """
     while True:
+        if all(circuit.state is CircuitState.CLOSED for circuit in circuits):
+            changed.clear()
+            await changed.wait()
+            continue
         waits = [c.probe_in_sec for c in circuits if c.state is not CircuitState.CLOSED]
         if waits and min(waits) <= 0:
             grant_probe()

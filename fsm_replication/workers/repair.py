@@ -206,7 +206,7 @@ class _Pass:
 
 
 def _place(key: str) -> tuple[str, str]:
-    return bucket_path(bucket_of(key)), key
+    return bucket_path(bucket_of(key.encode())), key
 
 
 async def repair_peer(

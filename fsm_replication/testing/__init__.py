@@ -1,0 +1,37 @@
+"""For tests of the engine and of what embeds it: a simulated Redis and network, virtual time.
+
+Everything here is deterministic and needs no server, no socket, no thread and no file.
+"""
+
+from __future__ import annotations
+
+from fsm_replication.testing.local_mesh import LocalMesh, LocalNode, topology
+from fsm_replication.testing.memory_cursor import CursorSnapshot, MemoryCursorStore
+from fsm_replication.testing.sim_redis import SimRedis, SimState
+from fsm_replication.testing.sim_store import SimStore
+from fsm_replication.testing.sim_transport import SimConnection, SimTransport
+from fsm_replication.testing.virtual_time import (
+    DeadlockError,
+    LoopClock,
+    SkewedWallClock,
+    VirtualTimeLoop,
+    run,
+)
+
+__all__ = (
+    "CursorSnapshot",
+    "DeadlockError",
+    "LocalMesh",
+    "LocalNode",
+    "LoopClock",
+    "MemoryCursorStore",
+    "SimConnection",
+    "SimRedis",
+    "SimState",
+    "SimStore",
+    "SimTransport",
+    "SkewedWallClock",
+    "VirtualTimeLoop",
+    "run",
+    "topology",
+)

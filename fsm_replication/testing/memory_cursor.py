@@ -1,0 +1,281 @@
+"""A cursor store in memory, with the meaning of the one in SQLite and without its thread.
+
+Content belongs to the object and outlives closing, so an engine that is started again finds it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from fsm_replication.errors import AlreadyRunningError, CursorStoreError
+from fsm_replication.ports import (
+    BootstrapRow,
+    Cursor,
+    DeadLetter,
+    GapRow,
+    PeerRecord,
+    Position,
+)
+
+__all__ = ("CursorSnapshot", "MemoryCursorStore")
+
+NAME: Final = "memory"
+GAPS_KEPT: Final = 10_000
+INTEGER_MAX: Final = 2**63 - 1
+
+
+@dataclass(slots=True)
+class _Tables:
+    """All rows; whatever is in them is immutable."""
+
+    # Letters and open gaps of a peer stand in tables of their own.
+    peers: dict[str, PeerRecord] = field(default_factory=dict)
+    # Of each peer, by stream id, in the order in which they were stored.
+    letters: dict[str, dict[str, DeadLetter]] = field(default_factory=dict)
+    gaps: dict[int, GapRow] = field(default_factory=dict)
+    last_letter: int = 0
+    last_gap: int = 0
+
+    def copy(self) -> _Tables:
+        letters = {peer_id: dict(held) for peer_id, held in self.letters.items()}
+        return replace(self, peers=dict(self.peers), letters=letters, gaps=dict(self.gaps))
+
+
+class CursorSnapshot:
+    """Everything a :class:`MemoryCursorStore` held at one moment."""
+
+    __slots__ = ("_tables",)
+
+    def __init__(self, tables: _Tables) -> None:
+        self._tables = tables.copy()
+
+    def tables(self) -> _Tables:
+        """Return the rows, to be changed freely."""
+        return self._tables.copy()
+
+
+class MemoryCursorStore:
+    """Keeps cursors, dead letters and the loss ledger.
+
+    Every call does what it does at once and then lets others run: whoever is cancelled in it may
+    find it done. While ``failure`` is set, every call but ``close`` raises that.
+    """
+
+    def __init__(self) -> None:
+        self.failure: CursorStoreError | None = None
+        self._tables = _Tables()
+        self._is_open = False
+
+    # For tests of crashes.
+
+    def snapshot(self) -> CursorSnapshot:
+        """Return all rows as they are now."""
+        return CursorSnapshot(self._tables)
+
+    def restore(self, snapshot: CursorSnapshot) -> None:
+        """Hold what was held when ``snapshot`` was taken, and be closed, as after a crash."""
+        self._tables = snapshot.tables()
+        self._is_open = False
+
+    # The calls of the port.
+
+    async def open(self) -> None:
+        """Open and lock it.
+
+        :raises AlreadyRunningError: if it is open.
+        """
+        if self.failure is not None:
+            raise self.failure
+        if self._is_open:
+            raise AlreadyRunningError(f"{NAME} is in use by another engine", path=NAME)
+        self._is_open = True
+        await asyncio.sleep(0)
+
+    async def close(self) -> None:
+        """Unlock it; a second call does nothing."""
+        self._is_open = False
+
+    def _use(self) -> _Tables:
+        if self.failure is not None:
+            raise self.failure
+        if not self._is_open:
+            raise CursorStoreError(
+                f"{NAME} cannot be used: it is not open; open the store first", path=NAME
+            )
+        return self._tables
+
+    async def load(self, peer_id: str) -> PeerRecord:
+        """Return what is known of a peer; an unknown peer has an empty record."""
+        tables = self._use()
+        record = replace(
+            tables.peers.get(peer_id, PeerRecord()),
+            gaps=tuple(gap for gap in tables.gaps.values() if _is_open(gap, peer_id)),
+            dead_letters=len(tables.letters.get(peer_id, ())),
+        )
+        await asyncio.sleep(0)
+        return record
+
+    async def save(self, cursors: Sequence[tuple[str, Cursor]]) -> None:
+        """Store the settled cursors of several peers."""
+        self._use()
+        for peer_id, cursor in cursors:
+            self._set_cursor(peer_id, cursor)
+        await asyncio.sleep(0)
+
+    async def settle(
+        self, peer_id: str, cursor: Cursor | None, letters: Sequence[DeadLetter], *, keep: int
+    ) -> int:
+        """Store dead letters and the cursor that passes them (G1).
+
+        At most ``keep`` letters of this peer stay, the newest; returns how many were dropped. An
+        entry that is read again does not become a second letter.
+
+        :raises ValueError: if a letter is another peer's: its bound would not hold.
+        """
+        if any(letter.peer_id != peer_id for letter in letters):
+            raise ValueError(f"letters of other peers than {peer_id!r}")
+        tables = self._use()
+        held = tables.letters.setdefault(peer_id, {})
+        for letter in letters:
+            known = held.get(letter.stream_id)
+            if known is None:
+                tables.last_letter += 1
+                held[letter.stream_id] = replace(letter, id=tables.last_letter)
+            else:
+                # It is the same letter: it keeps its id and its time.
+                held[letter.stream_id] = replace(letter, id=known.id, at_ms=known.at_ms)
+        if cursor is not None:
+            self._set_cursor(peer_id, cursor)
+        surplus = list(held)[: max(0, len(held) - max(0, keep))]
+        for stream_id in surplus:
+            del held[stream_id]
+        await asyncio.sleep(0)
+        return len(surplus)
+
+    async def begin_bootstrap(self, peer_id: str, row: BootstrapRow, gap: GapRow | None) -> None:
+        """Note that copying starts, with the gap that made it necessary.
+
+        Of a peer's ledger the newest 10,000 lines stay.
+        """
+        tables = self._use()
+        self._change(peer_id, bootstrap=row._replace(head=_position(row.head)))
+        if gap is not None:
+            tables.last_gap += 1
+            kept = replace(gap, id=tables.last_gap, missed=_number(gap.missed))
+            tables.gaps[kept.id] = kept
+            mine = [one.id for one in tables.gaps.values() if one.peer_id == gap.peer_id]
+            for number in mine[: max(0, len(mine) - GAPS_KEPT)]:
+                del tables.gaps[number]
+        await asyncio.sleep(0)
+
+    async def save_walk(self, peer_id: str, walk: str) -> None:
+        """Note how far copying has come; without a copy begun there is nothing to note."""
+        record = self._use().peers.get(peer_id)
+        if record is not None and record.bootstrap is not None:
+            self._change(peer_id, bootstrap=record.bootstrap._replace(walk=walk))
+        await asyncio.sleep(0)
+
+    async def finish_bootstrap(
+        self, peer_id: str, cursor: Cursor, healed_at_ms: int | None
+    ) -> None:
+        """Set the cursor, remove the row, close the peer's open gaps.
+
+        Where ``healed_at_ms`` is None the gaps stay open.
+        """
+        self._use()
+        self._set_cursor(peer_id, cursor)
+        self._change(peer_id, bootstrap=None)
+        if healed_at_ms is not None:
+            self._heal(peer_id, healed_at_ms, "bootstrap")
+        await asyncio.sleep(0)
+
+    async def set_operator_pause(self, peer_id: str, paused: bool) -> None:
+        """Keep the operator's wish over restarts."""
+        self._use()
+        self._change(peer_id, operator_pause=paused)
+        await asyncio.sleep(0)
+
+    async def set_synced(self, peer_id: str) -> None:
+        """Note that the peer was fully read or compared once."""
+        self._use()
+        self._change(peer_id, synced=True)
+        await asyncio.sleep(0)
+
+    async def set_agreed(self, peer_id: str, at_ms: int, *, heal_gaps: bool) -> None:
+        """Note when the peer's items were last known to be all here, in ms since the epoch.
+
+        With ``heal_gaps`` its open gaps are closed, as healed by repair.
+        """
+        self._use()
+        self._change(peer_id, agreed_at_ms=at_ms)
+        if heal_gaps:
+            self._heal(peer_id, at_ms, "repair")
+        await asyncio.sleep(0)
+
+    async def dead_letters(
+        self, peer_id: str | None = None, *, after_id: int = 0, limit: int = 1000
+    ) -> Sequence[DeadLetter]:
+        """Return letters in the order they were stored, those after ``after_id`` first."""
+        tables = self._use()
+        names = list(tables.letters) if peer_id is None else [peer_id]
+        found = [
+            letter
+            for name in names
+            for letter in tables.letters.get(name, {}).values()
+            if letter.id > after_id
+        ]
+        found.sort(key=lambda letter: letter.id)
+        await asyncio.sleep(0)
+        return found[: max(0, limit)]
+
+    async def delete_dead_letters(self, ids: Sequence[int]) -> int:
+        """Remove letters; returns how many there were."""
+        tables, doomed = self._use(), set(ids)
+        count = 0
+        for held in tables.letters.values():
+            for stream_id in [key for key, letter in held.items() if letter.id in doomed]:
+                del held[stream_id]
+                count += 1
+        await asyncio.sleep(0)
+        return count
+
+    async def gaps(self, peer_id: str | None = None, *, limit: int = 1000) -> Sequence[GapRow]:
+        """Return the newest ``limit`` (0 or more) lines of the loss ledger, oldest first."""
+        held = self._use().gaps.values()
+        found = [gap for gap in held if peer_id is None or gap.peer_id == peer_id]
+        await asyncio.sleep(0)
+        return found[max(0, len(found) - max(0, limit)) :]
+
+    # Rows.
+
+    def _change(self, peer_id: str, **changes: object) -> None:
+        peers = self._tables.peers
+        peers[peer_id] = replace(peers.get(peer_id, PeerRecord()), **changes)  # type: ignore[arg-type]
+
+    def _set_cursor(self, peer_id: str, cursor: Cursor) -> None:
+        self._change(peer_id, cursor=cursor._replace(position=_position(cursor.position)))
+
+    def _heal(self, peer_id: str, at_ms: int, by: str) -> None:
+        gaps = self._tables.gaps
+        for number, gap in gaps.items():
+            if _is_open(gap, peer_id):
+                gaps[number] = replace(gap, healed_at_ms=at_ms, healed_by=by)
+
+    def __repr__(self) -> str:
+        return f"<MemoryCursorStore {'open' if self._is_open else 'closed'}>"
+
+
+def _is_open(gap: GapRow, peer_id: str) -> bool:
+    return gap.peer_id == peer_id and gap.healed_at_ms is None
+
+
+def _number(value: int | None) -> int | None:
+    # SQLite's numbers end there, and a count that it cannot hold is not known.
+    return value if value is not None and -INTEGER_MAX <= value <= INTEGER_MAX else None
+
+
+def _position(position: Position) -> Position:
+    return position._replace(entries_read=_number(position.entries_read))

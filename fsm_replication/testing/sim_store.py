@@ -1,0 +1,275 @@
+"""A node's store on a simulated Redis: what ``RedisSyncEngine`` is on a real one.
+
+It lays everything out in the same keys, and changes what a script would change in one go without
+letting anybody else run in between. Tests compare it with the real store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from fsm_replication.items import (
+    EMPTY_HASH,
+    LastWriterWins,
+    Resolver,
+    Stamp,
+    SyncItem,
+    check_key,
+    content_hash,
+    next_stamp,
+    resolve,
+)
+from fsm_replication.layout import (
+    FORMAT,
+    STAMP_BYTES,
+    Keys,
+    decode_item,
+    decode_stamp,
+    encode_stamp,
+    encode_value,
+)
+from fsm_replication.merkle import (
+    BRANCHES,
+    DIGEST_BYTES,
+    OWN,
+    PARTITIONS,
+    Tree,
+    bucket_of,
+    leaf_digest,
+)
+from fsm_replication.ports import Position, StreamId
+from fsm_replication.redis_tree import RedisTree
+from fsm_replication.stores.protocol import ApplyResult, Outcome, Received, SyncEngine
+from fsm_replication.stream import DataDecoder, encode_data, encode_fields
+from fsm_replication.testing.sim_redis import SimRedis
+
+__all__ = ("SimStore",)
+
+WORD = 1 << 32
+PAYLOAD_BYTES = 16 * 1024 * 1024
+
+
+class SimStore(SyncEngine):
+    """Keeps items, tree, stream and positions in a :class:`SimRedis`.
+
+    ``ttl_ms`` and ``grace_ms`` are those of tombstones. ``accepting_writes`` may be set to False to
+    make links pause. The server's clock stamps local writes.
+    """
+
+    def __init__(
+        self,
+        server: SimRedis,
+        *,
+        node_id: str,
+        rng: random.Random,
+        ttl_ms: int,
+        grace_ms: int,
+        stream_maxlen: int = 100_000,
+        resolver: Resolver | None = None,
+    ) -> None:
+        self.node_id = node_id
+        self.server = server
+        self.keys = Keys()
+        self.accepting_writes = True
+        self._rng = rng
+        self._ttl_ms = ttl_ms
+        self._grace_ms = grace_ms
+        self._maxlen = stream_maxlen
+        self._resolver = resolver or LastWriterWins()
+        self._decoder = DataDecoder(PAYLOAD_BYTES)
+        self._tree = RedisTree(self._ask, self.keys, self._sweep)
+        self._do = server.execute
+
+    # The marker
+
+    def open(self) -> None:
+        """Write the node's marker key, unless it is there."""
+        marker = self.keys.marker
+        self._do("HSETNX", marker, "incarnation", f"{self._rng.getrandbits(64):016x}")
+        self._do(
+            "HSET", marker, "node_id", self.node_id, "format", FORMAT, "layouts", OWN,
+            "tombstone_ttl_ms", self._ttl_ms, "resolver", self._resolver.name,
+            "partitions", PARTITIONS,
+        )  # fmt: skip
+
+    async def incarnation(self) -> str:
+        """Return the id written when this server was first opened, or was found empty."""
+        await asyncio.sleep(0)
+        if self._do("HGET", self.keys.marker, "incarnation") is None:
+            self.open()
+        raw: bytes = self._do("HGET", self.keys.marker, "incarnation")
+        return raw.decode()
+
+    @property
+    def resolver(self) -> Resolver:
+        """How two live items of one key become one."""
+        return self._resolver
+
+    @property
+    def tree(self) -> Tree:
+        """The tree of what is held."""
+        return self._tree
+
+    def should_accept_writes(self) -> bool:
+        """Return ``accepting_writes``."""
+        return self.accepting_writes
+
+    # Items
+
+    def held(self, key: str) -> SyncItem | None:
+        """Return what is held, tombstones included, at once."""
+        raw = self._do("GET", self.keys.item(key))
+        return None if raw is None else decode_item(key, raw, self._decoder)
+
+    def items(self) -> dict[str, SyncItem]:
+        """Return everything that is held, at once."""
+        cut = len(self.keys.item_prefix)
+        found: dict[str, SyncItem] = {}
+        cursor: Any = b"0"
+        while True:
+            cursor, raws = self._do("SCAN", cursor, "MATCH", self.keys.item_prefix + "*")
+            for raw in raws:
+                key = raw[cut:].decode()
+                item = self.held(key)
+                if item is not None:
+                    found[key] = item
+            if cursor == b"0":
+                return found
+
+    async def get_many(self, keys: Sequence[str]) -> list[SyncItem | None]:
+        """Return what is held, tombstones included."""
+        await asyncio.sleep(0)
+        return [self.held(key) for key in keys]
+
+    async def stamps(self, keys: Sequence[str]) -> list[Stamp | None]:
+        """Return the order tuples of what is held."""
+        await asyncio.sleep(0)
+        heads = [self._do("GETRANGE", self.keys.item(key), 0, STAMP_BYTES - 1) for key in keys]
+        return [decode_stamp(head) if head else None for head in heads]
+
+    async def applied_position(self, peer_id: str) -> Position | None:
+        """Return the position stored with the last batch from this peer."""
+        await asyncio.sleep(0)
+        raw = self._do("HGET", self.keys.positions, peer_id)
+        if raw is None:
+            return None
+        stream_id, _, count = raw.decode().partition(" ")
+        return Position(StreamId.parse(stream_id), None if count == "-" else int(count))
+
+    async def apply_many(
+        self, changes: Sequence[SyncItem], received: Received | None = None
+    ) -> ApplyResult:
+        """Keep what is newer, publish it, and note the peer's position."""
+        await asyncio.sleep(0)
+        outcomes: list[Outcome] = []
+        live_deleted = 0
+        for change in changes:
+            held = self.held(change.key)
+            made = resolve(self._resolver, held, change)
+            expired = change.deleted and change.updated_at + self._ttl_ms <= self._now()
+            if made is None or (held is None and expired):
+                outcomes.append(Outcome.SUPERSEDED)
+                continue
+            live_deleted += made.deleted and held is not None and not held.deleted
+            self._keep(made, held)
+            outcomes.append(Outcome.APPLIED)
+        if received is not None and received.position is not None:
+            count = received.position.entries_read
+            text = f"{received.position.stream_id} {'-' if count is None else count}"
+            self._do("HSET", self.keys.positions, received.peer_id, text)
+        # Whoever is cancelled here does not learn that it was done.
+        await asyncio.sleep(0)
+        return ApplyResult(outcomes, live_deleted=live_deleted)
+
+    def put(self, key: str, content: bytes, content_type: str = "binary") -> SyncItem:
+        """Write locally, at once."""
+        check_key(key)
+        held = self.held(key)
+        updated_at, version = next_stamp(None if held is None else held.stamp, self._now())
+        item = SyncItem(
+            key, content, content_type, content_hash(content), version, updated_at, False,
+            self.node_id,
+        )  # fmt: skip
+        made = resolve(self._resolver, held, item)
+        assert made is not None, "a local write is later than what it replaces"
+        self._keep(made, held)
+        return made
+
+    def delete(self, key: str) -> bool:
+        """Delete locally, at once; returns whether there was a live item."""
+        held = self.held(key)
+        if held is None or held.deleted:
+            return False
+        updated_at, version = next_stamp(held.stamp, self._now())
+        self._keep(
+            SyncItem(key, b"", "binary", EMPTY_HASH, version, updated_at, True, self.node_id), held
+        )
+        return True
+
+    def _now(self) -> int:
+        return self.server.db.now_ms()
+
+    def _keep(self, item: SyncItem, held: SyncItem | None) -> None:
+        data = encode_data(item.content)
+        value, name = encode_value(item, data), self.keys.item(item.key)
+        stamp: bytes | None = encode_stamp(item)
+        if item.deleted:
+            expiry = item.updated_at + self._ttl_ms
+            self._do("SET", name, value, "PXAT", max(expiry, self._now()) + self._grace_ms)
+            if expiry <= self._now():
+                stamp = None
+            else:
+                member = f"{bucket_of(item.key.encode())}:{item.key}"
+                self._do("ZADD", f"{self.keys.tree}:expiring", expiry, member)
+        else:
+            self._do("SET", name, value)
+        self._plant(item.key, stamp)
+        fields = encode_fields(item, data)
+        self._do("XADD", self.keys.stream, "MAXLEN", "~", self._maxlen, "*", *fields)
+
+    # The tree
+
+    def _plant(self, key: str, stamp: bytes | None) -> None:
+        bucket = bucket_of(key.encode())
+        leaves = f"{self.keys.tree}:{bucket}"
+        old = self._do("HGET", leaves, key)
+        if old is not None:
+            self._fold(bucket, leaf_digest(key.encode(), old), -1)
+            self._do("HDEL", leaves, key)
+        if stamp is not None:
+            self._do("HSET", leaves, key, stamp)
+            self._fold(bucket, leaf_digest(key.encode(), stamp), 1)
+
+    def _fold(self, bucket: int, digest: bytes, sign: int) -> None:
+        tree = self.keys.tree
+        branch = bucket // BRANCHES
+        for node in (0, 1 + branch, 1 + BRANCHES + bucket):
+            begin = node * DIGEST_BYTES
+            old = self._do("GETRANGE", tree, begin, begin + DIGEST_BYTES - 1) or bytes(DIGEST_BYTES)
+            words = (
+                (int.from_bytes(old[at : at + 4]) + sign * int.from_bytes(digest[at : at + 4]))
+                % WORD
+                for at in (0, 4)
+            )
+            self._do("SETRANGE", tree, begin, b"".join(word.to_bytes(4) for word in words))
+
+    async def _sweep(self) -> None:
+        expiring = f"{self.keys.tree}:expiring"
+        for member in self._do("ZRANGEBYSCORE", expiring, "-inf", self._now()):
+            bucket, _, key = member.decode().partition(":")
+            stamp = self._do("HGET", f"{self.keys.tree}:{bucket}", key)
+            if stamp is not None:
+                leaf = decode_stamp(stamp)
+                if leaf.deleted and leaf.updated_at + self._ttl_ms <= self._now():
+                    self._plant(key, None)
+            self._do("ZREM", expiring, member)
+
+    async def _ask(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
+        await asyncio.sleep(0)
+        return [self._do(*command) for command in commands]
+
+    def __repr__(self) -> str:
+        return f"<SimStore {self.node_id!r}>"

@@ -1,0 +1,381 @@
+"""A network in process between the engine's connections and simulated servers.
+
+Theory of operation. A connection is the real :class:`RedisConnection`, so what it promises about
+order, limits, skimming and closing is not written a second time; only the socket below it is
+simulated. A :class:`_Wire` reads the commands from the bytes, takes them to the server after half
+of the delay, and brings the bytes of the replies back after the other half.
+
+When a line is closed or cut, commands on their way have or have not run: a number of the oldest,
+chosen by the given source of chance, still reach the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import hiredis
+from redis.asyncio.connection import parse_url
+
+from fsm_replication.errors import ConnectionLostError, PeerRefusedError, PeerReplyError, redact
+from fsm_replication.ports import Clock
+from fsm_replication.testing.sim_redis import SimRedis
+from fsm_replication.testing.sim_streams import Wait
+from fsm_replication.testing.sim_values import Status
+from fsm_replication.transport import Command, RedisConnection
+
+__all__ = ("SimConnection", "SimTransport")
+
+CHUNK_BYTES: Final = 64 * 1024
+
+
+class SimConnection(RedisConnection):
+    """A connection that counts: ``flights`` sent, and the ``commands`` in them."""
+
+    def __init__(self, where: str, clock: Clock, transport: SimTransport) -> None:
+        super().__init__(where, clock)
+        self.flights = 0
+        self.commands = 0
+        self._counters = transport
+
+    def _count(self, commands: int) -> None:
+        self.flights += 1
+        self.commands += commands
+        self._counters.flights += 1
+        self._counters.commands += commands
+
+    def send(self, *commands: Command) -> asyncio.Future[list[Any]]:
+        """Send now; the future gives the replies, error replies as exception objects."""
+        if not self.closed:
+            self._count(len(commands))
+        return super().send(*commands)
+
+    async def skim(self, *args: bytes | str | int, timeout_sec: float) -> Any:
+        """Send one command and keep no long string of its reply."""
+        if not self.closed:
+            self._count(1)
+        return await super().skim(*args, timeout_sec=timeout_sec)
+
+
+class _Batch:
+    """Commands that were written together, and the bytes of their replies."""
+
+    __slots__ = ("commands", "delay", "replies")
+
+    def __init__(self, commands: Sequence[list[bytes]], delay: float) -> None:
+        self.commands = deque(commands)
+        self.delay = delay
+        self.replies = bytearray()
+
+
+class _Lane:
+    """One direction of a line: what is put in comes out after its delay, in order."""
+
+    def __init__(self, arrive: Callable[[Any], None]) -> None:
+        self.moving: deque[Any] = deque()
+        self._arrive = arrive
+        self._loop = asyncio.get_running_loop()
+        self._last_at = 0.0
+
+    def put(self, thing: Any, delay: float) -> None:
+        """Let a thing arrive after ``delay`` seconds, and after all that was put in before."""
+        self.moving.append(thing)
+        now = self._loop.time()
+        at = self._last_at = max(self._last_at, now + delay)
+        if at <= now:
+            self._loop.call_soon(self._next)
+        else:
+            self._loop.call_at(at, self._next)
+
+    def _next(self) -> None:
+        if self.moving:
+            self._arrive(self.moving.popleft())
+
+
+class _Wire(asyncio.Transport):
+    """Both ends of one line, below a connection."""
+
+    def __init__(self, transport: SimTransport, host: str, name: str) -> None:
+        super().__init__()
+        self.host = host
+        self._name = name
+        self._network = transport
+        self._server = transport.servers[host]
+        self._session = self._server.session()
+        self._protocol: asyncio.Protocol | None = None
+        self._parser = hiredis.Reader()
+        self._going = _Lane(self._reach_server)
+        self._coming = _Lane(self._reach_client)
+        self._inbox: deque[_Batch] = deque()
+        self._held_back: deque[bytes] = deque()
+        self._wait: Wait | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        self._still_to_run: int | None = None
+
+    # The client's end
+
+    def carry(self, protocol: asyncio.Protocol) -> None:
+        """Begin to serve a connection."""
+        self._protocol = protocol
+        protocol.connection_made(self)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Take the bytes of whole commands."""
+        if self._protocol is None:
+            return
+        self._parser.feed(bytes(data))
+        commands: list[list[bytes]] = []
+        while (parsed := self._parser.gets()) is not False:
+            commands.append(parsed)
+        delay = self._network.delay(self._name, self.host)
+        self._going.put(_Batch(commands, delay), delay / 2)
+
+    def is_closing(self) -> bool:
+        """Whether the client is gone."""
+        return self._protocol is None
+
+    def close(self) -> None:
+        """Close at once."""
+        self.abort()
+
+    def abort(self) -> None:
+        """Close at once; the connection hears of it a little later."""
+        if self._protocol is not None:
+            asyncio.get_running_loop().call_soon(self._protocol.connection_lost, None)
+            self._abandon()
+
+    def cut(self) -> None:
+        """Lose the line: the connection hears of it now."""
+        protocol = self._protocol
+        if protocol is not None:
+            self._abandon()
+            protocol.connection_lost(ConnectionResetError("the line was cut"))
+
+    def _reach_client(self, data: bytes) -> None:
+        if self.host in self._network.hung:
+            self._held_back.append(data)
+            return
+        for begin in range(0, len(data), CHUNK_BYTES):
+            if self._protocol is not None:
+                self._protocol.data_received(data[begin : begin + CHUNK_BYTES])
+
+    # The server's end
+
+    def _reach_server(self, batch: _Batch) -> None:
+        self._inbox.append(batch)
+        self._work()
+
+    def _work(self) -> None:
+        while self._inbox and self._wait is None and self.host not in self._network.hung:
+            batch = self._inbox[0]
+            while batch.commands and self._wait is None:
+                if self._still_to_run is not None:
+                    if not self._still_to_run:
+                        self._stop()
+                        return
+                    self._still_to_run -= 1
+                self._run(batch, batch.commands.popleft())
+            if self._wait is None:
+                self._inbox.popleft()
+            if batch.replies:
+                self._coming.put(bytes(batch.replies), batch.delay / 2)
+                batch.replies.clear()
+        self._network.note(self, over=self._protocol is None and not self._has_commands())
+
+    def _run(self, batch: _Batch, command: list[bytes]) -> None:
+        reply = self._session.execute(*command, wake=self._wake)
+        if not isinstance(reply, Wait):
+            batch.replies += _encode(reply)
+        elif self._protocol is None:
+            self._server.forget(reply)
+        else:
+            self._wait = reply
+            if reply.timeout_ms:
+                loop = asyncio.get_running_loop()
+                self._alarm = loop.call_later(reply.timeout_ms / 1000, self._time_out)
+
+    def _time_out(self) -> None:
+        assert self._wait is not None
+        self._server.forget(self._wait)
+        self._wake(None)
+
+    def _wake(self, reply: Any) -> None:
+        self._end_wait()
+        self._inbox[0].replies += _encode(reply)
+        self._work()
+
+    def _end_wait(self) -> None:
+        self._wait = None
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+
+    def go_on(self) -> None:
+        """Go on after the server hung."""
+        held, self._held_back = self._held_back, deque()
+        for data in held:
+            self._reach_client(data)
+        self._work()
+
+    # The end
+
+    def _has_commands(self) -> bool:
+        return any(batch.commands for batch in (*self._inbox, *self._going.moving))
+
+    def _abandon(self) -> None:
+        self._protocol = None
+        self._held_back.clear()
+        if self._wait is not None:
+            # A server forgets what stands behind a read that blocks.
+            self._server.forget(self._wait)
+            self._end_wait()
+            self._stop()
+            return
+        count = sum(len(batch.commands) for batch in (*self._inbox, *self._going.moving))
+        self._still_to_run = self._network.rng.randint(0, count) if count else 0
+        if not self._still_to_run:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._inbox.clear()
+        self._going.moving.clear()
+        self._network.note(self, over=True)
+
+
+def _encode(reply: Any) -> bytes:
+    """Return a reply as RESP2."""
+    parts: list[bytes] = []
+    _encode_into(parts, reply)
+    return b"".join(parts)
+
+
+def _encode_into(parts: list[bytes], reply: Any) -> None:
+    if reply is None:
+        parts.append(b"$-1\r\n")
+    elif isinstance(reply, Status):
+        parts.append(b"+%b\r\n" % reply)
+    elif isinstance(reply, bytes):
+        parts.append(b"$%d\r\n%b\r\n" % (len(reply), reply))
+    elif isinstance(reply, int):
+        parts.append(b":%d\r\n" % reply)
+    elif isinstance(reply, PeerReplyError):
+        text = " ".join(str(reply).splitlines())
+        parts.append(b"-%b\r\n" % text.encode("utf-8", "replace"))
+    else:
+        parts.append(b"*%d\r\n" % len(reply))
+        for element in reply:
+            _encode_into(parts, element)
+
+
+class SimTransport:
+    """Connects to simulated servers by the host part of a URL, such as ``redis://node-a``.
+
+    One for all nodes is one network; one for each node lets each lose its own lines. ``delay`` is
+    called with the connection's name and the host for each flight, and returns the seconds that it
+    takes there and back; while nothing was set, replies come after a turn of the loop or two.
+    ``flights`` and ``commands`` count what all connections have sent, greetings included.
+    """
+
+    def __init__(self, servers: Mapping[str, SimRedis], clock: Clock, rng: random.Random) -> None:
+        self.servers = servers
+        self.rng = rng
+        self.delay: Callable[[str, str], float] = lambda _name, _host: 0.0
+        self.flights = 0
+        self.commands = 0
+        self.down: set[str] = set()
+        self.hung: set[str] = set()
+        self._clock = clock
+        # In the order in which they were opened.
+        self._wires: dict[_Wire, None] = {}
+
+    def cut(self, host: str) -> None:
+        """Lose all lines to a host, and refuse new ones until :meth:`heal`."""
+        self.down.add(self._known(host))
+        for wire in list(self._wires):
+            if wire.host == host:
+                wire.cut()
+
+    def hang(self, host: str) -> None:
+        """Let a host answer nothing until :meth:`heal`, as if its process were stopped."""
+        self.hung.add(self._known(host))
+
+    def heal(self, host: str) -> None:
+        """End what :meth:`cut` and :meth:`hang` did; commands that waited are then run."""
+        self.down.discard(self._known(host))
+        self.hung.discard(host)
+        for wire in list(self._wires):
+            if wire.host == host:
+                wire.go_on()
+
+    def _known(self, host: str) -> str:
+        if host not in self.servers:
+            raise KeyError(f"there is no server {host!r}")
+        return host
+
+    def note(self, wire: _Wire, *, over: bool) -> None:
+        """Forget a line when it is over."""
+        if over:
+            self._wires.pop(wire, None)
+
+    async def connect(self, url: str, *, timeout_sec: float, name: str) -> SimConnection:
+        """Connect and authenticate, within ``timeout_sec``.
+
+        :raises PeerRefusedError: if the URL cannot be used or the credentials are rejected.
+        :raises ConnectionLostError: if the server cannot be reached in time.
+        :raises PeerReplyError: if the server answers with an error that may pass.
+        """
+        where = redact(url)
+        try:
+            options: dict[str, Any] = dict(parse_url(url))
+        except ValueError as error:
+            raise PeerRefusedError(f"{where} cannot be used: {error}") from None
+        host = str(options.get("host", "localhost"))
+        connection: SimConnection | None = None
+        try:
+            async with self._clock.timeout(timeout_sec):
+                await self._clock.sleep(self.delay(name, host))
+                connection = self._open(where, host, name)
+                await _greet(connection, options, name)
+        except BaseException as error:
+            if connection is not None:
+                connection.close()
+            if isinstance(error, TimeoutError):
+                raise ConnectionLostError(
+                    f"{where} did not answer within {timeout_sec:g} s"
+                ) from None
+            raise
+        return connection
+
+    def _open(self, where: str, host: str, name: str) -> SimConnection:
+        if host not in self.servers or host in self.down:
+            raise ConnectionLostError(f"{where} cannot be reached: connection refused")
+        connection = SimConnection(where, self._clock, self)
+        wire = _Wire(self, host, name)
+        self._wires[wire] = None
+        wire.carry(connection)
+        return connection
+
+
+async def _greet(connection: SimConnection, options: dict[str, Any], name: str) -> None:
+    commands: list[Command] = []
+    username, password = options.get("username"), options.get("password")
+    if password is not None:
+        commands.append(["AUTH", username, password] if username else ["AUTH", password])
+    if options.get("db"):
+        commands.append(["SELECT", int(options["db"])])
+    commands.append(["PING"])
+    for reply in await connection.pipeline(commands):
+        if not isinstance(reply, PeerReplyError):
+            continue
+        text = str(reply)
+        if reply.code in ("NOAUTH", "WRONGPASS") or "AUTH" in text:
+            raise PeerRefusedError(
+                f"{connection.where} rejected the credentials: {text}", credentials=True
+            )
+        if "DB index" in text:
+            raise PeerRefusedError(f"{connection.where}: {text}")
+        raise PeerReplyError(text, peer=connection.where)
+    await connection.pipeline([["CLIENT", "SETNAME", name]])
