@@ -56,6 +56,9 @@ from fsm_replication.stores import (
     SyncEngine,
 )
 from fsm_replication.tables import CircuitState, EngineState, PeerState
+from fsm_replication.workers.cold_path import RepairStats
+from fsm_replication.workers.explain import Explanation, HeldVersion, PeerVersion
+from fsm_replication.workers.repair import KeyDifference
 
 __all__ = (
     "AlreadyRunningError",
@@ -71,11 +74,14 @@ __all__ = (
     "DrainTimeoutError",
     "EngineState",
     "EngineStoppedError",
+    "Explanation",
     "GapRow",
     "HealthCheck",
+    "HeldVersion",
     "HotPathConfig",
     "InvalidKeyError",
     "InvalidStateError",
+    "KeyDifference",
     "LastWriterWins",
     "MemorySyncEngine",
     "NetworkError",
@@ -89,9 +95,11 @@ __all__ = (
     "PeerHealthConfig",
     "PeerRefusedError",
     "PeerState",
+    "PeerVersion",
     "Ports",
     "Received",
     "RedisSyncEngine",
+    "RepairStats",
     "ReplicationConfig",
     "ReplicationEngine",
     "ReplicationError",

@@ -166,6 +166,7 @@ async def carry_out(plan: Plan) -> None:
         await mesh.close()
 
 
+@pytest.mark.timeout(1800)
 def test_nodes_converge_whatever_happens(full: bool) -> None:
     """If this fails there is a run that ends with different items, or never ends."""
 

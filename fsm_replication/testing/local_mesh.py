@@ -35,7 +35,7 @@ from fsm_replication.testing.sim_store import SimStore
 from fsm_replication.testing.sim_transport import SimTransport
 from fsm_replication.testing.virtual_time import LoopClock, SkewedWallClock
 
-__all__ = ("LocalMesh", "LocalNode", "topology")
+__all__ = ("LocalMesh", "LocalNode", "kill_engine", "topology")
 
 START_MS: Final = 1_700_000_000_000
 TTL_SEC: Final = 900.0
@@ -79,7 +79,7 @@ class LocalNode:
     saved: deque[tuple[float, SimState]] = field(default_factory=deque)
 
 
-async def _kill(engine: ReplicationEngine) -> None:
+async def kill_engine(engine: ReplicationEngine) -> None:
     """End every task of an engine where it stands, as kill -9 ends a process."""
     drivers = [engine._driver, *(link.driver for link in engine._links.values())]
     for driver in drivers:
@@ -176,7 +176,7 @@ class LocalMesh:
             return
         engine, node.engine = node.engine, None
         on_disk = node.cursors.snapshot()
-        await _kill(engine)
+        await kill_engine(engine)
         node.cursors.restore(on_disk)
 
     async def close(self) -> None:
