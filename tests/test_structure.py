@@ -19,7 +19,17 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
     ("errors", "items", "config", "metrics", "log"),
     ("ports", "reports", "circuits", "retry", "limiter"),
-    ("resolvers", "stream", "merkle", "layout", "redis_tree", "foreign", "batch", "cursor", "transport"),
+    (
+        "resolvers",
+        "stream",
+        "merkle",
+        "layout",
+        "redis_tree",
+        "foreign",
+        "batch",
+        "cursor",
+        "transport",
+    ),
     ("stores", "dead_letters"),
     ("workers",),
     ("tables",),

@@ -13,6 +13,7 @@ from fsm_replication.demo.history import Commit, History
 from fsm_replication.demo.mesh import Mesh, Node
 from fsm_replication.demo.outage import Outage, OutageReport
 from fsm_replication.errors import WatcherLagged
+from fsm_replication.tables import PeerState
 
 __all__ = ("Progress", "Verdict", "replay")
 
@@ -157,6 +158,11 @@ class _Cutter:
     async def at(self, commit: int) -> None:
         """Cut or mend, if it is time."""
         if self._done is None and self._cut_at is None and commit >= self._begin:
+            # A node that has read nothing yet would miss nothing that it could notice.
+            for peer_id in self._node.engine.peers:
+                await self._node.engine.wait_for_state(
+                    PeerState.TAILING, peer_id=peer_id, timeout=STALLED_SEC
+                )
             self._mesh.cut_off(self._node)
             self._cut_at = time.perf_counter()
             self._changes_before = self._progress.changes
