@@ -46,10 +46,14 @@ class Selection:
 
 @dataclass(slots=True)
 class Part:
-    """Items to be handed to the store in one call, with their wire forms aligned."""
+    """Items to be handed to the store in one call, with their wire forms aligned.
+
+    ``encoded`` is what the store has made of them in advance.
+    """
 
     items: list[SyncItem] = field(default_factory=list)
     wire: list[WireForm | None] = field(default_factory=list)
+    encoded: object = None
 
 
 class BatchBuilder:

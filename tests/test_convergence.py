@@ -142,8 +142,9 @@ class Run:
                 assert mine.stamp == item.stamp or self.was_on_its_way(mine, item), (
                     f"{name} holds {mine} of {key}, and {item} had survived"
                 )
-            extra = {key for key, item in held.items() if not item.deleted} - expected.keys()
-            assert not extra, f"{name} holds {extra}, which nobody held"
+            extra = [held[key] for key in held.keys() - expected.keys()]
+            late = [item for item in extra if self.lost and (item.key, item.stamp) in self.written]
+            assert extra == late, f"{name} holds {extra}, which nobody held"
         live = [{k: (i.stamp, i.content) for k, i in h.items() if not i.deleted} for h in holdings]
         assert all(one == live[0] for one in live)
         if not self.lost:

@@ -40,12 +40,14 @@ class Received:
 
     ``position`` is the peer's stream position that is settled once all of them are; a durable
     store keeps it in the same transaction, and keeps nothing of it if any item failed. ``wire``,
-    where given, is aligned with the changes; None in it means the item must be encoded.
+    where given, is aligned with the changes; None in it means the item must be encoded. ``encoded``
+    is what the store's own ``encode`` has made of the changes.
     """
 
     peer_id: str
     position: Position | None = None
     wire: Sequence[WireForm | None] | None = None
+    encoded: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,14 @@ class SyncEngine(ABC):
         Idempotent. The keys of one call may repeat. An exception means that any part of it may
         have been applied; the caller will hand in all of it again.
         """
+
+    def encode(self, changes: Sequence[SyncItem], wire: Sequence[WireForm | None]) -> object:
+        """Do what of applying these changes needs no I/O; None, as here, if there is nothing.
+
+        Called while the batch before is on its way; what it returns comes back to ``apply_many`` as
+        ``received.encoded``, with the same changes.
+        """
+        return None
 
     @abstractmethod
     async def get_many(self, keys: Sequence[str]) -> list[SyncItem | None]:

@@ -12,9 +12,9 @@ import asyncio
 import json
 import random
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
 import zstandard
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -87,6 +87,7 @@ _OUTCOMES: Final = {
     ord("2"): Outcome.REFUSED,
 }
 _NO_ITEM: Final = "its key holds something that is no item"
+_Args = list[bytes | str | int]
 _TYPE_BYTE: Final = {"binary": b"\x00", "json": b"\x01"}
 
 
@@ -332,12 +333,21 @@ class RedisSyncEngine(SyncEngine):
         lock = self._locks.get(peer_id)
         if lock is None:
             lock = self._locks[peer_id] = asyncio.Lock()
+        if not self._resolver.by_stamp:
+            async with lock:
+                return await self._apply_merging(await self._lane(peer_id), changes, received)
+        if received is not None and received.encoded is not None:
+            calls = cast("list[_Args]", received.encoded)
+        else:
+            wire = received.wire if received is not None else None
+            calls = self._encode_calls(changes, wire or [None] * len(changes))
         async with lock:
             lane = await self._lane(peer_id)
-            if not self._resolver.by_stamp:
-                return await self._apply_merging(lane, changes, received)
-            for args, last in self._calls(changes, received):
+            for number, args in enumerate(calls, 1):
+                last = number == len(calls)
                 peer, position = _position_args(received) if last else ("", "")
+                if not args and not position:
+                    break
                 codes, deleted = await self._apply(lane, scripts.APPLY, peer, position, args)
                 outcomes += [_OUTCOMES[code] for code in codes]
                 live_deleted += deleted
@@ -444,27 +454,29 @@ class RedisSyncEngine(SyncEngine):
             raise self._store_error(error) from None
         return codes, deleted
 
-    def _calls(
-        self, changes: Sequence[SyncItem], received: Received | None
-    ) -> Iterator[tuple[list[bytes | str | int], bool]]:
-        """Yield the arguments of each script call, and whether it is the last."""
-        wire = received.wire if received is not None else None
-        args: list[bytes | str | int] = []
-        filled = 0
-        for index, item in enumerate(changes):
-            form = wire[index] if wire is not None else None
-            if form is None:
-                form = self._wire_form(item)
+    def encode(self, changes: Sequence[SyncItem], wire: Sequence[WireForm | None]) -> object:
+        """Return the arguments of each script call that these changes take."""
+        # What a merging resolver writes depends on what is held by then.
+        return self._encode_calls(changes, wire) if self._resolver.by_stamp else None
+
+    def _encode_calls(
+        self, changes: Sequence[SyncItem], wire: Sequence[WireForm | None]
+    ) -> list[_Args]:
+        calls: list[_Args] = []
+        args: _Args = []
+        filled, most = 0, 5 * ITEMS_PER_CALL
+        for item, given in zip(changes, wire, strict=True):
+            form = given or self._wire_form(item)
             data = form.data
-            if args and (len(args) >= 5 * ITEMS_PER_CALL or filled + len(data) > BYTES_PER_CALL):
-                yield args, False
+            if args and (len(args) >= most or filled + len(data) > BYTES_PER_CALL):
+                calls.append(args)
                 args, filled = [], 0
             key, value, bucket = encode_item(item, data)
             digest = "" if item.deleted else item.content_hash.hex()
             args += (key, value, digest, form.meta, bucket)
             filled += len(data)
-        if args or (received is not None and received.position is not None):
-            yield args, True
+        calls.append(args)
+        return calls
 
     def _wire_form(self, item: SyncItem) -> WireForm:
         return Encoded(encode_data(item.content, self._compressor), encode_meta(item))

@@ -100,7 +100,10 @@ class Applier:
         if self._context.stale.active:
             await self._hold_back(selection)
         parts = builder.materialise(selection)
-        return Prepared(chunk, selection, next(parts), parts)
+        first = next(parts)
+        if first.items:
+            first.encoded = self._context.store.encode(first.items, first.wire)
+        return Prepared(chunk, selection, first, parts)
 
     async def _drop_current(self, selection: Selection) -> None:
         context = self._context
@@ -173,7 +176,7 @@ class Applier:
         ``path`` tells how it came: "stream", "bootstrap" or "repair".
         """
         context = self._context
-        received = Received(context.peer_id, position, part.wire)
+        received = Received(context.peer_id, position, part.wire, part.encoded)
         deletes = sum([item.deleted for item in part.items])
         if deletes and context.interlock.may_trip(deletes):
             await self._check_interlock(part.items)
