@@ -20,7 +20,8 @@ class PeerHealth:
     tells how far a copy has come, "" where none runs. ``gaps_open`` counts gaps not healed yet.
     ``stale_held_back`` counts old items that wait for ``repair(accept_stale=...)`` or
     ``reject_stale``. ``stream_too_short``: the peer's stream was trimmed faster than it was read
-    after a bootstrap; raise its ``stream_maxlen``. ``agreed_at`` is when all the peer held was last
+    after a bootstrap; raise its ``stream_maxlen``. ``layout`` is the layout in which trees are compared
+    with it, "" where there is none in common: then nothing mends what its stream does not bring. ``agreed_at`` is when all the peer held was last
     known to be here, in milliseconds since the epoch.
     """
 
@@ -45,6 +46,7 @@ class PeerHealth:
     synced: bool
     stale_held_back: int = 0
     stream_too_short: bool = False
+    layout: str = ""
     agreed_at: int | None = None
 
 

@@ -255,6 +255,7 @@ class PeerLink:
             synced=progress.synced,
             stale_held_back=context.stale.count,
             stream_too_short=progress.stream_too_short,
+            layout=progress.layout,
             agreed_at=context.stale.agreed_at_ms,
         )
 

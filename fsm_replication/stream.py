@@ -19,7 +19,13 @@ import msgspec
 import zstandard
 
 from fsm_replication.errors import BadEntryError
-from fsm_replication.items import EMPTY_HASH, KEY_BYTES_MAX, NUMBER_MAX, SyncItem
+from fsm_replication.items import (
+    EMPTY_HASH,
+    KEY_BYTES_MAX,
+    NUMBER_MAX,
+    SyncItem,
+    content_hash,
+)
 
 __all__ = (
     "COMPRESS_FROM_BYTES",
@@ -97,7 +103,8 @@ class Encoded(NamedTuple):
 _decode_put_meta = msgspec.json.Decoder(_PutMeta).decode
 _decode_del_meta = msgspec.json.Decoder(_DelMeta).decode
 _encode_json = msgspec.json.Encoder().encode
-_sha256 = hashlib.sha256
+# Copying a fresh state is faster than asking OpenSSL for a new one.
+_fresh_sha256 = hashlib.sha256().copy
 _declared_size = zstandard.frame_content_size
 _DELETE_OPS: Final = frozenset({b"DEL", b"DELETE"})
 # zstd contexts are not thread-safe; one engine, and all its stores, live on one event loop, but
@@ -280,25 +287,25 @@ class DataDecoder:
                 # The declared size is looked at first: zstd allocates what the header asks for.
                 if _declared_size(data) <= self.payload_bytes:
                     content = self._decompress(data, self.payload_bytes)
-                    if digest is None or _sha256(content).digest() == digest:
+                    if digest is None:
+                        return content
+                    check = _fresh_sha256()
+                    check.update(content)
+                    if check.digest() == digest:
                         return content
             except zstandard.ZstdError:
                 pass
             return self._decode_doubtful(data, digest)
         if len(data) > self.payload_bytes:
             raise self._too_large(len(data))
-        if digest is not None and _sha256(data).digest() != digest:
+        if digest is not None and content_hash(data) != digest:
             raise BadEntryError("hash", "the content does not match its hash")
         return data
 
     def _decode_doubtful(self, data: bytes, digest: bytes | None) -> bytes:
         """Say what is wrong with a compressed content, or see that it is not one."""
         # A content that itself begins with the magic may stand there as it is.
-        if (
-            digest is not None
-            and len(data) <= self.payload_bytes
-            and _sha256(data).digest() == digest
-        ):
+        if digest is not None and len(data) <= self.payload_bytes and content_hash(data) == digest:
             return data
         try:
             declared = _declared_size(data)

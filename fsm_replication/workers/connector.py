@@ -74,6 +74,10 @@ async def connect(context: LinkContext, report: Reporter) -> None:
         report(LinkFact.UNREACHABLE, str(error), error)
     else:
         status.connection("connected")
+        context.progress.layout = OWN if lines.has_tree else ""
+        if not lines.has_tree:
+            why = "it is a foreign node" if lines.foreign else "it publishes none of ours"
+            context.log.warning("no_common_layout", why=why, then="its stream alone is read")
         kind = "a foreign node" if lines.foreign else "the marker was accepted"
         report(LinkFact.CONNECTED, kind, lines)
 

@@ -54,6 +54,7 @@ class LinkProgress:
     copied: int = 0
     synced: bool = False
     stream_too_short: bool = False
+    layout: str = ""
 
     def succeeded(self, now: float) -> None:
         """Note that the peer answered and what it sent was dealt with."""

@@ -36,6 +36,7 @@ __all__ = ("Copier", "GuardedTree", "make_comparer")
 
 SCAN_COUNT: Final = 500
 FETCH_KEYS: Final = 1000
+LOG_INTERVAL_SEC: Final = 5.0
 _WALK_MARK: Final = "own:"
 
 
@@ -96,6 +97,7 @@ class Copier:
         self._differing = 0
         self._held_back = 0
         self._as_of_ms = 0
+        self._logged_at = 0.0
 
     async def run(self, gap: Gap | None, why: str) -> Position | None:
         """Copy; returns the position to read on from, or None if it was interrupted."""
@@ -135,13 +137,22 @@ class Copier:
         return row
 
     def _show(self) -> None:
-        took = self._context.ports.clock.monotonic() - self._began_at
+        now = self._context.ports.clock.monotonic()
+        took = now - self._began_at
         rate = self._fetched.items / took if took > 0 else 0.0
         known = f"{self._differing} keys known to differ, " if self._lines.has_tree else ""
         self._context.progress.copied = self._fetched.items
         self._context.progress.bootstrap = (
             f"{known}{self._fetched.items} items copied, {rate:.0f}/s"
         )
+        if now - self._logged_at >= LOG_INTERVAL_SEC:
+            self._logged_at = now
+            self._context.log.info(
+                "bootstrap_progress",
+                differing=self._differing,
+                copied=self._fetched.items,
+                per_sec=round(rate),
+            )
 
     # By the trees
 
