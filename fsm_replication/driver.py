@@ -19,7 +19,7 @@ from collections.abc import Callable, Coroutine
 from enum import StrEnum
 from typing import Any
 
-from fsm_replication.errors import InvalidStateError
+from fsm_replication.errors import InvalidStateError, WorkerCrashedError
 from fsm_replication.journal import Journal, StateWaiter, Transition, Watcher
 from fsm_replication.machine import Machine, Move
 from fsm_replication.ports import WallClock
@@ -48,7 +48,7 @@ class Observer:
 class _Job:
     """One task of the crew, the entry it belongs to, and how it is asked to stop."""
 
-    __slots__ = ("_ask", "name", "task", "ticket")
+    __slots__ = ("_ask", "asked", "name", "task", "ticket")
 
     def __init__(
         self,
@@ -60,10 +60,12 @@ class _Job:
         self.name = name
         self.ticket = ticket
         self.task = task
+        self.asked = False
         self._ask = ask
 
     def stop(self) -> None:
         """Ask the task to end; one that cannot be asked is cancelled."""
+        self.asked = True
         if self._ask is not None:
             self._ask()
         else:
@@ -229,6 +231,7 @@ class Driver:
         """Cancel every task at once, but one: the drain deadline has passed."""
         for job in tuple(self._jobs):
             if job.name != but:
+                job.asked = True
                 job.task.cancel()
 
     async def wait_ended(self, *, but: str = "") -> None:
@@ -240,12 +243,16 @@ class Driver:
 
     def _job_ended(self, job: _Job) -> None:
         self._jobs.discard(job)
+        error: BaseException | None = None
         if not job.task.cancelled():
             error = job.task.exception()
-            if error is not None:
-                self._observer.worker_failed(self.name, job.name, error)
-                if isinstance(error, Exception) and self._on_crash is not None:
-                    self._on_crash(job.name, job.ticket, error)
+        elif not job.asked:
+            # A state would be left without its worker, and nobody would know.
+            error = WorkerCrashedError(f"{self.name}:{job.name} was cancelled by somebody else")
+        if error is not None:
+            self._observer.worker_failed(self.name, job.name, error)
+            if isinstance(error, Exception) and self._on_crash is not None:
+                self._on_crash(job.name, job.ticket, error)
         self._report_if_ended()
 
     def _report_if_ended(self) -> None:

@@ -273,8 +273,8 @@ class ReplicationEngine(Observer):
         :raises CursorStoreError: if the cursor store cannot be used.
         :raises NoPeerError: if no peer was reached in time and ``when_no_peer`` is ``fail``.
         """
-        waiter = self._waiter(frozenset({EngineState.RUNNING}) | _FINAL)
         self._driver.request("start", why="start() was called")
+        waiter = self._waiter(frozenset({EngineState.RUNNING}) | _FINAL)
         try:
             state = await waiter.wait()
         except asyncio.CancelledError:
@@ -626,15 +626,18 @@ class ReplicationEngine(Observer):
             async with clock.timeout(timeout * DRAIN_SHARE):
                 await self._all_ended()
         except TimeoutError:
-            left = self._unfinished()
-            await self._cancel_all(timeout * (1 - DRAIN_SHARE) / 2)
+            left = await self._cancel_all(timeout * (1 - DRAIN_SHARE) / 2)
         error: ReplicationError | None = None
         rest = max(timeout * (1 - DRAIN_SHARE) / 2, timeout - (clock.monotonic() - began))
+        closing = asyncio.ensure_future(self._close_cursors())
         try:
             async with clock.timeout(rest):
-                error = await self._close_cursors()
+                await asyncio.wait((closing,))
+            error = closing.result()
         except TimeoutError:
+            # It is released as soon as the disk answers; nobody waits for that any more.
             left = (*left, "cursor store")
+            closing.add_done_callback(_forget)
         if left:
             error = DrainTimeoutError(left, timeout_sec=timeout)
         report(EngineFact.DRAINED, "everything has ended", error)
@@ -649,7 +652,8 @@ class ReplicationEngine(Observer):
         names += [name for name in self._driver.workers if name != "engine:drainer"]
         return tuple(sorted(names))
 
-    async def _cancel_all(self, timeout_sec: float) -> None:
+    async def _cancel_all(self, timeout_sec: float) -> tuple[str, ...]:
+        """Cancel every worker; returns the names of those that do not end all the same."""
         for link in self._links.values():
             link.driver.cancel_all()
         self._driver.cancel_all(but="drainer")
@@ -657,7 +661,10 @@ class ReplicationEngine(Observer):
             async with self._ports.clock.timeout(timeout_sec):
                 await self._all_ended()
         except TimeoutError:
-            self._log.error("drain_incomplete", left=self._unfinished())
+            left = self._unfinished()
+            self._log.error("drain_incomplete", left=left)
+            return left
+        return ()
 
     async def _close_cursors(self) -> ReplicationError | None:
         error: ReplicationError | None = None
@@ -765,6 +772,12 @@ class ReplicationEngine(Observer):
 
     def __repr__(self) -> str:
         return f"<ReplicationEngine {self.node_id!r} {self.state}>"
+
+
+def _forget(task: asyncio.Future[ReplicationError | None]) -> None:
+    """Take note of how a task ended, which interests nobody."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _system_ports(config: ReplicationConfig) -> Ports:

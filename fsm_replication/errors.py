@@ -223,6 +223,10 @@ class StoreTimeoutError(StoreError):
     """A call into the local sync engine took longer than ``timeouts.store_call``."""
 
 
+class StoreReopenedError(StoreError):
+    """The local store was lost and found again; it may be as it was at an earlier time."""
+
+
 class CircuitOpenError(StoreError):
     """A circuit breaker refused the call without making it."""
 

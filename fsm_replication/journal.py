@@ -7,6 +7,7 @@ told once how much it missed and goes on with the oldest record still kept.
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -42,26 +43,29 @@ class Journal:
 
     def __init__(self, limit: int) -> None:
         self._records: deque[Transition] = deque(maxlen=limit)
-        self._listeners: list[Callable[[Transition], None]] = []
+        # Held weakly: a watcher that was dropped in the middle of a loop is gone.
+        self._listeners: list[weakref.WeakMethod[Callable[[Transition], None]]] = []
 
     def append(self, record: Transition) -> None:
         """Keep a record and hand it to every listener; listeners must not block."""
         self._records.append(record)
-        for listener in tuple(self._listeners):
-            listener(record)
+        for reference in tuple(self._listeners):
+            listener = reference()
+            if listener is not None:
+                listener(record)
 
     def snapshot(self) -> tuple[Transition, ...]:
         """Return what is kept; safe from any thread, as one C call makes the copy."""
         return tuple(self._records.copy())
 
     def subscribe(self, listener: Callable[[Transition], None]) -> None:
-        """Call ``listener`` for every later record, in order."""
-        self._listeners.append(listener)
+        """Call ``listener``, a method, for every later record, as long as its object lives."""
+        self._listeners = [known for known in self._listeners if known() is not None]
+        self._listeners.append(weakref.WeakMethod(listener))
 
     def unsubscribe(self, listener: Callable[[Transition], None]) -> None:
         """Stop calling it; unknown ones are ignored."""
-        if listener in self._listeners:
-            self._listeners.remove(listener)
+        self._listeners = [known for known in self._listeners if known() not in (None, listener)]
 
 
 class Watcher(AsyncIterator[Transition]):
@@ -121,9 +125,6 @@ class Watcher(AsyncIterator[Transition]):
     async def aclose(self) -> None:
         """Stop watching, for ``contextlib.aclosing``."""
         self.close()
-
-    def __del__(self) -> None:
-        self._journal.unsubscribe(self._on_record)
 
 
 class StateWaiter:

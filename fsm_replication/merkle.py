@@ -88,10 +88,13 @@ class Tree(Protocol):
     async def root(self, layout: str) -> bytes:
         """Return the digest of everything."""
 
-    async def children(self, layout: str, paths: Sequence[str]) -> list[dict[str, bytes]]:
+    async def children(
+        self, layout: str, paths: Sequence[str]
+    ) -> Sequence[dict[str, bytes] | None]:
         """Return, for each path, its children by name with their digests.
 
-        The children of a bucket are its keys, with the order tuple as 50 bytes each.
+        The children of a bucket are its keys, with the order tuple as 50 bytes each. None stands
+        for a node that cannot be read.
         """
 
     async def sizes(self, layout: str, paths: Sequence[str]) -> list[int]:

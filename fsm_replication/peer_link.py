@@ -151,7 +151,6 @@ class PeerLink:
     def start_tailer(self, move: Move) -> None:
         """Take the connections over and start reading."""
         lines = cast("Lines", move.payload)
-        self._attempts = 0
         self._lines = lines
         self._tailer = Tailer(self.context, lines, lambda: self.pause_reasons)
         self._hand(Mode.DECIDE)
@@ -168,18 +167,22 @@ class PeerLink:
 
     def copy(self, _move: Move) -> None:
         """Have the tailer copy the peer's items."""
+        self._attempts = 0
         self._hand(Mode.COPY)
 
     def read_in_bulk(self, _move: Move) -> None:
         """Have the tailer read in bulk."""
+        self._attempts = 0
         self._hand(Mode.READ_IN_BULK)
 
     def read_at_head(self, _move: Move) -> None:
         """Have the tailer wait at the head."""
+        self._attempts = 0
         self._hand(Mode.READ_AT_HEAD)
 
     def idle(self, _move: Move) -> None:
         """Have the tailer do nothing but stay connected."""
+        self._attempts = 0
         self._hand(Mode.IDLE)
 
     def hold(self, _move: Move) -> None:

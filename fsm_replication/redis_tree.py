@@ -51,26 +51,28 @@ class RedisTree:
             raise ProtocolError("the root of a tree is 8 bytes")
         return raw or EMPTY_ROOT
 
-    async def children(self, layout: str, paths: Sequence[str]) -> list[dict[str, bytes]]:
-        """Return the children of several nodes in one round trip.
-
-        :raises ProtocolError: if a reply is not what a tree holds.
-        """
+    async def children(self, layout: str, paths: Sequence[str]) -> list[dict[str, bytes] | None]:
+        """Return the children of several nodes in one round trip; None for one that is no node."""
         replies = await self._ask([children_command(self._key, path) for path in paths])
-        try:
-            return [parse_children(*pair) for pair in zip(paths, replies, strict=True)]
-        except ValueError as error:
-            raise ProtocolError(f"a tree that cannot be read: {error}") from None
+        found: list[dict[str, bytes] | None] = []
+        for path, reply in zip(paths, replies, strict=True):
+            try:
+                found.append(parse_children(path, reply))
+            except ValueError:
+                found.append(None)
+        return found
 
     async def sizes(self, layout: str, paths: Sequence[str]) -> list[int]:
         """Return how many keys each bucket holds, in one round trip."""
         commands = [("HLEN", f"{self._key}:{path_bucket(path)}") for path in paths]
-        return [int(reply) for reply in await self._ask(commands)]
+        replies = await self._ask(commands)
+        return [reply if isinstance(reply, int) else 0 for reply in replies]
 
     async def _ask(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
         replies = await self._pipeline(commands) if commands else []
         for reply in replies:
-            if isinstance(reply, PeerReplyError):
+            # Where something else stands, that node alone cannot be read.
+            if isinstance(reply, PeerReplyError) and reply.code != "WRONGTYPE":
                 raise reply
         return replies
 

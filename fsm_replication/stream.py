@@ -180,7 +180,7 @@ def parse_entry(fields: Sequence[bytes] | None, index: int = 0) -> Entry:
                     meta,
                     index,
                 )
-            except (msgspec.MsgspecError, ValueError):
+            except (msgspec.MsgspecError, ValueError, RecursionError):
                 pass
     if len(fields) % 2:
         raise BadEntryError("field", "a field has a name but no value")
@@ -218,7 +218,7 @@ def _parse_put(key: bytes, digest: bytes | None, data: bytes, meta: bytes, index
     try:
         parsed = _decode_put_meta(meta)
         raw_digest = None if digest is None else unhexlify(digest)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _bad_meta(error) from None
     except (HexError, ValueError):
         raise BadEntryError("hash", "the hash is not hexadecimal") from None
@@ -244,7 +244,7 @@ def _parse_del(key: bytes, meta: bytes | None, index: int) -> Entry:
         return Entry(text, 0, 0, True, EMPTY_HASH, "binary", "", b"", b"", index, stamped=False)
     try:
         parsed = _decode_del_meta(meta)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _bad_meta(error) from None
     return Entry(
         text,

@@ -208,16 +208,25 @@ class RedisConnection(asyncio.Protocol):
         return await self._wait(self.send(*commands), timeout_sec)
 
     async def _wait(self, future: asyncio.Future[_T], timeout_sec: float | None) -> _T:
+        """Wait as long as bytes keep coming, with at most ``timeout_sec`` between them."""
+        received = self._received_bytes
         try:
-            async with self._clock.timeout(timeout_sec):
-                return await future
-        except TimeoutError:
-            error = ConnectionLostError(f"{self.where} gave no answer within {timeout_sec:g} s")
-            self._fail(error)
-            raise error from None
+            while not future.done():
+                try:
+                    async with self._clock.timeout(timeout_sec):
+                        await asyncio.wait((future,))
+                except TimeoutError:
+                    before, received = received, self._received_bytes
+                    if before == received:
+                        error = ConnectionLostError(
+                            f"{self.where} gave no answer within {timeout_sec:g} s"
+                        )
+                        self._fail(error)
+                        raise error from None
         except asyncio.CancelledError:
             self._fail(ConnectionLostError(f"a call to {self.where} was cancelled"))
             raise
+        return future.result()
 
     async def call(self, *args: bytes | str | int, timeout_sec: float | None = None) -> Any:
         """Send one command and return its reply.
@@ -265,10 +274,15 @@ class RedisConnection(asyncio.Protocol):
 
 
 class _Skimmer:
-    """Reads one RESP2 reply of any size; strings over 256 bytes become :class:`Oversize`."""
+    """Reads one RESP2 reply of any size.
+
+    Strings over 256 bytes become :class:`Oversize`, and so does what an array holds beyond its
+    first 256 elements, all in one.
+    """
 
     KEPT_BYTES: Final = 256
-    ELEMENTS_MAX: Final = 10_000
+    KEPT_ELEMENTS: Final = 256
+    ELEMENTS_MAX: Final = 10_000_000
 
     def __init__(self, future: asyncio.Future[Any]) -> None:
         self.future = future
@@ -337,13 +351,27 @@ class _Skimmer:
             raise ProtocolError("a reply has too many elements")
         while self._open:
             array, lacking = self._open.pop()
-            array.append(value)
+            if len(array) < self.KEPT_ELEMENTS:
+                array.append(value)
+            else:
+                # What is asked for stands first; of the rest only the size is kept.
+                size = _size_of(value)
+                if isinstance(array[-1], Oversize):
+                    array[-1] = Oversize(array[-1].size + size)
+                else:
+                    array[-1] = Oversize(_size_of(array[-1]) + size)
             if lacking > 1:
                 self._open.append((array, lacking - 1))
                 return
             value = array
         if not self.future.done():
             self.future.set_result(value)
+
+
+def _size_of(value: Any) -> int:
+    if isinstance(value, Oversize):
+        return value.size
+    return len(value) if isinstance(value, bytes) else 0
 
 
 class RedisTransport:
@@ -362,8 +390,9 @@ class RedisTransport:
         where = redact(url)
         try:
             options: dict[str, Any] = dict(parse_url(url))
-        except ValueError as error:
-            raise PeerRefusedError(f"{where} cannot be used: {error}") from None
+        except ValueError:
+            # What it says quotes the part it could not read, which may be a part of the password.
+            raise PeerRefusedError(f"{where} cannot be used: it is not a Redis URL") from None
         connection: RedisConnection | None = None
         try:
             async with self._clock.timeout(timeout_sec):

@@ -51,7 +51,7 @@ async def everything(store: SyncEngine) -> tuple[bytes, dict[str, bytes]]:
     paths = [""]
     leaves: dict[str, bytes] = {}
     for level in range(3):
-        found = await tree.children(OWN, paths)
+        found = [children or {} for children in await tree.children(OWN, paths)]
         if level == 2:
             assert await tree.sizes(OWN, paths) == [len(children) for children in found]
             for children in found:

@@ -18,7 +18,7 @@ from conftest import until
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fsm_replication.errors import ConfigError, StoreError
+from fsm_replication.errors import ConfigError, StoreError, StoreReopenedError
 from fsm_replication.items import EMPTY_HASH, NUMBER_MAX, SyncItem, content_hash
 from fsm_replication.layout import encode_value
 from fsm_replication.ports import Position, StreamId, SystemClock
@@ -314,6 +314,8 @@ async def test_a_position_is_kept_with_the_last_part_only(
                 await store.apply_many(changes, Received("far", AT))
         assert await store.applied_position("far") is None
         assert await store.stamps(["k0", changes[-1].key]) == [changes[0].stamp, None]
+        with pytest.raises(StoreReopenedError):
+            await store.apply_many(changes, Received("far", AT))
         result = await store.apply_many(changes, Received("far", AT))
         assert (result.applied, result.superseded) == (1, redis_module.ITEMS_PER_CALL)
         assert await store.applied_position("far") == AT
@@ -517,6 +519,9 @@ async def test_a_restarted_redis_is_used_again(
         incarnation = await store.incarnation()
         await asyncio.to_thread(server.restart)
         await until(lambda: store._lanes["p"].closed, "the lost connection")
+        # Whoever keeps positions is told, since what Redis holds may be older now.
+        with pytest.raises(StoreReopenedError):
+            await store.apply_many([put_of("far", at)], Received("p", AT))
         assert (await store.apply_many([put_of("far", at)], Received("p", AT))).superseded == 1
         assert await store.get("key") == item
         assert await store.incarnation() == incarnation

@@ -644,6 +644,9 @@ async def test_a_bucket_that_is_too_large_or_broken_is_passed_over(
         "HSET", f"{tree}:5", *[x for n in range(5) for x in (f"z{n}", b"s" * 50)]
     )
     await peer_store._call("SETRANGE", tree, 1032 + 8 * 5, b"12345678")
+    # And one that is no node at all.
+    await peer_store._call("SET", f"{tree}:6", b"x")
+    await peer_store._call("SETRANGE", tree, 1032 + 8 * 6, b"12345678")
     await peer_store._call("SETRANGE", tree, 8, b"12345678")
     await peer_store._call("SETRANGE", tree, 0, b"12345678")
     async with nodes.engine(a_at(redis_server), store=store, settings=COLD_ONLY) as engine:

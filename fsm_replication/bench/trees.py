@@ -114,7 +114,9 @@ class _Mirror:
     async def root(self, _layout: str) -> bytes:
         return self._tree.root()
 
-    async def children(self, _layout: str, paths: Sequence[str]) -> list[dict[str, bytes]]:
+    async def children(
+        self, _layout: str, paths: Sequence[str]
+    ) -> Sequence[dict[str, bytes] | None]:
         return [self._tree.children(path) for path in paths]
 
 
@@ -136,7 +138,7 @@ async def _compare(
     for branch in range(BRANCHES):
         paths = [bucket_path(branch * BRANCHES + place) for place in range(BRANCHES)]
         for leaves in await there.children(OWN, paths):
-            for key, stamp in leaves.items():
+            for key, stamp in (leaves or {}).items():
                 mirror.set(key, stamp)
     comparer = Comparer(_Mirror(mirror), there, absent)
     flights, received = 0, connection.received_bytes

@@ -35,6 +35,7 @@ from fsm_replication.errors import (
     PeerReplyError,
     ReplicationError,
     StoreError,
+    StoreReopenedError,
     redact,
 )
 from fsm_replication.items import (
@@ -411,6 +412,7 @@ class RedisSyncEngine(SyncEngine):
         self._check_open()
         lane = self._lanes.get(peer_id)
         if lane is None or lane.closed:
+            was_lost = lane is not None
             try:
                 lane = await self._transport.connect(
                     self._url, timeout_sec=self._timeout_sec, name="fsm_replication:store"
@@ -421,6 +423,16 @@ class RedisSyncEngine(SyncEngine):
                 lane.close()
                 await lane.wait_closed()
                 self._check_open()
+            if was_lost and peer_id not in ("", TREE_LANE):
+                # Redis may have come back empty, or without its last second: whoever writes a
+                # position must first look which of his batches it still has.
+                try:
+                    await self.open()
+                except BaseException:
+                    lane.close()
+                    raise
+                self._lanes[peer_id] = lane
+                raise StoreReopenedError(f"{self._where} was lost and is back")
             self._lanes[peer_id] = lane
         return lane
 

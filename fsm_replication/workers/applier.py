@@ -8,6 +8,7 @@ stays in the hands of the caller meanwhile.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
@@ -20,6 +21,7 @@ from fsm_replication.errors import (
     CursorStoreError,
     ReplicationError,
     StoreError,
+    StoreReopenedError,
     StoreTimeoutError,
 )
 from fsm_replication.items import Stamp, SyncItem
@@ -34,6 +36,7 @@ __all__ = ("Applier", "Blocked", "Chunk", "Prepared", "Unsettled")
 CHECK_FIRST_SHARE: Final = 0.2
 RETRY_FIRST_SEC: Final = 0.05
 RETRY_MAX_SEC: Final = 1.0
+NO_LIMIT: Final = 2**31
 _T = TypeVar("_T")
 
 
@@ -110,6 +113,8 @@ class Applier:
         keys = [entry.key for entry in selection.candidates]
         try:
             held = await self._call_once(context.reads, lambda: context.store.stamps(keys))
+        except StoreReopenedError:
+            raise
         except StoreError:
             # Looking first only saves work: the store compares again when it applies. A foreign
             # entry, though, cannot be stamped without knowing what is held.
@@ -253,6 +258,8 @@ class Applier:
                 return await self._call_once(circuit, function)
             except CircuitOpenError as error:
                 raise Blocked(PauseReason.CIRCUIT, str(error)) from None
+            except StoreReopenedError:
+                raise
             except StoreError as error:
                 context.progress.failed(error)
                 context.metrics.batch_errors.inc()
@@ -264,10 +271,20 @@ class Applier:
 
     async def _call_once(self, circuit: Circuit, function: Callable[[], Awaitable[_T]]) -> _T:
         clock, limit = self._context.ports.clock, self._context.settings.timeouts.store_call
+        reopened: StoreReopenedError
         with circuit.guard():
             try:
                 async with clock.timeout(limit):
                     return await function()
+            except StoreReopenedError as error:
+                # To the circuit this is a success: the store answers.
+                reopened = error
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                # Something inside the store was cancelled, and not this task.
+                raise StoreError("the store failed: a call inside it was cancelled") from None
             except TimeoutError:
                 raise StoreTimeoutError(
                     f"a call into the store took longer than {limit:g} s"
@@ -279,6 +296,7 @@ class Applier:
             except Exception as error:
                 # A user's store may raise anything; to the link it is a failure like any other.
                 raise StoreError(f"the store failed: {type(error).__name__}: {error}") from error
+        raise reopened
 
     # Dead letters
 
@@ -299,9 +317,15 @@ class Applier:
         wait = RETRY_FIRST_SEC
         while True:
             try:
+                keep = limit
                 if context.settings.dead_letters.when_full == "pause":
                     await self._check_room(len(letters), limit)
-                await store.settle(context.peer_id, cursor, letters, keep=limit)
+                    # One batch may go over the limit; none is dropped.
+                    keep = NO_LIMIT
+                dropped = await store.settle(context.peer_id, cursor, letters, keep=keep)
+                if dropped:
+                    context.metrics.dead_letters("dropped", dropped)
+                    context.log.warning("dead_letters_dropped", count=dropped, limit=limit)
                 progress.dead_letters = (await store.load(context.peer_id)).dead_letters
                 break
             except CursorStoreError as error:

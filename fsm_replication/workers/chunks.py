@@ -129,6 +129,7 @@ class ChunkQueue:
         """Drop what is not settled; it is read again."""
         progress = self._context.progress
         self._pending.clear()
+        if progress.unread_events is not None:
+            progress.unread_events += progress.pending_events
         progress.pending_events = 0
         progress.oldest_unsettled_ms = None
-        progress.unread_events = None

@@ -30,7 +30,9 @@ class ReadableTree(Protocol):
     async def root(self, layout: str) -> bytes:
         """Return the digest of everything."""
 
-    async def children(self, layout: str, paths: Sequence[str]) -> list[dict[str, bytes]]:
+    async def children(
+        self, layout: str, paths: Sequence[str]
+    ) -> Sequence[dict[str, bytes] | None]:
         """Return the children of several nodes by name, in one round trip."""
 
 
@@ -81,6 +83,7 @@ class Comparer:
         by_stamp: bool = True,
     ) -> None:
         self._by_stamp = by_stamp
+        self.skipped = 0
         self._ours = ours
         self._theirs = theirs
         self._stamps = stamps
@@ -101,13 +104,15 @@ class Comparer:
         paths = [""]
         for _ in range(2):
             theirs = await self._theirs.children(layout, paths)
-            mine_too: Sequence[dict[str, bytes]] = [{}] * len(paths)
+            mine_too: Sequence[dict[str, bytes] | None] = [None] * len(paths)
             if ours is not None:
                 mine_too = await ours.children(layout, paths)
+            self.skipped += sum(there is None for there in theirs)
             paths = [
                 path + name
                 for path, there, here in zip(paths, theirs, mine_too, strict=True)
-                for name in differing(here, there)
+                if there is not None
+                for name in differing(here or {}, there)
                 if both or name in there
             ]
             if not paths:
@@ -137,12 +142,15 @@ class Comparer:
 
     async def _look_into(self, paths: Sequence[str], skipped: int, *, both: bool) -> Group:
         found = await self._theirs.children(self._layout, paths)
-        mine: Sequence[dict[str, bytes]] = [{}] * len(paths)
+        mine: Sequence[dict[str, bytes] | None] = [None] * len(paths)
         if self._ours is not None:
             mine = await self._ours.children(self._layout, paths)
         look = _Look(self._by_stamp, both=both)
         for theirs, ours in zip(found, mine, strict=True):
-            look.compare(theirs, ours)
+            if theirs is None:
+                skipped += 1
+            else:
+                look.compare(theirs, ours or {})
         if look.unknown:
             stamps = await self._stamps([key for key, _ in look.unknown])
             for (key, stamp), held in zip(look.unknown, stamps, strict=True):

@@ -68,9 +68,13 @@ class LinkProgress:
         self.last_error = str(error)
 
     def lag_ms(self, now: float) -> int:
-        """Return the lag in milliseconds: 0 where nothing is unsettled."""
+        """Return the lag in milliseconds: 0 where nothing is known to be unsettled."""
         if self.oldest_unsettled_ms is None:
-            return 0
+            if not self.unread_events or self.settled is None:
+                return 0
+            # Nothing is in memory, but the stream was seen to hold more: between two reads of a
+            # catch-up, while paused, after a connection was lost.
+            return max(0, self.newest_ms - self.settled.stream_id.ms)
         behind = self.newest_ms - self.oldest_unsettled_ms
         waited = int((now - self.oldest_unsettled_seen) * 1000)
         return max(0, behind, waited)

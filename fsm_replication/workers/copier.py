@@ -29,7 +29,7 @@ from fsm_replication.workers.applier import Applier
 from fsm_replication.workers.comparer import Comparer, Difference
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import LinkContext
-from fsm_replication.workers.fetcher import Fetched, Fetcher, ItemSource
+from fsm_replication.workers.fetcher import Fetched, Fetcher, ItemSource, check_replies
 from fsm_replication.workers.reader import Gap, ask_info
 
 __all__ = ("Copier", "GuardedTree", "make_comparer")
@@ -52,7 +52,9 @@ class GuardedTree:
         """Return the digest of everything."""
         return await self._call(self._circuit, lambda: self._tree.root(layout))
 
-    async def children(self, layout: str, paths: Sequence[str]) -> list[dict[str, bytes]]:
+    async def children(
+        self, layout: str, paths: Sequence[str]
+    ) -> Sequence[dict[str, bytes] | None]:
         """Return the children of several nodes."""
         return await self._call(self._circuit, lambda: self._tree.children(layout, paths))
 
@@ -96,6 +98,7 @@ class Copier:
         self._began_at = 0.0
         self._differing = 0
         self._held_back = 0
+        self._unreadable = 0
         self._as_of_ms = 0
         self._logged_at = 0.0
 
@@ -166,6 +169,7 @@ class Copier:
             buckets = [path for path in buckets if path > row.walk.removeprefix(_WALK_MARK)]
         # What an interrupted walk knew to differ was fetched, or is found again.
         self._differing = self._fetched.items
+        self._unreadable = comparer.skipped
         async for group in comparer.groups(buckets):
             self._differing += len(group.differences)
             wanted = [found for found in group.differences if not self._holds_back(found)]
@@ -174,6 +178,7 @@ class Copier:
                     return False
                 await self._fetch([found.key for found in wanted[begin : begin + FETCH_KEYS]])
             if group.skipped:
+                self._unreadable += group.skipped
                 context.metrics.error("bad_node")
                 context.log.warning("tree_nodes_skipped", count=group.skipped)
             if context.store.tree is None:
@@ -231,6 +236,7 @@ class Copier:
             [("GETRANGE", raw, 0, STAMP_BYTES - 1) for raw, _ in named],
             timeout_sec=context.settings.timeouts.command,
         )
+        check_replies(raws)
         held = await self._applier.call(
             context.reads, lambda: context.store.stamps([key for _, key in named])
         )
@@ -260,7 +266,9 @@ class Copier:
         await self._applier.hand_over(Part(), row.head)
         cursor = Cursor(row.head, self._incarnation)
         store, now = context.ports.cursor_store, context.ports.wall_clock.now_ms()
-        whole = self._lines.has_tree and not self._fetched.failed and not self._held_back
+        whole = self._lines.has_tree and not (
+            self._fetched.failed or self._held_back or self._unreadable
+        )
         await store.finish_bootstrap(context.peer_id, cursor, now if whole else None)
         context.cursors.saved(context.peer_id, cursor)
         context.log.info(

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from fsm_replication.batch import Part
-from fsm_replication.errors import BadEntryError, InvalidKeyError
+from fsm_replication.batch import DAY_MS, Part
+from fsm_replication.errors import BadEntryError, InvalidKeyError, PeerReplyError
 from fsm_replication.items import SyncItem
 from fsm_replication.layout import Keys, decode_item, glob_escape, item_data
 from fsm_replication.ports import Connection
@@ -16,9 +16,19 @@ from fsm_replication.stream import DataDecoder, Encoded, WireForm, encode_meta
 from fsm_replication.workers.applier import Applier
 from fsm_replication.workers.context import LinkContext
 
-__all__ = ("Fetched", "Fetcher", "ItemSource", "OwnItems")
+__all__ = ("Fetched", "Fetcher", "ItemSource", "OwnItems", "check_replies")
 
 APPLY_ITEMS: Final = 250
+
+
+def check_replies(replies: Sequence[Any]) -> None:
+    """Tell "this key holds no item" from "could not tell".
+
+    :raises PeerReplyError: if the peer could not answer: that says nothing about any item.
+    """
+    for reply in replies:
+        if isinstance(reply, PeerReplyError) and reply.code != "WRONGTYPE":
+            raise reply
 
 
 class ItemSource(Protocol):
@@ -116,6 +126,7 @@ class Fetcher:
         sizes = await asking.pipeline(
             [("STRLEN", raw) for raw, _ in named], timeout_sec=settings.timeouts.command
         )
+        check_replies(sizes)
         budget = settings.limits.batch_bytes // 4
         groups: list[list[tuple[bytes, str]]] = [[]]
         filled = 0
@@ -139,6 +150,7 @@ class Fetcher:
             self._source.fetch_command([raw for raw, _ in group]),
             timeout_sec=settings.timeouts.command,
         )
+        check_replies(replies)
         for part in self._parts(group, replies, result):
             applied = await self._applier.hand_over(part, None, self._path)
             self._count(part, applied, result)
@@ -148,6 +160,7 @@ class Fetcher:
     ) -> Iterator[Part]:
         part, filled = Part(), 0
         budget = self._context.settings.limits.batch_bytes // 4
+        latest = self._context.ports.wall_clock.now_ms() + DAY_MS
         for (_, key), reply in zip(group, replies, strict=True):
             try:
                 made = self._source.decode(key, reply)
@@ -157,6 +170,9 @@ class Fetcher:
             if made is None:
                 continue
             item, wire = made
+            if item.updated_at > latest:
+                self._skip(key, f"it is stamped more than a day ahead: {item.updated_at}", result)
+                continue
             part.items.append(item)
             part.wire.append(wire)
             filled += len(item.content)

@@ -309,6 +309,10 @@ class StreamReader:
             return Gap(None, "the stream has fewer entries than were read: it is another stream")
         return None
 
+    def at_end(self, info: StreamInfo) -> Read:
+        """Return a read that found nothing more, with counts that were asked for apart from it."""
+        return self._interpret((), info)
+
     # One entry too large to hold
 
     async def look_ahead(

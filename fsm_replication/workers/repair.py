@@ -124,7 +124,8 @@ class _Pass:
         began_ms = context.ports.wall_clock.now_ms()
         comparer = make_comparer(context, self._lines, self._applier)
         buckets = await comparer.differing_buckets(our_root)
-        result.in_sync = not buckets
+        result.skipped = comparer.skipped
+        result.in_sync = not buckets and not comparer.skipped
         # The part before the last key of the pass before comes last: the walk wraps.
         begin = after[0] if after is not None else ""
         ordered = [path for path in buckets if path >= begin]

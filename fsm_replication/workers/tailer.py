@@ -22,6 +22,7 @@ from enum import Enum, auto
 from typing import Any, Final
 
 from fsm_replication.batch import BatchBuilder
+from fsm_replication.circuits import CircuitState
 from fsm_replication.errors import (
     ConnectionLostError,
     CursorStoreError,
@@ -29,6 +30,7 @@ from fsm_replication.errors import (
     PeerError,
     ReplicationError,
     ReplyTooLargeError,
+    StoreReopenedError,
 )
 from fsm_replication.layout import Keys
 from fsm_replication.ports import BootstrapRow, Cursor, GapRow, Position
@@ -104,6 +106,7 @@ class Tailer:
         self._queue = ChunkQueue(context)
         self._asked_at = 0.0
         self._asked_bulk = False
+        self._received_when_asked = 0
         self._outstanding: asyncio.Future[list[Any]] | None = None
         self._orders: _Orders | None = None
         self._obeyed: _Orders | None = None
@@ -139,12 +142,15 @@ class Tailer:
         try:
             try:
                 await self._live()
-            except (NetworkError, PeerError, CursorStoreError) as error:
+            except (NetworkError, PeerError, CursorStoreError, StoreReopenedError) as error:
                 if isinstance(error, CursorStoreError) and not error.may_pass:
                     raise
                 # A full or locked disk ends no engine: the link comes back and tries again.
                 self._context.progress.failed(error)
                 self._context.metrics.error(type(error).__name__)
+                if isinstance(error, StoreReopenedError):
+                    # A store that may have lost what came before must not be given what comes after.
+                    self._queue.forget()
                 report(LinkFact.LOST, str(error), error)
             await self._last_flush()
         finally:
@@ -218,7 +224,8 @@ class Tailer:
         context = self._context
         reasons = sorted(self._reasons())
         if reasons:
-            orders.report(LinkFact.BLOCKED, f"still paused: {reasons[0]}", reasons[0])
+            # The reason is known already; named again it might outlive a resume() under way.
+            orders.report(LinkFact.BLOCKED, f"still paused: {reasons[0]}")
             return None
         applier = await self._get_applier()
         await self._work_off(orders)
@@ -250,11 +257,14 @@ class Tailer:
         return await self._decide_by_stream(orders, position)
 
     async def _get_applier(self) -> Applier:
-        if self._applier is None:
-            context = self._context
-            asking = Applier(context, self._builder, "", self._is_interrupted)
-            self._incarnation = await asking.call(context.reads, context.store.incarnation)
-            self._applier = Applier(context, self._builder, self._incarnation, self._is_interrupted)
+        """Return what applies, for the store as it is now: it may have come back as another."""
+        context = self._context
+        asking = Applier(context, self._builder, "", self._is_interrupted)
+        incarnation = await asking.call(context.reads, context.store.incarnation)
+        if self._applier is None or incarnation != self._incarnation:
+            self._incarnation = incarnation
+            self._applier = Applier(context, self._builder, incarnation, self._is_interrupted)
+            self._copier = None
         return self._applier
 
     async def _decide_by_stream(self, orders: _Orders, position: Position) -> None:
@@ -460,6 +470,7 @@ class Tailer:
         reading = self._lines.reading
         self._asked_at = self._context.ports.clock.monotonic()
         self._asked_bulk = bulk
+        self._received_when_asked = reading.received_bytes
         if bulk:
             self._outstanding = self._reader.ask_bulk(reading)
         else:
@@ -473,21 +484,27 @@ class Tailer:
         limit = settings.timeouts.command
         if not self._asked_bulk:
             limit += settings.hot_path.block_timeout
-        try:
-            async with context.ports.clock.timeout(limit):
-                while not outstanding.done() and self._orders is orders:
-                    await self._wait_for((outstanding,))
-        except TimeoutError:
-            where = context.peer.display_url
-            raise ConnectionLostError(f"{where} gave no answer within {limit:g} s") from None
+        received = self._received_when_asked
+        while not outstanding.done() and self._orders is orders:
+            try:
+                async with context.ports.clock.timeout(limit):
+                    while not outstanding.done() and self._orders is orders:
+                        await self._wait_for((outstanding,))
+            except TimeoutError:
+                # On a slow line a large reply takes its time, as long as bytes keep coming.
+                before, received = received, self._lines.reading.received_bytes
+                if before == received:
+                    where = context.peer.display_url
+                    raise ConnectionLostError(
+                        f"{where} gave no answer within {limit:g} s"
+                    ) from None
         if not outstanding.done():
             return None
         self._outstanding = None
         try:
             replies = outstanding.result()
         except ReplyTooLargeError:
-            await self._read_smaller(orders)
-            return None
+            return await self._read_smaller(orders)
         read = self._reader.take(self._lines.reading, replies)
         self._measure_read(read)
         return read
@@ -516,28 +533,35 @@ class Tailer:
 
     # Replies that are too large.
 
-    async def _read_smaller(self, orders: _Orders) -> None:
-        """Open the reading connection again; a single entry too large to hold is passed over."""
+    async def _read_smaller(self, orders: _Orders) -> Read | None:
+        """Open the reading connection again; a single entry too large to hold is passed over.
+
+        Returns a read of nothing where the head is reached: then it is the stream's counts that
+        are too large, which carry its first and last entry.
+        """
         context = self._context
         await self._reopen_reading()
         if self._reader.shrink():
-            return
+            return None
         timeout = context.settings.timeouts.command
         ahead = await self._reader.look_ahead(self._lines.reading, timeout)
         if ahead is None:
-            return
+            info = await ask_info(self._lines.asking, self._keys.stream, timeout)
+            return self._reader.at_end(info)
+        await self._work_off(orders)
+        if self._queue:
+            return None
         end, size = ahead
         if size <= context.settings.limits.batch_bytes:
             await self._read_alone(end)
-            return
-        await self._work_off(orders)
-        if self._queue:
-            return
+            await self._work_off(orders)
+            return None
         applier = self._applier
         assert applier is not None
         await applier.bury(applier.oversize_letter(end, size), end)
         self._reader.position = end
         context.progress.read = context.progress.settled = end
+        return None
 
     async def _read_alone(self, end: Position) -> None:
         """Read one entry that fits alone, but not beside the stream's counts."""
@@ -588,7 +612,14 @@ class Tailer:
             await self._until_changed(orders, HOLD_POLL_SEC)
             polls += 1
             reasons = self._reasons()
-            if PauseReason.BACKPRESSURE in reasons and context.store.should_accept_writes():
+            circuits = (context.writes.state, context.reads.state)
+            if not reasons:
+                orders.report(LinkFact.CLEARED, "no reason to pause is left")
+            elif PauseReason.CIRCUIT in reasons and set(circuits) == {CircuitState.CLOSED}:
+                orders.report(
+                    LinkFact.CLEARED, "the store's circuits are closed", PauseReason.CIRCUIT
+                )
+            elif PauseReason.BACKPRESSURE in reasons and context.store.should_accept_writes():
                 orders.report(
                     LinkFact.CLEARED, "the store accepts writes", PauseReason.BACKPRESSURE
                 )
