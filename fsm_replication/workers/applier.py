@@ -196,7 +196,7 @@ class Applier:
         context.metrics.flush_seconds.observe(took)
         if took * 1000 > context.settings.slo.max_batch_flush_latency_ms:
             context.metrics.slo("batch_flush_latency")
-        if context.feed.watchers:
+        if context.feed.known:
             self._publish(part.items, result)
         return result
 
@@ -379,7 +379,7 @@ class Applier:
             for item, outcome in zip(items, result.outcomes, strict=True)
             if outcome is Outcome.APPLIED
         ]
-        for watcher in tuple(self._context.feed.watchers):
+        for watcher in self._context.feed.watchers:
             watcher.offer(taken)
 
     def _count(self, prepared: Prepared, applied: int, superseded: int) -> None:

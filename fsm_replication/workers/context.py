@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from fsm_replication.workers.guards import Interlock, KeyMemory, StaleGuard
 __all__ = ("HEAD_OF_EMPTY", "ChangeFeed", "ChangeWatcher", "LinkContext", "LinkProgress")
 
 CHANGES_KEPT: Final = 10_000
+CHANGES_BYTES: Final = 64 * 1024 * 1024
 
 
 @dataclass(slots=True)
@@ -93,6 +95,7 @@ class ChangeWatcher(AsyncIterator[SyncItem]):
         self._feed = feed
         self._prefix = prefix
         self._queue: deque[SyncItem] = deque()
+        self._queued_bytes = 0
         self._missed = 0
         self._closed = False
         self._woken = asyncio.Event()
@@ -101,10 +104,11 @@ class ChangeWatcher(AsyncIterator[SyncItem]):
         """Take in what was applied."""
         for item in items:
             if item.key.startswith(self._prefix):
-                if len(self._queue) >= CHANGES_KEPT:
-                    self._queue.popleft()
-                    self._missed += 1
                 self._queue.append(item)
+                self._queued_bytes += len(item.content)
+                while len(self._queue) > CHANGES_KEPT or self._queued_bytes > CHANGES_BYTES:
+                    self._queued_bytes -= len(self._queue.popleft().content)
+                    self._missed += 1
         self._woken.set()
 
     def __aiter__(self) -> ChangeWatcher:
@@ -120,7 +124,9 @@ class ChangeWatcher(AsyncIterator[SyncItem]):
                 missed, self._missed = self._missed, 0
                 raise WatcherLagged(missed)
             if self._queue:
-                return self._queue.popleft()
+                item = self._queue.popleft()
+                self._queued_bytes -= len(item.content)
+                return item
             if self._closed:
                 raise StopAsyncIteration
             self._woken.clear()
@@ -139,10 +145,18 @@ class ChangeWatcher(AsyncIterator[SyncItem]):
 
 @dataclass(slots=True)
 class ChangeFeed:
-    """Hands applied changes to watchers; costs nothing while there are none."""
+    """Hands applied changes to watchers; costs nothing while there are none.
 
-    watchers: list[ChangeWatcher] = field(default_factory=list)
+    They are held weakly: one that was dropped in the middle of a loop is gone.
+    """
+
+    known: list[weakref.ref[ChangeWatcher]] = field(default_factory=list)
     closed: bool = False
+
+    @property
+    def watchers(self) -> list[ChangeWatcher]:
+        """Those who still watch."""
+        return [watcher for known in self.known if (watcher := known()) is not None]
 
     def watch(self, prefix: str) -> ChangeWatcher:
         """Begin watching keys that start with ``prefix``."""
@@ -150,18 +164,18 @@ class ChangeFeed:
         if self.closed:
             watcher.close()
         else:
-            self.watchers.append(watcher)
+            self.known = [known for known in self.known if known() is not None]
+            self.known.append(weakref.ref(watcher))
         return watcher
 
     def forget(self, watcher: ChangeWatcher) -> None:
         """Stop offering to a watcher."""
-        if watcher in self.watchers:
-            self.watchers.remove(watcher)
+        self.known = [known for known in self.known if known() not in (None, watcher)]
 
     def close(self) -> None:
         """End all watchers: the engine has ended."""
         self.closed = True
-        for watcher in tuple(self.watchers):
+        for watcher in self.watchers:
             watcher.close()
 
 

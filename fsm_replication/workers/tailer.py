@@ -298,13 +298,13 @@ class Tailer:
         )
 
     async def _deal_with_gap(self, orders: _Orders, gap: Gap) -> bool:
-        """Have the peer copied; or, where it has just been, let the cold path repair the gap.
+        """Have the peer copied; or, where it has just been, leave the gap to the cold path.
 
-        A stream so short that it is trimmed while its peer is copied would be copied for ever.
+        A stream so short that it is trimmed while its peer is copied would be copied for ever. The
+        gap stays open in ledger and health until trees were compared, which not every peer has.
         Returns whether to read on in the present mode.
         """
-        cold = self._context.settings.cold_path.enabled and self._lines.has_tree
-        if self._copied_to is None or not cold:
+        if self._copied_to is None:
             self._must_copy(orders, gap, gap.reason)
             return False
         await self._work_off(orders)
