@@ -28,7 +28,7 @@ from typing import Final
 
 from fsm_replication.errors import BadEntryError
 from fsm_replication.items import NUMBER_MAX, Stamp, SyncItem, check_key
-from fsm_replication.merkle import DIGEST_BYTES, bucket_of, leaf_digest
+from fsm_replication.merkle import DIGEST_BYTES, EMPTY_ROOT, bucket_of, leaf_digest
 from fsm_replication.stream import DataDecoder
 
 __all__ = (
@@ -115,11 +115,12 @@ def encode_origin(origin: str) -> bytes:
     return bytes((len(raw),)) + raw
 
 
-def encode_item(item: SyncItem, data: bytes) -> tuple[bytes, bytes, int]:
+def encode_item(item: SyncItem, data: bytes, *, tree: bool = True) -> tuple[bytes, bytes, int]:
     """Return the key as bytes, the value of its item key, and its bucket in the tree.
 
-    ``data`` is the content as on the stream. One call for all three, because this is the path of
-    every change.
+    ``data`` is the content as on the stream. Where no ``tree`` is kept the leaf's digest is left
+    out, and filled in when one is built. One call for all three, because this is the path of every
+    change.
     """
     key = item.key.encode()
     stamp = _pack_stamp(
@@ -129,7 +130,10 @@ def encode_item(item: SyncItem, data: bytes) -> tuple[bytes, bytes, int]:
         item.content_hash,
         _TYPE_CODES[item.content_type],
     )
-    return key, stamp + leaf_digest(key, stamp) + encode_origin(item.origin) + data, bucket_of(key)
+    origin = encode_origin(item.origin)
+    if not tree:
+        return key, stamp + EMPTY_ROOT + origin + data, 0
+    return key, stamp + leaf_digest(key, stamp) + origin + data, bucket_of(key)
 
 
 def encode_value(item: SyncItem, data: bytes) -> bytes:

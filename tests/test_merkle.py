@@ -197,14 +197,20 @@ async def test_a_tree_is_built_for_items_written_without_one(redis_server: Redis
         assert store.tree is None
         await store.put_many({f"k{number}": b"x" for number in range(1200)})
         await store.delete("k7")
+        await store.apply_many([put_of(f"r{number}", NOW) for number in range(300)])
     with redis.Redis(port=redis_server.port) as client:
         assert client.hget("fsm:node", "layouts") == b""
         assert not client.exists("fsm:tree")
     async with RedisSyncEngine(redis_server.url, node_id="n") as store:
         root, leaves = await everything(store)
-        assert len(leaves) == 1200
+        assert len(leaves) == 1500
         assert root == made_of(leaves)
-        assert await store.live_items() == 1199
+        assert await store.live_items() == 1499
+        # What was written without a tree is taken out of it again when it changes.
+        await store.apply_many([put_of(f"r{number}", NOW + 1) for number in range(100)])
+        await store.put("k8", b"y")
+        root, leaves = await everything(store)
+        assert root == made_of(leaves)
     with redis.Redis(port=redis_server.port) as client:
         assert client.hget("fsm:node", "layouts") == b"own"
     async with RedisSyncEngine(redis_server.url, node_id="n", layouts=()) as store:

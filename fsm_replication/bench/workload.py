@@ -12,6 +12,7 @@ import zstandard
 
 from fsm_replication.items import EMPTY_HASH, LastWriterWins, SyncItem, content_hash
 from fsm_replication.layout import FORMAT, Keys
+from fsm_replication.merkle import OWN, PARTITIONS
 from fsm_replication.ports import Connection
 from fsm_replication.stream import encode_data, encode_fields
 
@@ -84,10 +85,10 @@ async def fill(connection: Connection, events: int = EVENTS) -> None:
     marker: dict[str, str | int] = {
         "node_id": PEER_ID,
         "format": FORMAT,
-        "layouts": "",
+        "layouts": OWN,
         "tombstone_ttl_ms": TTL_MS,
         "resolver": LastWriterWins.name,
-        "partitions": 0,
+        "partitions": PARTITIONS,
         "incarnation": "bench",
     }
     flat = [part for pair in marker.items() for part in pair]

@@ -62,7 +62,7 @@ from fsm_replication.layout import (
     encode_stamp,
     glob_escape,
 )
-from fsm_replication.merkle import OWN, PARTITIONS, Tree, bucket_of, leaf_digest
+from fsm_replication.merkle import OWN, PARTITIONS, Tree, bucket_of
 from fsm_replication.ports import Clock, Connection, Position, StreamId, SystemClock, Transport
 from fsm_replication.redis_tree import RedisTree
 from fsm_replication.stores import redis_scripts as scripts
@@ -393,10 +393,9 @@ class RedisSyncEngine(SyncEngine):
                 continue
             form = self._wire_form(made)
             stamp = b"" if held is None else encode_stamp(held)
-            head = stamp and stamp + leaf_digest(key.encode(), stamp)
             digest = "" if made.deleted else made.content_hash.hex()
             raw, value, bucket = encode_item(made, form.data)
-            args += (raw, value, digest, form.meta, bucket, head)
+            args += (raw, value, digest, form.meta, bucket, stamp)
             tried.append(turn[key])
             filled += len(value)
             if filled > BYTES_PER_CALL:
@@ -475,6 +474,7 @@ class RedisSyncEngine(SyncEngine):
         self, changes: Sequence[SyncItem], wire: Sequence[WireForm | None]
     ) -> list[_Args]:
         calls: list[_Args] = []
+        tree = self._tree is not None
         args: _Args = []
         filled, most = 0, 5 * ITEMS_PER_CALL
         for item, given in zip(changes, wire, strict=True):
@@ -483,7 +483,7 @@ class RedisSyncEngine(SyncEngine):
             if args and (len(args) >= most or filled + len(data) > BYTES_PER_CALL):
                 calls.append(args)
                 args, filled = [], 0
-            key, value, bucket = encode_item(item, data)
+            key, value, bucket = encode_item(item, data, tree=tree)
             digest = "" if item.deleted else item.content_hash.hex()
             args += (key, value, digest, form.meta, bucket)
             filled += len(data)

@@ -245,13 +245,13 @@ return {table.concat(codes), live_deleted}
 )
 APPLY: Final = _APPLY.replace("STRIDE", "5").replace("WANTED", "held == '' or newer(value, held)")
 
-# As APPLY, for a resolver that looks at contents: each item has one argument more, the first 58
-# bytes of what was held when the client made it, "" for nothing. Where something else is held by
+# As APPLY, for a resolver that looks at contents: each item has one argument more, the order tuple
+# of what was held when the client made it, "" for nothing. Where something else is held by
 # now the code is 3, and the client makes the item anew.
 MERGE: Final = (
     _APPLY.replace("STRIDE", "6")
-    .replace("WANTED", "held == ARGV[i + 5]")
-    .replace("local code = '1'", "local code = held == ARGV[i + 5] and '1' or '3'")
+    .replace("WANTED", "sub(held, 1, 50) == ARGV[i + 5]")
+    .replace("local code = '1'", "local code = sub(held, 1, 50) == ARGV[i + 5] and '1' or '3'")
 )
 
 # held_head(): the first 58 bytes of what is held, "" where nothing is, false where it is no item.
@@ -367,7 +367,10 @@ for i = 4, #ARGV, 2 do
     local expiry
     if byte(stamp, 17) == 1 then expiry = unpack_bytes('>I8', stamp) + ttl end
     if not (expiry and expiry <= now) and call('HSETNX', leaves, key, stamp) == 1 then
-      note(tree, bucket, unpack_bytes('>I4I4', digest_of(key, stamp)))
+      local digest = digest_of(key, stamp)
+      -- What was written without a tree has no digest yet.
+      if sub(held, 51, 58) ~= digest then call('SETRANGE', ARGV[2] .. key, 50, digest) end
+      note(tree, bucket, unpack_bytes('>I4I4', digest))
       if expiry then expires(tree, bucket, key, expiry) end
     end
   end
