@@ -279,7 +279,7 @@ class LocalMesh:
                 quiet_since, before = None, events
             elif quiet_since is None:
                 quiet_since = now
-            elif now - quiet_since > 3 * COLD_INTERVAL_SEC:
+            elif now - quiet_since > 2 * COLD_INTERVAL_SEC:
                 return
             if now > deadline:
                 raise TimeoutError(
