@@ -101,7 +101,7 @@ class RedisSyncEngine(SyncEngine):
     once than ``connections_max`` wait for each other. Use it as an async context manager, or call
     ``open`` and ``close``.
 
-    :raises ConfigError: if the URL cannot be used.
+    :raises ConfigError: if the URL cannot be used, or a layout cannot be kept.
     """
 
     def __init__(
@@ -131,6 +131,13 @@ class RedisSyncEngine(SyncEngine):
         # batches of one peer stay in order, and a cancelled call costs nobody else a connection.
         self._lanes: dict[str, Connection] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        unknown = sorted(set(layouts) - {OWN})
+        if unknown:
+            raise ConfigError(
+                [
+                    f"store.layouts: {', '.join(unknown)} cannot be kept yet, only {OWN}: leave it out"
+                ]
+            )
         self._resolver = resolver or LastWriterWins()
         self._closed = False
         self.keys = Keys(redis_prefix)
