@@ -396,7 +396,7 @@ class RedisTransport:
         connection: RedisConnection | None = None
         try:
             async with self._clock.timeout(timeout_sec):
-                connection = await self._open(options, where)
+                connection = await self._open(options, where, name)
                 await self._greet(connection, options, name)
         except BaseException as error:
             if connection is not None:
@@ -410,7 +410,8 @@ class RedisTransport:
             raise
         return connection
 
-    async def _open(self, options: dict[str, Any], where: str) -> RedisConnection:
+    async def _open(self, options: dict[str, Any], where: str, _name: str) -> RedisConnection:
+        """Open the line; a simulated network does this and nothing else in its own way."""
         loop = asyncio.get_running_loop()
 
         def factory() -> RedisConnection:

@@ -18,14 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import hiredis
-from redis.asyncio.connection import parse_url
 
-from fsm_replication.errors import ConnectionLostError, PeerRefusedError, PeerReplyError, redact
+from fsm_replication.errors import ConnectionLostError, PeerReplyError
 from fsm_replication.ports import Clock
 from fsm_replication.testing.sim_redis import SimRedis
 from fsm_replication.testing.sim_streams import Wait
 from fsm_replication.testing.sim_values import Status
-from fsm_replication.transport import Command, RedisConnection
+from fsm_replication.transport import Command, RedisConnection, RedisTransport
 
 __all__ = ("SimConnection", "SimTransport")
 
@@ -270,7 +269,7 @@ def _encode_into(parts: list[bytes], reply: Any) -> None:
             _encode_into(parts, element)
 
 
-class SimTransport:
+class SimTransport(RedisTransport):
     """Connects to simulated servers by the host part of a URL, such as ``redis://node-a``.
 
     One for all nodes is one network; one for each node lets each lose its own lines. ``delay`` is
@@ -280,6 +279,7 @@ class SimTransport:
     """
 
     def __init__(self, servers: Mapping[str, SimRedis], clock: Clock, rng: random.Random) -> None:
+        super().__init__(clock)
         self.servers = servers
         self.rng = rng
         self.delay: Callable[[str, str], float] = lambda _name, _host: 0.0
@@ -287,7 +287,6 @@ class SimTransport:
         self.commands = 0
         self.down: set[str] = set()
         self.hung: set[str] = set()
-        self._clock = clock
         # In the order in which they were opened.
         self._wires: dict[_Wire, None] = {}
 
@@ -327,29 +326,13 @@ class SimTransport:
         :raises ConnectionLostError: if the server cannot be reached in time.
         :raises PeerReplyError: if the server answers with an error that may pass.
         """
-        where = redact(url)
-        try:
-            options: dict[str, Any] = dict(parse_url(url))
-        except ValueError as error:
-            raise PeerRefusedError(f"{where} cannot be used: {error}") from None
-        host = str(options.get("host", "localhost"))
-        connection: SimConnection | None = None
-        try:
-            async with self._clock.timeout(timeout_sec):
-                await self._clock.sleep(self.delay(name, host))
-                connection = self._open(where, host, name)
-                await _greet(connection, options, name)
-        except BaseException as error:
-            if connection is not None:
-                connection.close()
-            if isinstance(error, TimeoutError):
-                raise ConnectionLostError(
-                    f"{where} did not answer within {timeout_sec:g} s"
-                ) from None
-            raise
+        connection = await super().connect(url, timeout_sec=timeout_sec, name=name)
+        assert isinstance(connection, SimConnection)
         return connection
 
-    def _open(self, where: str, host: str, name: str) -> SimConnection:
+    async def _open(self, options: dict[str, Any], where: str, name: str) -> SimConnection:
+        host = str(options.get("host", "localhost"))
+        await self._clock.sleep(self.delay(name, host))
         if host not in self.servers or host in self.down:
             raise ConnectionLostError(f"{where} cannot be reached: connection refused")
         connection = SimConnection(where, self._clock, self)
@@ -357,25 +340,3 @@ class SimTransport:
         self._wires[wire] = None
         wire.carry(connection)
         return connection
-
-
-async def _greet(connection: SimConnection, options: dict[str, Any], name: str) -> None:
-    commands: list[Command] = []
-    username, password = options.get("username"), options.get("password")
-    if password is not None:
-        commands.append(["AUTH", username, password] if username else ["AUTH", password])
-    if options.get("db"):
-        commands.append(["SELECT", int(options["db"])])
-    commands.append(["PING"])
-    for reply in await connection.pipeline(commands):
-        if not isinstance(reply, PeerReplyError):
-            continue
-        text = str(reply)
-        if reply.code in ("NOAUTH", "WRONGPASS") or "AUTH" in text:
-            raise PeerRefusedError(
-                f"{connection.where} rejected the credentials: {text}", credentials=True
-            )
-        if "DB index" in text:
-            raise PeerRefusedError(f"{connection.where}: {text}")
-        raise PeerReplyError(text, peer=connection.where)
-    await connection.pipeline([["CLIENT", "SETNAME", name]])

@@ -16,7 +16,7 @@ from fsm_replication.items import Stamp
 from fsm_replication.layout import decode_stamp
 from fsm_replication.merkle import OWN, differing
 
-__all__ = ("Comparer", "Difference", "Group")
+__all__ = ("Comparer", "Difference", "Group", "is_wanted")
 
 LEAVES_PER_FLIGHT: Final = 10_000
 BUCKETS_PER_FLIGHT: Final = 512
@@ -63,6 +63,13 @@ class Group:
     differences: Sequence[Difference]
     skipped: int
     newer_here: Sequence[tuple[str, Stamp, Stamp | None]] = ()
+
+
+def is_wanted(theirs: Stamp, ours: Stamp | None, *, by_stamp: bool) -> bool:
+    """Say whether a peer's item is to be fetched: it is newer, or a resolver must see both."""
+    if ours is None or theirs > ours:
+        return True
+    return not (by_stamp or theirs.deleted or ours.deleted or theirs == ours)
 
 
 class Comparer:
@@ -191,10 +198,7 @@ class _Look:
 
     def judge(self, key: str, theirs: Stamp, ours: Stamp | None) -> None:
         """Note which side of a key is newer."""
-        if ours is None or theirs > ours or self._needs_merging(theirs, ours):
+        if is_wanted(theirs, ours, by_stamp=self._by_stamp):
             self.newer.append(Difference(key, theirs, ours))
-        elif self._both and theirs != ours:
+        elif self._both and ours is not None and theirs != ours:
             self.newer_here.append((key, ours, theirs))
-
-    def _needs_merging(self, theirs: Stamp, ours: Stamp) -> bool:
-        return not (self._by_stamp or theirs.deleted or ours.deleted or theirs == ours)

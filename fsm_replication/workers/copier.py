@@ -26,7 +26,7 @@ from fsm_replication.merkle import Tree
 from fsm_replication.ports import BootstrapRow, Cursor, GapRow, Position
 from fsm_replication.redis_tree import RedisTree
 from fsm_replication.workers.applier import Applier
-from fsm_replication.workers.comparer import Comparer, Difference
+from fsm_replication.workers.comparer import Comparer, Difference, is_wanted
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.fetcher import Fetched, Fetcher, ItemSource, check_replies
@@ -253,9 +253,8 @@ class Copier:
             theirs = decode_stamp(raw)
         except BadEntryError:
             return True
-        if ours is not None and ours >= theirs:
-            merging = not (self._context.store.resolver.by_stamp or ours.deleted or theirs.deleted)
-            return merging and ours != theirs
+        if not is_wanted(theirs, ours, by_stamp=self._context.store.resolver.by_stamp):
+            return False
         return not self._holds_back(Difference(key, theirs, ours))
 
     # The end
