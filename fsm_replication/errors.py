@@ -223,8 +223,13 @@ class StoreTimeoutError(StoreError):
     """A call into the local sync engine took longer than ``timeouts.store_call``."""
 
 
-class StoreReopenedError(StoreError):
-    """The local store was lost and found again; it may be as it was at an earlier time."""
+class StoreReopenedError(ReplicationError):
+    """The local store was lost and found again; it may be as it was at an earlier time.
+
+    No StoreError: the store is well, and trying the same call again would be wrong.
+    """
+
+    retryable = True
 
 
 class CircuitOpenError(StoreError):

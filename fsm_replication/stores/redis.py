@@ -333,6 +333,8 @@ class RedisSyncEngine(SyncEngine):
         A change is refused where its key in Redis holds something that is no item.
 
         :raises StoreError: if Redis fails; what was applied until then stays applied.
+        :raises StoreReopenedError: once, for a peer whose connection was lost and stands again: look
+            at ``incarnation`` and ``applied_position`` before going on.
         """
         outcomes: list[Outcome] = []
         live_deleted = 0

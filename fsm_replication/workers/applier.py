@@ -113,8 +113,6 @@ class Applier:
         keys = [entry.key for entry in selection.candidates]
         try:
             held = await self._call_once(context.reads, lambda: context.store.stamps(keys))
-        except StoreReopenedError:
-            raise
         except StoreError:
             # Looking first only saves work: the store compares again when it applies. A foreign
             # entry, though, cannot be stamped without knowing what is held.
@@ -258,8 +256,6 @@ class Applier:
                 return await self._call_once(circuit, function)
             except CircuitOpenError as error:
                 raise Blocked(PauseReason.CIRCUIT, str(error)) from None
-            except StoreReopenedError:
-                raise
             except StoreError as error:
                 context.progress.failed(error)
                 context.metrics.batch_errors.inc()
