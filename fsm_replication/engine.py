@@ -50,6 +50,7 @@ from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import ChangeFeed, ChangeWatcher, LinkContext, LinkProgress
 from fsm_replication.workers.cursor_flush import CursorBook, flush_cursors
 from fsm_replication.workers.explain import Explanation, explain_key
+from fsm_replication.workers.foreign_walk import SettledHashes
 from fsm_replication.workers.guards import Interlock, KeyMemory, StaleGuard
 from fsm_replication.workers.ping import ping_idle_peers
 from fsm_replication.workers.prober import probe_circuits
@@ -189,6 +190,7 @@ class ReplicationEngine(Observer):
                 round(self._config.settings.tombstones.ttl * 1000), self._ports.wall_clock
             ),
             unfetchable=KeyMemory(self._ports.clock),
+            settled=SettledHashes(),
             on_synced=self._link_moved.set,
             log=get_logger("link", node_id=self._config.local_node_id, peer_id=peer.node_id),
         )
@@ -455,7 +457,7 @@ class ReplicationEngine(Observer):
         lines = link.lines
         if lines is None:
             raise ConnectionLostError(f"peer {peer_id!r} is not connected: it is {link.state}")
-        if not lines.has_tree:
+        if not lines.layout:
             raise UsageError(f"peer {peer_id!r} publishes no tree that could be compared")
         async for found in find_differences(link.context, lines):
             yield found

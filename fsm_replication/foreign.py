@@ -37,6 +37,7 @@ __all__ = (
     "DottedTree",
     "children_key",
     "decode_foreign",
+    "decode_hash",
     "dotted_problem",
     "encode_foreign",
     "hash_key",
@@ -79,7 +80,7 @@ def parse_member(member: bytes) -> tuple[str, bytes | None]:
     :raises BadEntryError: if the segment is not UTF-8, or empty.
     """
     name, colon, digits = member.rpartition(b":")
-    digest = _unhex(digits) if colon else None
+    digest = decode_hash(digits) if colon else None
     if digest is None:
         name = member
     if not name:
@@ -90,7 +91,7 @@ def parse_member(member: bytes) -> tuple[str, bytes | None]:
         raise BadEntryError("text", "a segment in the dotted tree is not UTF-8") from None
 
 
-def _unhex(digits: object) -> bytes | None:
+def decode_hash(digits: object) -> bytes | None:
     """Return the 32 bytes that 64 hexadecimal digits stand for; None if it is anything else."""
     if not isinstance(digits, str | bytes) or len(digits) != 2 * _HASH_BYTES:
         return None
@@ -362,7 +363,7 @@ def _from_document(key: str, raw: bytes, payload_limit: int) -> SyncItem:
     payload = bytes(document.payload)
     value = _decode_payload(payload)
     content = _encode_json(value)
-    digest = _unhex(document.payload_hash)
+    digest = decode_hash(document.payload_hash)
     if digest is None:
         digest = content_hash(content)
     else:
@@ -384,7 +385,7 @@ def _from_whole(key: str, raw: bytes, payload_limit: int) -> SyncItem:
         raise BadEntryError("item", f"unknown content_type {content_type[:32]!r}")
     content = _byte_values(bytes(whole.content), payload_limit)
     computed = content_hash(content)
-    digest = _unhex(whole.content_hash) or computed
+    digest = decode_hash(whole.content_hash) or computed
     # JSON may have come here through a document in a spelling that is not the one hashed.
     if digest != computed and content_type == "binary":
         raise BadEntryError("hash", "the content does not match its hash")

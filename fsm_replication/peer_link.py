@@ -123,6 +123,7 @@ class PeerLink:
         """Let any number of deletes through for an hour, and try again what failed."""
         self.context.interlock.forgive()
         self.context.unfetchable.clear()
+        self.context.settled.clear()
         if PauseReason.INTERLOCK in self._reasons:
             self.clear(PauseReason.INTERLOCK, "an operator forced it")
 

@@ -25,6 +25,7 @@ LAYERS = (
         "merkle",
         "layout",
         "redis_tree",
+        "redis_dotted",
         "foreign",
         "batch",
         "cursor",

@@ -14,6 +14,7 @@ from fsm_replication.config import ReplicationConfig
 from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.engine import ReplicationEngine
 from fsm_replication.errors import AlreadyRunningError, ConfigError, ReplicationError
+from fsm_replication.foreign import DOTTED
 from fsm_replication.items import LastWriterWins
 from fsm_replication.log import get_logger
 from fsm_replication.stores import (
@@ -115,6 +116,7 @@ async def check_node(config: ReplicationConfig, console: Console) -> bool:
                 settings=config.settings,
                 resolver=LastWriterWins.name,
                 transport=RedisTransport(),
+                publishes_dotted=config.store is not None and DOTTED in config.store.layouts,
             )
         except ReplicationError as error:
             well = False

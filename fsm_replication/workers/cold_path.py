@@ -166,7 +166,7 @@ class ColdPath:
             return "not connected" if lines is None else "not at rest"
         if lines is None:
             return "not connected"
-        if not lines.has_tree:
+        if not lines.layout:
             return "no tree"
         if self._ports.clock.monotonic() < peer.not_before:
             return "backoff"
@@ -234,7 +234,7 @@ class ColdPath:
                 continue
             if target.lines is None or target.state not in (*_READY, _BUSY):
                 stats = stats.failed(f"peer {name!r} is {target.state}: it cannot be compared now")
-            elif not target.lines.has_tree:
+            elif not target.lines.layout:
                 stats = stats.failed(f"peer {name!r} publishes no tree that could be compared")
             else:
                 stats = await self._visit(target, stats, Budget(), verdict, on_progress)
@@ -262,7 +262,7 @@ class ColdPath:
                 context,
                 lines,
                 budget=budget,
-                our_root=await self._our_root(context),
+                our_root=None if lines.foreign else await self._our_root(context),
                 after=peer.after,
                 verdict=verdict,
                 on_progress=show,
@@ -314,7 +314,7 @@ class ColdPath:
             return None
         now = self._ports.clock.monotonic()
         if self._root is None or now - self._root[0] > ROOT_CACHE_SEC:
-            applier, _ = make_applier(context)
+            applier = make_applier(context)
             self._root = (now, await applier.call(context.reads, lambda: tree.root(OWN)))
         return self._root[1]
 

@@ -16,7 +16,7 @@ from fsm_replication.items import Stamp
 from fsm_replication.layout import decode_stamp
 from fsm_replication.merkle import OWN, differing
 
-__all__ = ("Comparer", "Difference", "Group", "is_wanted")
+__all__ = ("Comparer", "Difference", "Group", "ReadableTree", "is_wanted")
 
 LEAVES_PER_FLIGHT: Final = 10_000
 BUCKETS_PER_FLIGHT: Final = 512

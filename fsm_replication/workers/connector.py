@@ -13,6 +13,7 @@ from fsm_replication.errors import (
     ProtocolError,
     ReplicationError,
 )
+from fsm_replication.foreign import DOTTED
 from fsm_replication.layout import FORMAT, Keys
 from fsm_replication.merkle import OWN, PARTITIONS
 from fsm_replication.ports import Connection, Transport
@@ -32,6 +33,8 @@ class Lines:
     asking: Connection
     foreign: bool
     marker: Mapping[bytes, bytes]
+    json_module: bool | None = None
+    """Whether a foreign node's Redis has RedisJSON; None until it was used."""
 
     @property
     def has_tree(self) -> bool:
@@ -39,6 +42,16 @@ class Lines:
         layouts = self.marker.get(b"layouts", b"").split(b",")
         partitions = self.marker.get(b"partitions", b"")
         return OWN.encode() in layouts and partitions == str(PARTITIONS).encode()
+
+    @property
+    def layout(self) -> str:
+        """The layout by which the peer can be compared, "" for none.
+
+        A foreign node's tree may appear only after its first items: it is looked for each time.
+        """
+        if self.foreign:
+            return DOTTED
+        return OWN if self.has_tree else ""
 
     def close(self) -> None:
         """Close both at once."""
@@ -54,6 +67,7 @@ class Lines:
 async def connect(context: LinkContext, report: Reporter) -> None:
     """Connect once; reports CONNECTED with :class:`Lines`, UNREACHABLE or HOPELESS."""
     status = context.metrics
+    tree = context.store.tree
     try:
         with context.peer_circuit.guard():
             lines = await open_lines(
@@ -62,6 +76,7 @@ async def connect(context: LinkContext, report: Reporter) -> None:
                 settings=context.settings,
                 resolver=context.store.resolver.name,
                 transport=context.ports.transport,
+                publishes_dotted=DOTTED in (tree.layouts if tree is not None else ()),
             )
     except PeerRefusedError as error:
         context.progress.failed(error)
@@ -74,9 +89,9 @@ async def connect(context: LinkContext, report: Reporter) -> None:
         report(LinkFact.UNREACHABLE, str(error), error)
     else:
         status.connection("connected")
-        context.progress.layout = OWN if lines.has_tree else ""
-        if not lines.has_tree:
-            why = "it is a foreign node" if lines.foreign else "it publishes none of ours"
+        context.progress.layout = lines.layout
+        if not lines.layout:
+            why = "it publishes no tree of ours"
             context.log.warning("no_common_layout", why=why, then="its stream alone is read")
         kind = "a foreign node" if lines.foreign else "the marker was accepted"
         report(LinkFact.CONNECTED, kind, lines)
@@ -89,8 +104,12 @@ async def open_lines(
     settings: Settings,
     resolver: str,
     transport: Transport,
+    publishes_dotted: bool = False,
 ) -> Lines:
     """Open both connections to a peer and accept or refuse what is found there.
+
+    ``publishes_dotted`` says that foreign nodes may read this node: then none is read from, unless
+    ``allow_echo`` is set.
 
     :raises PeerRefusedError: if waiting cannot mend it.
     :raises ReplicationError: if it cannot be reached, is not well, or holds no node yet.
@@ -104,6 +123,8 @@ async def open_lines(
             marker, has_stream = await _read_marker(asking, peer, settings.timeouts.command)
             if marker or not has_stream:
                 _check_marker(marker, peer, settings, local_node_id, resolver)
+            else:
+                _check_one_way(peer, publishes_dotted=publishes_dotted)
         except BaseException:
             asking.close()
             raise
@@ -165,6 +186,20 @@ def _check_marker(
     for name, mine in ours.items():
         if field(name) != mine:
             raise PeerRefusedError(f"{where} has {name} {field(name)!r}, this node {mine!r}")
+
+
+def _check_one_way(peer: PeerConfig, *, publishes_dotted: bool) -> None:
+    """Refuse to read a foreign node where foreign nodes may read this one.
+
+    :raises PeerRefusedError: unless ``allow_echo`` is set.
+    """
+    if publishes_dotted and not peer.allow_echo:
+        raise PeerRefusedError(
+            f"peer {peer.node_id!r} at {peer.display_url} is a foreign node, and this node"
+            " publishes the dotted layout for foreign nodes to read: what one of them echoes would"
+            " come back under a new time. Set peers[].allow_echo if this one does not read this"
+            " node, or if that may happen"
+        )
 
 
 async def wait_to_retry(context: LinkContext, delay_sec: float, report: Reporter) -> None:

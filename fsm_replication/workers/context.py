@@ -21,6 +21,7 @@ from fsm_replication.ports import Ports, Position, StreamId
 from fsm_replication.stores.protocol import SyncEngine
 from fsm_replication.workers.arrivals import Arrivals
 from fsm_replication.workers.cursor_flush import CursorBook
+from fsm_replication.workers.foreign_walk import SettledHashes
 from fsm_replication.workers.guards import Interlock, KeyMemory, StaleGuard
 
 __all__ = ("HEAD_OF_EMPTY", "ChangeFeed", "ChangeWatcher", "LinkContext", "LinkProgress")
@@ -201,6 +202,7 @@ class LinkContext:
     interlock: Interlock
     stale: StaleGuard
     unfetchable: KeyMemory
+    settled: SettledHashes
     on_synced: Callable[[], None]
     log: BoundLogger
 

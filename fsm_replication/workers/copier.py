@@ -8,6 +8,10 @@ Where the peer has a tree, it is compared with ours and only what is newer is fe
 trees this is one round trip, and a copy that was interrupted finds equal what it has copied. A
 store without a tree looks into every bucket, and notes in the row how far it has come.
 
+Where the peer is a foreign node, its dotted tree is walked. That tree is brought up to date in the
+background and holds no deletes: reading goes on from the oldest entry in the stream, and what the
+gap held of deletes stays open in the ledger.
+
 Where the peer has no tree, its items are found with SCAN. Its cursor means nothing after the peer's
 Redis restarts, so a copy that a crash interrupted begins its walk anew, but compares order tuples
 first. Nothing tells of deletes then: what the gap held of them stays open in the ledger.
@@ -20,19 +24,30 @@ from typing import Any, Final
 
 from fsm_replication.batch import Part
 from fsm_replication.errors import BadEntryError, ProtocolError
+from fsm_replication.foreign import DOTTED
 from fsm_replication.items import Stamp
 from fsm_replication.layout import STAMP_BYTES, Keys, decode_stamp
 from fsm_replication.merkle import Tree
 from fsm_replication.ports import BootstrapRow, Cursor, GapRow, Position
+from fsm_replication.redis_dotted import DottedReader
 from fsm_replication.redis_tree import RedisTree
+from fsm_replication.stream import DataDecoder
 from fsm_replication.workers.applier import Applier
 from fsm_replication.workers.comparer import Comparer, Difference, is_wanted
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import LinkContext
-from fsm_replication.workers.fetcher import Fetched, Fetcher, ItemSource, check_replies
+from fsm_replication.workers.fetcher import (
+    Fetched,
+    Fetcher,
+    ItemSource,
+    OwnItems,
+    check_replies,
+)
+from fsm_replication.workers.foreign_items import ForeignItems
+from fsm_replication.workers.foreign_walk import ForeignWalk
 from fsm_replication.workers.reader import Gap, ask_info
 
-__all__ = ("Copier", "GuardedTree", "make_comparer")
+__all__ = ("Copier", "GuardedTree", "make_comparer", "make_source", "make_walk")
 
 SCAN_COUNT: Final = 500
 FETCH_KEYS: Final = 1000
@@ -74,6 +89,32 @@ def make_comparer(context: LinkContext, lines: Lines, applier: Applier) -> Compa
     )
 
 
+def make_walk(context: LinkContext, lines: Lines, applier: Applier) -> ForeignWalk:
+    """Return what walks a foreign node's tree."""
+    timeout = context.settings.timeouts.command
+    tree = context.store.tree
+    ours = None
+    if tree is not None and DOTTED in tree.layouts:
+        ours = GuardedTree(context, applier, tree)
+    return ForeignWalk(
+        DottedReader(
+            lambda commands: lines.asking.pipeline(commands, timeout_sec=timeout),
+            context.peer.redis_prefix,
+        ),
+        ours,
+        lambda keys: applier.call(context.reads, lambda: context.store.stamps(keys)),
+        context.settled,
+    )
+
+
+def make_source(context: LinkContext, lines: Lines) -> ItemSource:
+    """Return how the peer's items are found and read."""
+    payload_bytes = context.settings.limits.payload_bytes
+    if lines.foreign:
+        return ForeignItems(lines, context.peer.redis_prefix, payload_bytes)
+    return OwnItems(Keys(context.peer.redis_prefix), DataDecoder(payload_bytes))
+
+
 class Copier:
     """Copies all items of one peer; may be interrupted between steps and goes on later."""
 
@@ -108,7 +149,9 @@ class Copier:
             self._began_at = self._context.ports.clock.monotonic()
             self._row = await self._begin(gap, why)
         self._as_of_ms = self._context.ports.wall_clock.now_ms()
-        if self._lines.has_tree:
+        if self._lines.foreign:
+            done = await self._walk_foreign()
+        elif self._lines.has_tree:
             done = await self._walk_tree(self._row)
         else:
             done = await self._walk_scan()
@@ -124,7 +167,15 @@ class Copier:
             return row
         stream = Keys(context.peer.redis_prefix).stream
         info = await ask_info(self._lines.asking, stream, context.settings.timeouts.command)
-        row = BootstrapRow(info.head, "", self._incarnation, why)
+        head = info.head
+        if self._lines.foreign and info.first_id is not None:
+            # Its tree is brought up to date in the background: what is not in it yet is in the
+            # stream, where the head of now may already be past it.
+            head = info.before_first
+            walk = make_walk(context, self._lines, self._applier)
+            if gap is None and info.trimmed and not await walk.begin() and not walk.has_tree:
+                gap = Gap(info.trimmed, "no tree to copy items from")
+        row = BootstrapRow(head, "", self._incarnation, why)
         entry = None
         if gap is not None:
             entry = GapRow(context.peer_id, context.ports.wall_clock.now_ms(), gap.missed, why)
@@ -135,7 +186,7 @@ class Copier:
             "bootstrap_started",
             why=why,
             head=str(info.last_id),
-            by="tree" if self._lines.has_tree else "scan",
+            by=f"{self._lines.layout} tree" if self._lines.layout else "scan",
         )
         return row
 
@@ -143,7 +194,7 @@ class Copier:
         now = self._context.ports.clock.monotonic()
         took = now - self._began_at
         rate = self._fetched.items / took if took > 0 else 0.0
-        known = f"{self._differing} keys known to differ, " if self._lines.has_tree else ""
+        known = f"{self._differing} keys known to differ, " if self._lines.layout else ""
         self._context.progress.copied = self._fetched.items
         self._context.progress.bootstrap = (
             f"{known}{self._fetched.items} items copied, {rate:.0f}/s"
@@ -200,6 +251,35 @@ class Copier:
             return False
         guard.note(found.key, found.theirs)
         self._held_back += 1
+        return True
+
+    # By the tree of a foreign node
+
+    async def _walk_foreign(self) -> bool:
+        """Fetch what differs; False if it was interrupted: then what was fetched is passed over."""
+        context = self._context
+        # What was settled before the gap may have been lost since.
+        context.settled.clear()
+        walk = make_walk(context, self._lines, self._applier)
+        if not await walk.begin():
+            if not walk.has_tree:
+                context.log.warning("no_tree_yet", then="its stream is read from the oldest entry")
+            return True
+        self._differing = self._fetched.items
+        async for flight in walk.flights():
+            self._differing += len(flight.leaves)
+            self._unreadable += flight.skipped
+            for begin in range(0, len(flight.leaves), FETCH_KEYS):
+                if self._interrupted():
+                    return False
+                part = flight.leaves[begin : begin + FETCH_KEYS]
+                failed = len(self._fetched.failed)
+                await self._fetch([key for key, _ in part])
+                context.settled.add_all(part, self._fetched.failed[failed:])
+            if self._interrupted():
+                return False
+        if not (self._unreadable or self._fetched.failed):
+            walk.settle()
         return True
 
     # By SCAN

@@ -13,6 +13,8 @@ from fsm_replication.layout import HEAD_BYTES, Keys, decode_stamp
 from fsm_replication.stores.protocol import SyncEngine
 from fsm_replication.workers.arrivals import Arrival, Arrivals
 from fsm_replication.workers.connector import Lines
+from fsm_replication.workers.fetcher import check_replies
+from fsm_replication.workers.foreign_items import ForeignItems
 
 __all__ = (
     "Explanation",
@@ -23,6 +25,7 @@ __all__ = (
 )
 
 _ORIGIN_BYTES: Final = 256
+_FOREIGN_BYTES_MAX: Final = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,22 +126,41 @@ async def _ask(
 ) -> PeerVersion:
     if isinstance(lines, str):
         return PeerVersion(peer.node_id, None, lines)
-    if lines.foreign:
-        return PeerVersion(
-            peer.node_id, None, "a foreign node's items carry no order tuple of ours"
-        )
-    name = Keys(peer.redis_prefix).item(key)
     try:
-        raw: Any = await lines.asking.call(
-            "GETRANGE", name, 0, HEAD_BYTES + _ORIGIN_BYTES, timeout_sec=timeout_sec
-        )
-        theirs = _head(raw) if raw else None
+        if lines.foreign:
+            theirs = await _ask_foreign(key, peer, lines, timeout_sec)
+        else:
+            name = Keys(peer.redis_prefix).item(key)
+            raw: Any = await lines.asking.call(
+                "GETRANGE", name, 0, HEAD_BYTES + _ORIGIN_BYTES, timeout_sec=timeout_sec
+            )
+            theirs = _head(raw) if raw else None
     except ReplicationError as error:
         return PeerVersion(peer.node_id, None, str(error))
-    verdict = rule_between(
-        None if ours is None else ours.stamp, None if theirs is None else theirs.stamp
-    )
+    our_stamp = None if ours is None else ours.stamp
+    their_stamp = None if theirs is None else theirs.stamp
+    verdict = rule_between(our_stamp, their_stamp)
+    if lines.foreign and our_stamp and their_stamp and _same_content(our_stamp, their_stamp):
+        verdict = "the same content; foreign nodes stamp what arrives anew"
     return PeerVersion(peer.node_id, theirs, "", verdict)
+
+
+def _same_content(ours: Stamp, theirs: Stamp) -> bool:
+    return not ours.deleted and ours.content_hash == theirs.content_hash
+
+
+async def _ask_foreign(
+    key: str, peer: PeerConfig, lines: Lines, timeout_sec: float
+) -> HeldVersion | None:
+    source = ForeignItems(lines, peer.redis_prefix, _FOREIGN_BYTES_MAX)
+    name = source.redis_key(key)
+    size: Any = await lines.asking.call(*source.size_command, name, timeout_sec=timeout_sec)
+    if isinstance(size, int) and size > _FOREIGN_BYTES_MAX:
+        raise BadEntryError("size", f"{size} bytes of item are not read to explain it")
+    (reply,) = await source.read(lines.asking, [name], timeout_sec)
+    check_replies([reply])
+    made = source.decode(key, reply)
+    return None if made is None else HeldVersion(made[0].stamp, made[0].origin)
 
 
 def _head(raw: bytes) -> HeldVersion:

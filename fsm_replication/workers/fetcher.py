@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from fsm_replication.batch import DAY_MS, Part
 from fsm_replication.errors import BadEntryError, InvalidKeyError, PeerReplyError
-from fsm_replication.items import SyncItem
+from fsm_replication.items import Stamp, SyncItem
 from fsm_replication.layout import Keys, decode_item, glob_escape, item_data
 from fsm_replication.ports import Connection
 from fsm_replication.stores.protocol import ApplyResult, Outcome
@@ -36,14 +36,29 @@ class ItemSource(Protocol):
 
     match: str
 
+    @property
+    def size_command(self) -> tuple[str, ...]:
+        """The command that tells about how many bytes an item takes, without its key."""
+
+    @property
+    def looks_at_held(self) -> bool:
+        """Whether order tuples alone do not tell what is newer: see ``not_current``."""
+
     def redis_key(self, key: str) -> bytes:
         """Return where the item of a key lies."""
 
     def key_of(self, redis_key: bytes) -> str | None:
         """Return the item's key, or None where this Redis key holds no item."""
 
-    def fetch_command(self, redis_keys: Sequence[bytes]) -> Sequence[Sequence[bytes | str | int]]:
-        """Return the commands that read these items, one reply each."""
+    async def read(
+        self, asking: Connection, redis_keys: Sequence[bytes], timeout_sec: float
+    ) -> Sequence[Any]:
+        """Return what lies at these keys, one reply each: an error or None where nothing does."""
+
+    def not_current(
+        self, items: Sequence[SyncItem], held: Sequence[Stamp | None]
+    ) -> list[SyncItem]:
+        """Return the items whose content is not held, as they are to be applied."""
 
     def decode(self, key: str, reply: Any) -> tuple[SyncItem, WireForm | None] | None:
         """Return the item in a reply, with its wire form; None where it has gone meanwhile.
@@ -54,6 +69,9 @@ class ItemSource(Protocol):
 
 class OwnItems:
     """The items of a node of ours."""
+
+    size_command = ("STRLEN",)
+    looks_at_held = False
 
     def __init__(self, keys: Keys, decoder: DataDecoder) -> None:
         self._prefix = keys.item_prefix.encode()
@@ -71,9 +89,18 @@ class OwnItems:
         except UnicodeDecodeError:
             return None
 
-    def fetch_command(self, redis_keys: Sequence[bytes]) -> Sequence[Sequence[bytes | str | int]]:
+    async def read(
+        self, asking: Connection, redis_keys: Sequence[bytes], timeout_sec: float
+    ) -> Sequence[Any]:
         """Read each by GET, so that one of a wrong type spoils no other."""
-        return [("GET", redis_key) for redis_key in redis_keys]
+        commands = [("GET", redis_key) for redis_key in redis_keys]
+        return await asking.pipeline(commands, timeout_sec=timeout_sec)
+
+    def not_current(
+        self, items: Sequence[SyncItem], held: Sequence[Stamp | None]
+    ) -> list[SyncItem]:
+        """Return all of them: the store compares order tuples."""
+        return list(items)
 
     def decode(self, key: str, reply: Any) -> tuple[SyncItem, WireForm | None] | None:
         """Return the item in a reply; its content stands there as on the stream."""
@@ -124,13 +151,16 @@ class Fetcher:
         if not named:
             return []
         sizes = await asking.pipeline(
-            [("STRLEN", raw) for raw, _ in named], timeout_sec=settings.timeouts.command
+            [(*self._source.size_command, raw) for raw, _ in named],
+            timeout_sec=settings.timeouts.command,
         )
         check_replies(sizes)
         budget = settings.limits.batch_bytes // 4
         groups: list[list[tuple[bytes, str]]] = [[]]
         filled = 0
         for pair, size in zip(named, sizes, strict=True):
+            if size is None:
+                continue  # It has gone meanwhile.
             if not isinstance(size, int) or size > settings.limits.batch_bytes:
                 self._skip(pair[1], f"an item of {size} bytes cannot be fetched", result)
                 continue
@@ -141,19 +171,45 @@ class Fetcher:
             filled += size
         return [group for group in groups if group]
 
+    async def peek(
+        self, asking: Connection, named: Sequence[tuple[bytes, str]]
+    ) -> AsyncIterator[SyncItem]:
+        """Fetch items and yield them as they are; nothing is applied, and none that is bad comes."""
+        passed_over = Fetched()
+        for group in await self._by_size(asking, named, passed_over):
+            replies = await self._read(asking, group)
+            for part in self._parts(group, replies, passed_over):
+                for item in part.items:
+                    yield item
+
+    async def _read(self, asking: Connection, group: Sequence[tuple[bytes, str]]) -> Sequence[Any]:
+        settings = self._context.settings
+        asking.limit_reply(settings.limits.batch_bytes * 2)
+        replies = await self._source.read(
+            asking, [raw for raw, _ in group], settings.timeouts.command
+        )
+        check_replies(replies)
+        return replies
+
     async def _fetch_group(
         self, asking: Connection, group: Sequence[tuple[bytes, str]], result: Fetched
     ) -> None:
-        settings = self._context.settings
-        asking.limit_reply(settings.limits.batch_bytes * 2)
-        replies = await asking.pipeline(
-            self._source.fetch_command([raw for raw, _ in group]),
-            timeout_sec=settings.timeouts.command,
-        )
-        check_replies(replies)
+        replies = await self._read(asking, group)
         for part in self._parts(group, replies, result):
+            result.items += len(part.items)
+            # What came over the wire is counted, whatever of it is handed on.
+            if self._source.looks_at_held:
+                part = await self._without_current(part)  # noqa: PLW2901 - the rest of it
             applied = await self._applier.hand_over(part, None, self._path)
             self._count(part, applied, result)
+
+    async def _without_current(self, part: Part) -> Part:
+        context = self._context
+        held = await self._applier.call(
+            context.reads, lambda: context.store.stamps([item.key for item in part.items])
+        )
+        items = self._source.not_current(part.items, held)
+        return Part(items, [None] * len(items))
 
     def _parts(
         self, group: Sequence[tuple[bytes, str]], replies: Sequence[Any], result: Fetched
@@ -183,7 +239,6 @@ class Fetcher:
             yield part
 
     def _count(self, part: Part, applied: ApplyResult, result: Fetched) -> None:
-        result.items += len(part.items)
         for index, outcome in enumerate(applied.outcomes):
             if outcome is Outcome.REFUSED:
                 reason = applied.reasons.get(index, "no reason given")

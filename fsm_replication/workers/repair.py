@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from fsm_replication.batch import BatchBuilder, Part
 from fsm_replication.items import EMPTY_HASH, Stamp, SyncItem
-from fsm_replication.layout import Keys
 from fsm_replication.merkle import bucket_of, bucket_path
 from fsm_replication.workers.applier import Applier
 from fsm_replication.workers.comparer import Difference, Group
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import LinkContext
-from fsm_replication.workers.copier import make_comparer
-from fsm_replication.workers.fetcher import Fetched, Fetcher, OwnItems
+from fsm_replication.workers.copier import make_comparer, make_source, make_walk
+from fsm_replication.workers.fetcher import Fetched, Fetcher, ItemSource
 
 __all__ = (
     "Budget",
@@ -24,6 +24,7 @@ __all__ = (
     "StaleVerdict",
     "find_differences",
     "make_applier",
+    "make_source",
     "repair_peer",
 )
 
@@ -93,7 +94,7 @@ class KeyDifference:
         return "peer"
 
 
-def make_applier(context: LinkContext) -> tuple[Applier, OwnItems]:
+def make_applier(context: LinkContext) -> Applier:
     """Return what applies repaired items; a store call that fails ends the pass."""
     builder = BatchBuilder(
         context.peer_id,
@@ -101,8 +102,7 @@ def make_applier(context: LinkContext) -> tuple[Applier, OwnItems]:
         part_bytes=context.settings.limits.batch_bytes // 4,
         now_ms=context.ports.wall_clock.now_ms,
     )
-    applier = Applier(context, builder, "", lambda: True)
-    return applier, OwnItems(Keys(context.peer.redis_prefix), builder.decoder)
+    return Applier(context, builder, "", lambda: True)
 
 
 class _Pass:
@@ -115,9 +115,46 @@ class _Pass:
         self._budget = budget
         self._verdict = verdict
         self._on_progress = on_progress
-        self._applier, self._source = make_applier(context)
+        self._applier = make_applier(context)
+        self._source = make_source(context, lines)
         self._fetcher = Fetcher(context, self._applier, self._source, "repair")
         self.result = PeerRepair()
+
+    async def run_foreign(self) -> PeerRepair:
+        """Walk a foreign node's tree; it holds no deletes, so nothing can be agreed upon."""
+        context, result = self._context, self.result
+        walk = make_walk(context, self._lines, self._applier)
+        if not await walk.begin():
+            result.in_sync = True
+            result.complete = walk.has_tree
+            return result
+        async for flight in walk.flights():
+            result.skipped += flight.skipped
+            result.differing += len(flight.leaves)
+            await self._take_leaves(flight.leaves)
+            self._on_progress(result)
+            if self._budget.left == 0:
+                result.deferred += 1
+                break
+        result.in_sync = not (result.differing or result.skipped)
+        result.complete = not (result.deferred or result.skipped or result.fetched.failed)
+        if result.complete:
+            walk.settle()
+            await context.note_synced()
+        return result
+
+    async def _take_leaves(self, leaves: Sequence[tuple[str, bytes]]) -> None:
+        context, result = self._context, self.result
+        wanted = [leaf for leaf in leaves if leaf[0] not in context.unfetchable]
+        result.deferred += len(leaves) - len(wanted)
+        for begin in range(0, len(wanted), FETCH_KEYS):
+            part = wanted[begin : begin + FETCH_KEYS]
+            while part and (allowed := self._budget.take(len(part))):
+                failed = len(result.fetched.failed)
+                await self._fetch([key for key, _ in part[:allowed]])
+                context.settled.add_all(part[:allowed], result.fetched.failed[failed:])
+                part = part[allowed:]
+            result.deferred += len(part)
 
     async def run(self, our_root: bytes | None, after: tuple[str, str] | None) -> PeerRepair:
         context, result = self._context, self.result
@@ -230,6 +267,8 @@ async def repair_peer(
     :raises ReplicationError: if the peer cannot be read.
     """
     work = _Pass(context, lines, budget, verdict, on_progress)
+    if lines.foreign:
+        return await work.run_foreign()
     return await work.run(our_root, after)
 
 
@@ -238,7 +277,11 @@ async def find_differences(context: LinkContext, lines: Lines) -> AsyncIterator[
 
     :raises ReplicationError: if the peer cannot be read.
     """
-    applier, source = make_applier(context)
+    applier, source = make_applier(context), make_source(context, lines)
+    if lines.foreign:
+        async for found in _find_foreign(context, lines, applier, source):
+            yield found
+        return
     comparer = make_comparer(context, lines, applier)
     buckets = await comparer.differing_buckets(both=True)
     async for group in comparer.groups(buckets, both=True):
@@ -247,8 +290,32 @@ async def find_differences(context: LinkContext, lines: Lines) -> AsyncIterator[
             [("STRLEN", source.redis_key(key)) for key in fetching],
             timeout_sec=context.settings.timeouts.command,
         )
-        for found, size in zip(group.differences, sizes, strict=True):
+        for differing, size in zip(group.differences, sizes, strict=True):
             known = size if isinstance(size, int) else 0
-            yield KeyDifference(context.peer_id, found.key, found.ours, found.theirs, known)
+            yield KeyDifference(
+                context.peer_id, differing.key, differing.ours, differing.theirs, known
+            )
         for key, ours, theirs in group.newer_here:
             yield KeyDifference(context.peer_id, key, ours, theirs, 0)
+
+
+async def _find_foreign(
+    context: LinkContext, lines: Lines, applier: Applier, source: ItemSource
+) -> AsyncIterator[KeyDifference]:
+    """Fetch what differs to see which side is newer: a foreign leaf does not tell."""
+    walk = make_walk(context, lines, applier)
+    fetcher = Fetcher(context, applier, source, "repair")
+    if not await walk.begin():
+        return
+    async for flight in walk.flights():
+        for begin in range(0, len(flight.leaves), FETCH_KEYS):
+            keys = [key for key, _ in flight.leaves[begin : begin + FETCH_KEYS]]
+            named = [(source.redis_key(key), key) for key in keys]
+            async for item in fetcher.peek(lines.asking, named):
+                (ours,) = await applier.call(
+                    context.reads, partial(context.store.stamps, [item.key])
+                )
+                for theirs in source.not_current([item], [ours]):
+                    yield KeyDifference(
+                        context.peer_id, item.key, ours, theirs.stamp, len(theirs.content)
+                    )

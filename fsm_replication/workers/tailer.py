@@ -39,8 +39,7 @@ from fsm_replication.workers.applier import Applier, Blocked, Unsettled
 from fsm_replication.workers.chunks import ChunkQueue
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import LinkContext
-from fsm_replication.workers.copier import Copier
-from fsm_replication.workers.fetcher import OwnItems
+from fsm_replication.workers.copier import Copier, make_source
 from fsm_replication.workers.reader import (
     Gap,
     Read,
@@ -350,16 +349,13 @@ class Tailer:
         applier = await self._get_applier()
         if not await self._enter_copy_slot(orders):
             return
-        if self._lines.foreign:
-            await self._begin_at_oldest(orders)
-            return
         if self._copier is None:
             context.progress.copied = 0
             self._copier = Copier(
                 context,
                 self._lines,
                 applier,
-                OwnItems(self._keys, self._builder.decoder),
+                make_source(context, self._lines),
                 self._incarnation,
                 self._is_interrupted,
             )
@@ -376,16 +372,6 @@ class Tailer:
             self._lines.asking, self._keys.stream, context.settings.timeouts.command
         )
         self._report_distance(orders, head, info)
-
-    async def _begin_at_oldest(self, orders: _Orders) -> None:
-        """Go on from the oldest entry in a foreign node's stream.
-
-        Its items are not copied, so what the stream no longer holds is an open gap in the ledger.
-        """
-        why = f"{self._gap[1]}; items of foreign nodes are not copied"
-        info = await self._go_on_from_oldest(self._gap[0], why)
-        self._context.copy_slot.release(self)
-        self._report_distance(orders, self._reader.position, info)
 
     async def _go_on_from_oldest(self, gap: Gap | None, why: str) -> StreamInfo:
         """Read on from the oldest entry; what the stream no longer holds is an open gap."""

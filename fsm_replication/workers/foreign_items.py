@@ -1,0 +1,112 @@
+"""Reads the items of a foreign node, in either of the forms in which they lie in its Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+
+from fsm_replication.errors import BadEntryError, PeerReplyError
+from fsm_replication.foreign import decode_foreign, is_json_module_missing
+from fsm_replication.items import Stamp, SyncItem, content_hash
+from fsm_replication.layout import glob_escape
+from fsm_replication.ports import Connection
+from fsm_replication.stream import WireForm
+from fsm_replication.workers.connector import Lines
+
+__all__ = ("ForeignItems",)
+
+# Older versions of the RedisJSON module answer a key of another type without Redis's code.
+_WRONG_TYPE: Final = ("WRONGTYPE", "ERR Existing key has wrong Redis type", "ERR wrong static type")
+
+
+class ForeignItems:
+    """The items of a foreign node: documents of RedisJSON, or strings that hold a whole item.
+
+    Whether its Redis has that module is asked once per connection, by using it: ``lines`` remembers.
+    """
+
+    # STRLEN refuses documents; this tells about how much either takes.
+    size_command = ("MEMORY", "USAGE")
+    looks_at_held = True
+
+    def __init__(self, lines: Lines, prefix: str, payload_limit: int) -> None:
+        self._lines = lines
+        self._prefix = prefix.encode()
+        self._payload_limit = payload_limit
+        self.match = glob_escape(prefix) + "*"
+
+    def redis_key(self, key: str) -> bytes:
+        """Return where the item of a key lies."""
+        return self._prefix + key.encode()
+
+    def key_of(self, redis_key: bytes) -> str | None:
+        """Return the item's key, or None where it is not UTF-8."""
+        try:
+            return redis_key.removeprefix(self._prefix).decode() or None
+        except UnicodeDecodeError:
+            return None
+
+    async def read(
+        self, asking: Connection, redis_keys: Sequence[bytes], timeout_sec: float
+    ) -> Sequence[Any]:
+        """Read documents by JSON.GET, and what is none, or without the module all, by GET.
+
+        A reply is a tuple of its kind, "json" or "string", and the value; or an error, or None.
+        """
+        replies: list[Any] = []
+        if self._lines.json_module is not False:
+            commands = [("JSON.GET", redis_key) for redis_key in redis_keys]
+            answers = await asking.pipeline(commands, timeout_sec=timeout_sec)
+            self._lines.json_module = not any(map(_says_missing, answers))
+            replies = [
+                ("json", answer) if isinstance(answer, bytes) else answer for answer in answers
+            ]
+        if not self._lines.json_module:
+            strings = list(range(len(redis_keys)))
+            replies = [None] * len(redis_keys)
+        else:
+            strings = [place for place, reply in enumerate(replies) if _is_wrong_type(reply)]
+        if strings:
+            commands = [("GET", redis_keys[place]) for place in strings]
+            answers = await asking.pipeline(commands, timeout_sec=timeout_sec)
+            for place, answer in zip(strings, answers, strict=True):
+                replies[place] = ("string", answer) if isinstance(answer, bytes) else answer
+        return replies
+
+    def decode(self, key: str, reply: Any) -> tuple[SyncItem, WireForm | None] | None:
+        """Return the item in a reply of ``read``; None where it has gone meanwhile.
+
+        :raises BadEntryError: if it is not an item.
+        """
+        if reply is None:
+            return None
+        if not isinstance(reply, tuple):
+            raise BadEntryError("item", f"its key holds no item: {reply}")
+        kind, raw = reply
+        item = decode_foreign(key, raw, kind=kind, payload_limit=self._payload_limit)
+        return item, None
+
+    def not_current(
+        self, items: Sequence[SyncItem], held: Sequence[Stamp | None]
+    ) -> list[SyncItem]:
+        """Leave out those whose content is held live, and give the others their content's hash.
+
+        Content that could not be spelled as it was hashed has come with the foreign hash, by which
+        it is known to be held; but under that hash no reader of our stream would take it.
+        """
+        wanted: list[SyncItem] = []
+        for item, ours in zip(items, held, strict=True):
+            digest = content_hash(item.content)
+            if ours is None or ours.deleted or ours.content_hash not in (item.content_hash, digest):
+                wanted.append(msgspec.structs.replace(item, content_hash=digest))
+        return wanted
+
+
+def _says_missing(answer: Any) -> bool:
+    return isinstance(answer, PeerReplyError) and is_json_module_missing(str(answer))
+
+
+def _is_wrong_type(answer: Any) -> bool:
+    return isinstance(answer, PeerReplyError) and any(text in str(answer) for text in _WRONG_TYPE)

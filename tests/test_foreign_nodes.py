@@ -1,0 +1,421 @@
+"""Reading foreign nodes: their trees and items, written here byte by byte as they are described."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import DEADLINE_SEC, Nodes, held, until
+from redis import Redis
+
+from fsm_replication import (
+    MemorySyncEngine,
+    PeerConfig,
+    PeerState,
+    ReplicationEngine,
+    SyncEngine,
+)
+from fsm_replication.config import ColdPathConfig, HotPathConfig, Settings
+from fsm_replication.cursor import SqliteCursorStore
+from fsm_replication.errors import PeerReplyError
+from fsm_replication.items import SyncItem, content_hash
+from fsm_replication.ports import Ports
+from fsm_replication.servers import RedisServer
+from fsm_replication.transport import RedisConnection, RedisTransport
+from fsm_replication.workers import foreign_walk
+from fsm_replication.workers.foreign_walk import SettledHashes
+
+BY_HAND = Settings(
+    hot_path=HotPathConfig(enabled=False), cold_path=ColdPathConfig(interval_sec=3600)
+)
+AT = 1_700_000_000_000
+
+
+def sha(data: bytes) -> bytes:
+    """Return the raw SHA-256."""
+    return hashlib.sha256(data).digest()
+
+
+class ForeignNode:
+    """Writes what a foreign node would, with nothing of the library."""
+
+    def __init__(self, server: RedisServer, prefix: str = "", *, bare: bool = False) -> None:
+        self.client = Redis(host="127.0.0.1", port=server.port)
+        self.prefix = prefix
+        self.bare = bare
+        self.leaves: dict[str, bytes] = {}
+        self.documents: dict[bytes, bytes] = {}
+
+    def put(
+        self, key: str, content: bytes, *, version: int = 1, at: int = AT, leaf: bool = True
+    ) -> None:
+        """Keep an item as one string, and plant its leaf."""
+        whole = {
+            "object_id": key,
+            "version": version,
+            "updated_at": at,
+            "content_type": "binary",
+            "content_hash": sha(content).hex(),
+            "content": list(content),
+            "state": "default",
+            "batch_id": None,
+        }
+        self.client.set(f"{self.prefix}{key}", json.dumps(whole))
+        if leaf:
+            self.plant(key, version, content)
+
+    def put_document(self, key: str, payload: bytes, hashed: bytes, *, version: int = 1) -> None:
+        """Keep an item as a document, which JSON.GET is answered with; ``hashed`` was its content."""
+        raw = b'{"version":%d,"timestamp":%d,"state":"default","access_count":0,' % (version, AT)
+        raw += b'"last_accessed":%d,"payload_hash":"%b",' % (AT, sha(hashed).hex().encode())
+        raw += b'"payload":%b}' % payload
+        name = f"{self.prefix}{key}".encode()
+        self.documents[name] = raw
+        # Something of a type that neither GET nor STRLEN can read.
+        self.client.hset(f"{self.prefix}{key}", "stands for", "a document")
+        self.plant(key, version, hashed)
+
+    def plant(self, key: str, version: int, content: bytes) -> None:
+        """Note a leaf; ``write_tree`` makes the tree of all of them."""
+        self.leaves[key] = sha(
+            key.encode() + b"|" + version.to_bytes(8, "little") + b"|" + sha(content)
+        )
+
+    def write_tree(self) -> None:
+        """Write the whole tree anew."""
+        for name in self.client.scan_iter(f"{self.prefix}merkle:*", count=1000):
+            self.client.delete(name)
+        pipe = self.client.pipeline(transaction=False)
+        self._write(pipe, "", self.leaves)
+        pipe.execute()
+
+    def _write(self, pipe: Any, path: str, leaves: Mapping[str, bytes]) -> bytes:
+        below: dict[str, dict[str, bytes]] = {}
+        children: dict[str, bytes] = {}
+        for key, digest in leaves.items():
+            segment, dot, rest = key.partition(".")
+            if dot:
+                below.setdefault(segment, {})[rest] = digest
+            else:
+                children[segment] = digest
+        for segment, part in below.items():
+            name = f"{path}.{segment}" if path else segment
+            children[segment] = self._write(pipe, name, part)
+        whole = b""
+        for segment in sorted(children, key=str.encode):
+            whole += segment.encode() + b":" + children[segment] + b";"
+            member = segment if self.bare else f"{segment}:{children[segment].hex()}"
+            pipe.zadd(f"{self.prefix}merkle:children:{path}", {member: 0})
+            name = f"{path}.{segment}" if path else segment
+            pipe.set(f"{self.prefix}merkle:hash:{name}", children[segment].hex())
+        pipe.set(f"{self.prefix}merkle:hash:{path}", sha(whole).hex())
+        return sha(whole)
+
+    def publish(self, key: str, content: bytes, version: int = 1) -> None:
+        """Append a PUT to the stream."""
+        meta = {"content_type": "binary", "version": version, "updated_at": AT}
+        self.client.xadd(
+            f"{self.prefix}cdc",
+            {
+                "op": "PUT",
+                "key": key,
+                "hash": sha(content).hex(),
+                "data": content,
+                "meta": json.dumps(meta),
+            },
+        )
+
+
+class ModuleTransport(RedisTransport):
+    """Answers JSON.GET as a Redis with the module does, from documents; counts flights."""
+
+    def __init__(self, documents: Mapping[bytes, bytes] | None = None) -> None:
+        super().__init__()
+        self.documents = documents
+        self.flights: list[tuple[str, int]] = []
+
+    async def connect(self, url: str, *, timeout_sec: float, name: str) -> RedisConnection:
+        """Connect, and look at what is sent."""
+        connection = await super().connect(url, timeout_sec=timeout_sec, name=name)
+        send = connection.send
+
+        def looked_at(*commands: Sequence[bytes | str | int]) -> asyncio.Future[list[Any]]:
+            verb = str(commands[0][0])
+            self.flights.append((verb, len(commands)))
+            if verb != "JSON.GET" or self.documents is None:
+                return send(*commands)
+            answer: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+            answer.set_result([self._document(command[1]) for command in commands])
+            return answer
+
+        connection.send = looked_at  # type: ignore[method-assign]
+        return connection
+
+    def _document(self, name: bytes | str | int) -> Any:
+        assert isinstance(name, bytes)
+        assert self.documents is not None
+        found = self.documents.get(name)
+        wrong = "WRONGTYPE Operation against a key holding the wrong kind of value"
+        return PeerReplyError(wrong) if found is None else found
+
+    def count(self, verb: str) -> int:
+        """Return how many flights began with a command."""
+        return sum(name == verb for name, _ in self.flights)
+
+
+@pytest.fixture
+def foreign(redis_server: RedisServer) -> Iterator[ForeignNode]:
+    """A foreign node on a server of its own."""
+    node = ForeignNode(redis_server)
+    yield node
+    node.client.close()
+
+
+def at(server: RedisServer, **more: Any) -> PeerConfig:
+    """Return how the foreign node is reached."""
+    return PeerConfig(node_id="a", redis_url=server.url, **more)
+
+
+def engine_over(
+    nodes: Nodes, tmp_path: Path, server: RedisServer, store: SyncEngine, transport: RedisTransport,
+    settings: Settings = BY_HAND, **more: Any,
+) -> ReplicationEngine:  # fmt: skip
+    """Return an engine that reads the foreign node over a transport."""
+    config = nodes.config(at(server, **more), settings=settings)
+    ports = Ports(transport=transport, cursor_store=SqliteCursorStore(str(tmp_path / "c.db")))
+    return ReplicationEngine(config, store, ports=ports)
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["segment:hash", "segment"])
+@pytest.mark.parametrize("prefix", ["", "site-f:"])
+async def test_a_foreign_node_is_copied_from_its_tree_and_then_read_on(
+    tmp_path: Path, nodes: Nodes, redis_server: RedisServer, prefix: str, bare: bool
+) -> None:
+    """If this fails what a foreign stream no longer holds never arrives."""
+    foreign = ForeignNode(redis_server, prefix, bare=bare)
+    foreign.put("uk.nhs.patient.123", b"\x00\xff binary")
+    foreign.put("uk.nhs.patient.124", b"")
+    foreign.put("colons:in:it.and::there", b"x")
+    foreign.put("flat", b"y")
+    foreign.put_document(
+        "uk.json", b'{"b":1,"a":[1.50,"\xc3\xa4"]}', b'{"b":1,"a":[1.50,"\xc3\xa4"]}'
+    )
+    foreign.put_document("uk.sorted", b'{"b":1,"a":2}', b'{"a": 2, "b": 1}')
+    foreign.write_tree()
+    foreign.publish("trimmed", b"0")
+    foreign.client.xtrim(f"{prefix}cdc", maxlen=0, approximate=False)
+    foreign.publish("in.the.stream", b"z")
+    store = MemorySyncEngine(node_id="b")
+    transport = ModuleTransport(foreign.documents)
+    engine = engine_over(
+        nodes, tmp_path, redis_server, store, transport, Settings(), redis_prefix=prefix
+    )
+    async with engine:
+        await engine.wait_for_state(PeerState.BOOTSTRAPPING, peer_id="a", timeout=DEADLINE_SEC)
+        await engine.wait_synced(DEADLINE_SEC)
+        assert await held(store, *foreign.leaves, "in.the.stream") == {
+            "uk.nhs.patient.123": b"\x00\xff binary",
+            "uk.nhs.patient.124": b"",
+            "colons:in:it.and::there": b"x",
+            "flat": b"y",
+            "uk.json": b'{"b":1,"a":[1.50,"\xc3\xa4"]}',
+            "uk.sorted": b'{"a": 2, "b": 1}',
+            "in.the.stream": b"z",
+        }
+        (json_item,) = await store.get_many(["uk.json"])
+        assert json_item is not None
+        assert (json_item.content_type, json_item.version, json_item.updated_at) == ("json", 1, AT)
+        health = engine.health_check().peers[0]
+        assert (health.layout, health.gaps_open) == ("dotted", 0)
+        again = await engine.repair()
+        assert (again.peers_in_sync, again.items_fetched, again.errors) == (1, 0, 0)
+    foreign.client.close()
+
+
+async def test_only_what_has_changed_is_looked_into(
+    nodes: Nodes, tmp_path: Path, redis_server: RedisServer, foreign: ForeignNode
+) -> None:
+    """If this fails each cycle reads a foreign tree from end to end."""
+    for number in range(2000):
+        foreign.put(f"t{number % 20}.k{number}", b"%d" % number)
+    foreign.write_tree()
+    store = MemorySyncEngine(node_id="b")
+    transport = ModuleTransport()
+    engine = engine_over(nodes, tmp_path, redis_server, store, transport)
+    foreign.publish("t0.k0", b"0")
+    async with engine:
+        first = await engine.repair()
+        assert (first.items_submitted, first.errors) == (2000, 0)
+        assert transport.count("JSON.GET") == 1, "the module is asked for once per connection"
+        transport.flights.clear()
+        assert (await engine.repair()).peers_in_sync == 1
+        assert transport.flights == [("GET", 1)], "an equal root is one round trip"
+        foreign.put("t7.k7", b"changed", version=2, at=AT + 1)
+        foreign.put("t7.new", b"new")
+        foreign.write_tree()
+        transport.flights.clear()
+        second = await engine.repair()
+        assert (second.items_fetched, second.items_submitted) == (2, 2)
+        read = [count for verb, count in transport.flights if verb == "ZRANGE"]
+        assert read == [1, 1], "the root and one branch"
+        assert len(transport.flights) <= 8, transport.flights
+        assert await held(store, "t7.k7", "t7.new") == {"t7.k7": b"changed", "t7.new": b"new"}
+
+
+async def test_content_that_is_held_is_current_and_what_is_older_is_not_taken(
+    nodes: Nodes, tmp_path: Path, redis_server: RedisServer, foreign: ForeignNode
+) -> None:
+    """If this fails foreign stamps make nodes write the same content to each other for ever."""
+    store = MemorySyncEngine(node_id="b")
+    same = await store.put("same.content", b"equal")
+    newer = await store.put("newer.here", b"ours")
+    only_here = await store.put("only.here", b"stays")
+    await store.put("deleted.here", b"x")
+    await store.delete("deleted.here")
+    await store.submit(SyncItem("older.here", b"old", "binary", content_hash(b"old"), 1, AT - 1))
+    foreign.put("same.content", b"equal", version=9, at=same.updated_at + 50_000)
+    foreign.put("newer.here", b"theirs")
+    foreign.put("deleted.here", b"x")
+    foreign.put("older.here", b"new", version=2)
+    foreign.write_tree()
+    foreign.publish("older.here", b"new", 2)
+    engine = engine_over(nodes, tmp_path, redis_server, store, ModuleTransport())
+    async with engine:
+        before = [found async for found in engine.differences("a")]
+        assert {(found.key, found.newer) for found in before} == {
+            ("newer.here", "local"),
+            ("deleted.here", "local"),
+            ("older.here", "peer"),
+        }
+        stats = await engine.repair()
+        assert (stats.items_fetched, stats.items_submitted, stats.errors) == (4, 1, 0)
+        assert await store.get("same.content") == same
+        assert await store.get("newer.here") == newer
+        assert await store.get("only.here") == only_here
+        assert await held(store, "older.here", "deleted.here") == {
+            "older.here": b"new",
+            "deleted.here": None,
+        }
+        assert (await engine.repair()).items_fetched == 0, "what was once seen to be old is left"
+        told = await engine.explain("same.content")
+        assert "same content" in told.peers[0].verdict
+        told = await engine.explain("newer.here")
+        assert "ours wins" in told.peers[0].verdict
+
+
+async def test_a_spelling_nobody_finds_again_is_kept_under_its_own_hash(
+    nodes: Nodes, tmp_path: Path, redis_server: RedisServer, foreign: ForeignNode
+) -> None:
+    """If this fails such an item is refused by every reader of our stream, or fetched for ever."""
+    foreign.put_document("odd", b'{"a":1}', b'{ "a"  : 1 }')
+    foreign.write_tree()
+    foreign.publish("other", b"")
+    store = MemorySyncEngine(node_id="b")
+    engine = engine_over(nodes, tmp_path, redis_server, store, ModuleTransport(foreign.documents))
+    async with engine:
+        assert (await engine.repair()).items_submitted == 1
+        item = await store.get("odd")
+        assert item is not None
+        assert (item.content, item.content_hash) == (b'{"a":1}', sha(b'{"a":1}'))
+        assert (await engine.repair()).items_fetched == 0
+        # The same content, as the stream would bring it, is current by the foreign hash.
+        foreign.put_document("odd", b'{"a":1}', b'{"a":1}', version=1)
+        foreign.write_tree()
+        assert (await engine.repair()).items_submitted == 0
+
+
+async def test_what_cannot_be_read_spoils_nothing_else(
+    nodes: Nodes, tmp_path: Path, redis_server: RedisServer, foreign: ForeignNode,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """If this fails one broken node or item ends the repair of a foreign peer."""
+    monkeypatch.setattr(foreign_walk, "CHILDREN_MAX", 40)
+    for number in range(50):
+        foreign.put(f"wide.k{number}", b"x")
+    foreign.put(".".join(["deep"] * 70), b"x")
+    foreign.put("broken.node", b"x")
+    foreign.put("not.an.item", b"x")
+    foreign.put("gone", b"x")
+    foreign.put("bad.members", b"good")
+    foreign.put("good", b"x")
+    foreign.plant("cdc.reserved", 1, b"x")
+    foreign.write_tree()
+    foreign.publish("good", b"x")
+    foreign.client.delete("merkle:children:broken")
+    foreign.client.set("merkle:children:broken", "a string")
+    foreign.client.set("not.an.item", b"{")
+    foreign.client.delete("gone")
+    foreign.client.zadd("merkle:children:bad", {b"\xff:" + b"0" * 64: 0, b"": 0, b"a.b": 0})
+    store = MemorySyncEngine(node_id="b")
+    engine = engine_over(nodes, tmp_path, redis_server, store, ModuleTransport())
+    async with engine:
+        stats = await engine.repair()
+        assert stats.errors == 0
+        assert await held(store, "good", "bad.members") == {"good": b"x", "bad.members": b"good"}
+        assert len(store) == 2
+        # The pass was not complete, so it looks again, but fetches nothing in vain.
+        assert (await engine.repair()).items_fetched == 0
+
+
+async def test_the_budget_is_kept_and_the_next_cycle_goes_on(
+    nodes: Nodes, tmp_path: Path, redis_server: RedisServer, foreign: ForeignNode
+) -> None:
+    """If this fails a foreign node takes more than its share of a cycle, or is never done."""
+    for number in range(250):
+        foreign.put(f"k.{number}", b"x")
+    foreign.write_tree()
+    foreign.publish("k.0", b"x")
+    store = MemorySyncEngine(node_id="b")
+    settings = BY_HAND.model_copy(
+        update={"cold_path": ColdPathConfig(interval_sec=3600, max_items_per_cycle=100)}
+    )
+    engine = engine_over(nodes, tmp_path, redis_server, store, ModuleTransport(), settings)
+    async with engine:
+        await engine.wait_for_state(PeerState.STANDBY, peer_id="a", timeout=DEADLINE_SEC)
+        done = [await engine._cold_path.cycle() for _ in range(4)]
+        assert [stats.items_fetched for stats in done] == [100, 100, 50, 0]
+        assert done[-1].peers_in_sync == 1
+        assert len(store) == 250
+
+
+async def test_a_gap_is_filled_from_the_tree_and_its_deletes_stay_open(
+    nodes: Nodes, redis_server: RedisServer, foreign: ForeignNode
+) -> None:
+    """If this fails a trimmed foreign stream loses writes, or hides that deletes may be missing."""
+    foreign.publish("k0", b"0")
+    foreign.put("k0", b"0")
+    foreign.write_tree()
+    store = MemorySyncEngine(node_id="b")
+    async with nodes.engine(at(redis_server), store=store) as engine:
+        await engine.wait_synced(DEADLINE_SEC)
+        await engine.pause("a")
+        await engine.wait_for_state(PeerState.PAUSED, peer_id="a", timeout=DEADLINE_SEC)
+        for number in range(1, 40):
+            foreign.publish(f"k{number}", b"x")
+            foreign.put(f"k{number}", b"x")
+        foreign.write_tree()
+        foreign.client.xtrim("cdc", maxlen=3, approximate=False)
+        await engine.resume("a")
+        await until(lambda: len(store) == 40)
+        await engine.wait_for_state(PeerState.TAILING, peer_id="a", timeout=DEADLINE_SEC)
+        (gap,) = await engine.ledger()
+        assert (gap.missed, gap.healed_at_ms) == (36, None)
+        assert engine.health_check().peers[0].gaps_open == 1
+
+
+async def test_memory_of_what_was_settled_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails a large foreign tree fills this node's memory."""
+    monkeypatch.setattr(foreign_walk, "SETTLED_MAX", 10)
+    settled = SettledHashes()
+    for number in range(100):
+        settled.add(str(number), b"h")
+    assert len(settled) == 10
+    assert settled.holds("99", b"h")
+    assert not settled.holds("99", b"i")
+    assert not settled.holds("0", b"h")
+    assert not settled.holds("unknown", b"")
