@@ -88,6 +88,26 @@ class Keys:
         return f"{self.prefix}fsm:live"
 
     @property
+    def dirty(self) -> str:
+        """The keys whose leaves in the dotted tree are not up to date."""
+        return f"{self.prefix}fsm:dotted:dirty"
+
+    @property
+    def unfolded(self) -> str:
+        """The nodes of the dotted tree whose hashes are not up to date, by their depth."""
+        return f"{self.prefix}fsm:dotted:unfolded"
+
+    @property
+    def kept_out(self) -> str:
+        """The live keys that the dotted tree cannot hold."""
+        return f"{self.prefix}fsm:dotted:out"
+
+    @property
+    def lease(self) -> str:
+        """Which process of the node publishes the dotted layout."""
+        return f"{self.prefix}fsm:dotted:lease"
+
+    @property
     def item_prefix(self) -> str:
         """What every item key begins with."""
         return f"{self.prefix}item:"

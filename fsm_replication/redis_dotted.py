@@ -5,15 +5,16 @@ How it lies there, and what its hashes cover, is told in :mod:`fsm_replication.f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from fsm_replication.errors import BadEntryError, PeerReplyError, ProtocolError
 from fsm_replication.foreign import children_key, decode_hash, hash_key, parse_member
-from fsm_replication.redis_tree import Pipeline
 
-__all__ = ("CHILDREN_MAX", "DottedNode", "DottedReader", "child_path")
+__all__ = ("CHILDREN_MAX", "DottedNode", "DottedReader", "Pipeline", "child_path")
+
+Pipeline = Callable[[Sequence[Sequence[Any]]], Awaitable[list[Any]]]
 
 # A node with more children than this is passed over.
 CHILDREN_MAX: Final = 100_000

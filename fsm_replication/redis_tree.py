@@ -6,9 +6,10 @@ How it lies there is told in :mod:`fsm_replication.merkle`.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final
+from typing import Any
 
 from fsm_replication.errors import PeerReplyError, ProtocolError
+from fsm_replication.foreign import DOTTED, interior_hash
 from fsm_replication.layout import Keys
 from fsm_replication.merkle import (
     DIGEST_BYTES,
@@ -18,10 +19,9 @@ from fsm_replication.merkle import (
     parse_children,
     path_bucket,
 )
+from fsm_replication.redis_dotted import DottedReader, Pipeline
 
 __all__ = ("RedisTree",)
-
-Pipeline = Callable[[Sequence[Sequence[Any]]], Awaitable[list[Any]]]
 
 
 async def _nothing() -> None:
@@ -34,17 +34,25 @@ class RedisTree:
     ``sweep`` is called before the root is read: a node takes expired tombstones out of its own tree.
     """
 
-    layouts: Final = frozenset({OWN})
-
     def __init__(
-        self, pipeline: Pipeline, keys: Keys, sweep: Callable[[], Awaitable[None]] = _nothing
+        self,
+        pipeline: Pipeline,
+        keys: Keys,
+        sweep: Callable[[], Awaitable[None]] = _nothing,
+        *,
+        layouts: frozenset[str] = frozenset({OWN}),
     ) -> None:
         self._pipeline = pipeline
+        self._keys = keys
         self._key = keys.tree
         self._sweep = sweep
+        self._dotted = DottedReader(self._ask, keys.prefix)
+        self.layouts = layouts
 
     async def root(self, layout: str) -> bytes:
-        """Return the digest of everything, 8 bytes."""
+        """Return the digest of everything: 8 bytes of our own layout, 32 of the dotted one."""
+        if layout == DOTTED:
+            return await self._dotted.root() or interior_hash(())
         await self._sweep()
         (raw,) = await self._ask([("GETRANGE", self._key, 0, DIGEST_BYTES - 1)])
         if not isinstance(raw, bytes) or len(raw) not in (0, DIGEST_BYTES):
@@ -53,6 +61,9 @@ class RedisTree:
 
     async def children(self, layout: str, paths: Sequence[str]) -> list[dict[str, bytes] | None]:
         """Return the children of several nodes in one round trip; None for one that is no node."""
+        if layout == DOTTED:
+            nodes = await self._dotted.children(paths)
+            return [None if node is None else node.children for node in nodes]
         replies = await self._ask([children_command(self._key, path) for path in paths])
         found: list[dict[str, bytes] | None] = []
         for path, reply in zip(paths, replies, strict=True):
@@ -77,9 +88,35 @@ class RedisTree:
         return replies
 
     async def clean_branches(self, layout: str) -> Sequence[str]:
-        """Return the root: every change is in the tree with its item."""
-        return ("",)
+        """Return the paths below the root that are up to date; the root alone if everything is.
+
+        In our own layout everything is: each change is in the tree with its item.
+        """
+        if layout != DOTTED or await self.is_branch_clean(layout, ""):
+            return ("",)
+        (node,) = await self._dotted.children([""])
+        names = sorted(node.children) if node is not None else []
+        return [name for name in names if await self.is_branch_clean(layout, name)]
 
     async def is_branch_clean(self, layout: str, path: str) -> bool:
-        """Return True: every change is in the tree with its item."""
-        return True
+        """Say whether what is below a path is up to date."""
+        if layout != DOTTED:
+            return True
+        if not path:
+            counts = await self._ask([("ZCARD", self._keys.dirty), ("ZCARD", self._keys.unfolded)])
+            return counts == [0, 0]
+        below = f"{path}."
+        dirty, marked, unfolded = await self._ask(
+            [
+                # What sorts from "path." up to "path/", the next character, begins with "path.".
+                ("ZRANGEBYLEX", self._keys.dirty, f"[{below}", f"({path}/", "LIMIT", 0, 1),
+                ("ZSCORE", self._keys.dirty, path),
+                ("ZRANGE", self._keys.unfolded, 0, -1),
+            ]
+        )
+        nodes = (raw.decode() for raw in unfolded)
+        return (
+            not dirty
+            and marked is None
+            and not any(node == path or node.startswith(below) for node in nodes)
+        )

@@ -12,7 +12,6 @@ import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fsm_replication.errors import ConfigError
 from fsm_replication.items import EMPTY_HASH, SyncItem, content_hash
 from fsm_replication.layout import Keys, encode_stamp
 from fsm_replication.merkle import (
@@ -270,9 +269,3 @@ def test_a_bucket_has_a_path(bucket: int) -> None:
     tree.set(key, None)
     assert tree.root() == EMPTY_ROOT
     assert tree.children("") == {}
-
-
-def test_a_layout_that_cannot_be_kept_is_refused() -> None:
-    """If this fails a node seems to publish a tree that foreign nodes look for in vain."""
-    with pytest.raises(ConfigError, match="dotted cannot be kept yet"):
-        RedisSyncEngine("redis://h", node_id="n", layouts=("own", "dotted"))

@@ -12,7 +12,7 @@ import asyncio
 import json
 import random
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self, cast
 
@@ -38,6 +38,7 @@ from fsm_replication.errors import (
     StoreReopenedError,
     redact,
 )
+from fsm_replication.foreign import DOTTED, reserved
 from fsm_replication.items import (
     CONTENT_TYPES,
     EMPTY_HASH,
@@ -62,10 +63,13 @@ from fsm_replication.layout import (
     encode_stamp,
     glob_escape,
 )
+from fsm_replication.log import get_logger
 from fsm_replication.merkle import OWN, PARTITIONS, Tree, bucket_of
 from fsm_replication.ports import Clock, Connection, Position, StreamId, SystemClock, Transport
 from fsm_replication.redis_tree import RedisTree
+from fsm_replication.stores import dotted_scripts
 from fsm_replication.stores import redis_scripts as scripts
+from fsm_replication.stores.dotted import DottedPublisher
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received, SyncEngine, WireForm
 from fsm_replication.stream import DataDecoder, Encoded, encode_data, encode_meta
 from fsm_replication.transport import RedisTransport
@@ -86,8 +90,10 @@ _OUTCOMES: Final = {
     ord("0"): Outcome.APPLIED,
     ord("1"): Outcome.SUPERSEDED,
     ord("2"): Outcome.REFUSED,
+    ord("4"): Outcome.REFUSED,
 }
 _NO_ITEM: Final = "its key holds something that is no item"
+_RESERVED: Final = "the dotted layout keeps its own under names that begin so"
 _Args = list[bytes | str | int]
 _TYPE_BYTE: Final = {"binary": b"\x00", "json": b"\x01"}
 
@@ -131,23 +137,28 @@ class RedisSyncEngine(SyncEngine):
         # batches of one peer stay in order, and a cancelled call costs nobody else a connection.
         self._lanes: dict[str, Connection] = {}
         self._locks: dict[str, asyncio.Lock] = {}
-        unknown = sorted(set(layouts) - {OWN})
+        unknown = sorted(set(layouts) - {OWN, DOTTED})
         if unknown:
-            raise ConfigError(
-                [
-                    f"store.layouts: {', '.join(unknown)} cannot be kept yet, only {OWN}: leave it out"
-                ]
-            )
+            raise ConfigError([f"store.layouts: there is no layout {', '.join(unknown)}"])
         self._resolver = resolver or LastWriterWins()
         self._closed = False
         self.keys = Keys(redis_prefix)
-        self._tree = RedisTree(self._call_many, self.keys, self._sweep) if OWN in layouts else None
+        self._layouts = frozenset(layouts)
+        self._tree = RedisTree(self._call_many, self.keys, self._sweep, layouts=self._layouts)
         self._tree_key = self.keys.tree if OWN in layouts else ""
+        self._dirty_key = self.keys.dirty if DOTTED in layouts else ""
         self._where = redact(url)
         self._maxlen = stream_maxlen
         self._ttl_ms = round(tombstone_ttl_sec * 1000)
         self._grace_ms = round(tombstone_grace_sec * 1000)
         self._clock = clock or SystemClock()
+        self._log = get_logger("store", node_id=node_id)
+        self._publisher: DottedPublisher | None = None
+        if DOTTED in layouts:
+            self._publisher = DottedPublisher(
+                self.keys, self._run, self._call_many, self._fetch_stamped,
+                self._clock, self._rng, self._log,
+            )  # fmt: skip
         self._payload_bytes = payload_bytes
         self._decoder = DataDecoder(payload_bytes)
         self._compressor = zstandard.ZstdCompressor(level=3)
@@ -185,6 +196,10 @@ class RedisSyncEngine(SyncEngine):
                 scripts.SWEEP,
                 scripts.BUILD,
                 scripts.CLEAR,
+                dotted_scripts.LEASE,
+                dotted_scripts.RELEASE,
+                dotted_scripts.PUBLISH,
+                dotted_scripts.FOLD,
             )
         }
 
@@ -216,13 +231,24 @@ class RedisSyncEngine(SyncEngine):
             )
         self._incarnation = value.decode()
         published = {name for name in layouts.decode().split(",") if name}
-        if self._tree is not None and OWN not in published:
-            await self._build_tree()
-        elif self._tree is None and OWN in published:
-            await self._drop_tree()
+        for layout in sorted(published - self._layouts):
+            published.discard(layout)
+            await self._announce(published)
+            await (self._clear_tree() if layout == OWN else self._clear_dotted())
+        for layout in sorted(self._layouts - published):
+            await (self._build_tree() if layout == OWN else self._mark_all())
+            published.add(layout)
+            await self._announce(published)
+        if self._publisher is not None:
+            self._publisher.start()
+
+    async def _announce(self, layouts: Collection[str]) -> None:
+        partitions = PARTITIONS if OWN in layouts else 0
+        names = ",".join(sorted(layouts, reverse=True))
+        await self._call("HSET", self.keys.marker, "layouts", names, "partitions", partitions)
 
     async def _build_tree(self) -> None:
-        """Plant a leaf for every item that was written without a tree, then publish the layout."""
+        """Plant a leaf for every item that was written without a tree."""
         await self._clear_tree()
         async for keys in self._scan_keys():
             args: list[str | int] = []
@@ -231,11 +257,28 @@ class RedisSyncEngine(SyncEngine):
             head = (self._tree_key, self.keys.item_prefix, self._ttl_ms)
             if args:
                 await self._run(scripts.BUILD, [], [*head, *args])
-        await self._call("HSET", self.keys.marker, "layouts", OWN, "partitions", PARTITIONS)
 
-    async def _drop_tree(self) -> None:
-        await self._call("HSET", self.keys.marker, "layouts", "", "partitions", 0)
-        await self._clear_tree()
+    async def _mark_all(self) -> None:
+        """Leave all keys to the publisher of the dotted layout."""
+        async for keys in self._scan_keys():
+            if keys:
+                marks = [part for key in keys for part in (0, key)]
+                await self._call("ZADD", self.keys.dirty, *marks)
+
+    async def _clear_dotted(self) -> None:
+        """Remove the dotted tree and the items in the foreign form."""
+        async for keys in self._scan_keys():
+            names = [f"{self.keys.prefix}{key}" for key in keys if not reserved(key)]
+            if names:
+                await self._run(scripts.CLEAR, names, [])
+        pattern = f"{glob_escape(self.keys.prefix)}merkle:*"
+        async for raws in self._scan_raw(pattern):
+            if raws:
+                await self._run(scripts.CLEAR, raws, [])
+        keys_of = self.keys
+        await self._run(
+            scripts.CLEAR, [keys_of.dirty, keys_of.unfolded, keys_of.kept_out, keys_of.lease], []
+        )
 
     async def _clear_tree(self) -> None:
         tree = self.keys.tree
@@ -261,8 +304,15 @@ class RedisSyncEngine(SyncEngine):
 
     @property
     def tree(self) -> Tree | None:
-        """The tree of this node's keys, None where ``layouts`` names none."""
-        return self._tree
+        """The tree of this node's keys, None where ``layouts`` does not name our own."""
+        return self._tree if OWN in self._layouts else None
+
+    async def kept_out(self) -> int:
+        """Return how many live keys the dotted tree cannot hold, as far as it is up to date.
+
+        :raises StoreError: if Redis fails.
+        """
+        return int(await self._call("SCARD", self.keys.kept_out))
 
     async def live_items(self) -> int:
         """Return how many live items there are.
@@ -282,6 +332,8 @@ class RedisSyncEngine(SyncEngine):
 
     async def close(self) -> None:
         """Close all connections; calls under way and later ones fail; a second call does nothing."""
+        if self._publisher is not None:
+            await self._publisher.stop()
         self._closed = True
         while self._lanes:
             _, lane = self._lanes.popitem()
@@ -362,8 +414,22 @@ class RedisSyncEngine(SyncEngine):
                 outcomes += [_OUTCOMES[code] for code in codes]
                 live_deleted += deleted
         if Outcome.REFUSED in outcomes:
-            reasons = {i: _NO_ITEM for i, o in enumerate(outcomes) if o is Outcome.REFUSED}
+            reasons = self._why_refused(changes, outcomes)
         return ApplyResult(outcomes, reasons, live_deleted)
+
+    def _why_refused(
+        self, changes: Sequence[SyncItem], outcomes: Sequence[Outcome]
+    ) -> dict[int, str]:
+        return {
+            index: _RESERVED if self._dirty_key and reserved(change.key) else _NO_ITEM
+            for index, (change, outcome) in enumerate(zip(changes, outcomes, strict=True))
+            if outcome is Outcome.REFUSED
+        }
+
+    def _check_key(self, key: str) -> None:
+        check_key(key)
+        if self._dirty_key and reserved(key):
+            raise InvalidKeyError(f"{key!r}: {_RESERVED}")
 
     async def _apply_merging(
         self, lane: Connection, changes: Sequence[SyncItem], received: Received | None
@@ -382,7 +448,7 @@ class RedisSyncEngine(SyncEngine):
         if position:
             await self._apply(lane, scripts.APPLY, peer, position, ())
         done = [outcome for outcome in outcomes if outcome is not None]
-        reasons = {i: _NO_ITEM for i, o in enumerate(done) if o is Outcome.REFUSED}
+        reasons = self._why_refused(changes, done)
         return ApplyResult(done, reasons, live_deleted)
 
     async def _merge_round(
@@ -459,7 +525,8 @@ class RedisSyncEngine(SyncEngine):
         keys = (3, self.keys.stream, self.keys.positions, self.keys.live)
         head = (*keys, self._maxlen, self._ttl_ms)
         tail = (
-            self._grace_ms, self.keys.item_prefix, peer_id, position, self._tree_key, *args
+            self._grace_ms, self.keys.item_prefix, peer_id, position, self._tree_key,
+            self._dirty_key, *args,
         )  # fmt: skip
         timeout = self._timeout_sec
         try:
@@ -483,7 +550,7 @@ class RedisSyncEngine(SyncEngine):
         self, changes: Sequence[SyncItem], wire: Sequence[WireForm | None]
     ) -> list[_Args]:
         calls: list[_Args] = []
-        tree = self._tree is not None
+        tree = bool(self._tree_key)
         args: _Args = []
         filled, most = 0, 5 * ITEMS_PER_CALL
         for item, given in zip(changes, wire, strict=True):
@@ -526,6 +593,22 @@ class RedisSyncEngine(SyncEngine):
             return decode_item(key, raw, self._decoder)
         except (BadEntryError, InvalidKeyError) as error:
             raise StoreError(f"{self._where}: the item {key!r} cannot be read: {error}") from None
+
+    async def _fetch_stamped(self, keys: Sequence[str]) -> list[tuple[SyncItem | None, bytes]]:
+        """As ``_fetch``, with the order tuples as they lie in Redis; None where it is no item."""
+        found: list[tuple[SyncItem | None, bytes]] = []
+        if not keys:
+            return found
+        raws = await self._run(scripts.FETCH, [], [self.keys.item_prefix, BYTES_PER_CALL, *keys])
+        for key, raw in zip(keys, raws, strict=False):
+            item = None
+            if raw is not None:
+                try:
+                    item = self._decode(key, raw)
+                except StoreError as error:
+                    self._log.warning("item_not_published", key=key, error=error)
+            found.append((item, (raw or b"")[:STAMP_BYTES]))
+        return found
 
     async def stamps(self, keys: Sequence[str]) -> list[Stamp | None]:
         """Return the order tuples of what is held, None also where a key holds no item.
@@ -596,7 +679,7 @@ class RedisSyncEngine(SyncEngine):
         if content_type not in CONTENT_TYPES:
             raise ValueError(f"content_type is 'binary' or 'json', not {content_type!r}")
         for key, content in pairs:
-            check_key(key)
+            self._check_key(key)
             if len(content) > self._payload_bytes:
                 raise ValueError(
                     f"{key!r}: {len(content)} bytes of content, the limit is {self._payload_bytes}"
@@ -630,7 +713,7 @@ class RedisSyncEngine(SyncEngine):
         reply = await self._run(
             scripts.PUT,
             [self.keys.stream, self.keys.live],
-            [self._maxlen, self.keys.item_prefix, self._tree_key, *args],
+            [self._maxlen, self.keys.item_prefix, self._tree_key, self._dirty_key, *args],
         )
         return [
             SyncItem(
@@ -679,10 +762,10 @@ class RedisSyncEngine(SyncEngine):
         :raises InvalidKeyError: if the key is not one.
         :raises StoreError: if Redis fails; the delete may then have happened or not.
         """
-        check_key(key)
+        self._check_key(key)
         kind = EMPTY_HASH + _TYPE_BYTE["binary"]
         args = [
-            self._maxlen, self.keys.item_prefix, self._tree_key, key, kind, self._origin,
+            self._maxlen, self.keys.item_prefix, self._tree_key, self._dirty_key, key, kind, self._origin,
             self._meta_tail, bucket_of(key.encode()), self._ttl_ms, self._grace_ms,
         ]  # fmt: skip
         return bool(await self._run(scripts.DELETE, [self.keys.stream, self.keys.live], args))
@@ -704,17 +787,18 @@ class RedisSyncEngine(SyncEngine):
                         yield item
 
     async def _scan_keys(self, prefix: str = "") -> AsyncIterator[list[str]]:
-        begin = self.keys.item(prefix)
         cut = len(self.keys.item_prefix.encode())
-        cursor: Any = 0
-        while True:
-            cursor, raws = await self._call(
-                "SCAN", cursor, "MATCH", glob_escape(begin) + "*", "COUNT", SCAN_COUNT
-            )
+        async for raws in self._scan_raw(glob_escape(self.keys.item(prefix)) + "*"):
             try:
                 yield [raw[cut:].decode() for raw in raws]
             except UnicodeDecodeError as error:
                 raise StoreError(f"{self._where}: a key is not UTF-8: {error.object!r}") from None
+
+    async def _scan_raw(self, pattern: str) -> AsyncIterator[list[bytes]]:
+        cursor: Any = 0
+        while True:
+            cursor, raws = await self._call("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_COUNT)
+            yield raws
             if int(cursor) == 0:
                 return
 
@@ -739,7 +823,7 @@ class RedisSyncEngine(SyncEngine):
         except (RedisError, OSError) as error:
             raise self._store_error(error) from None
 
-    async def _run(self, text: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
+    async def _run(self, text: str, keys: Sequence[str | bytes], args: Sequence[Any]) -> Any:
         script = self._scripts[text]
         self._check_open()
         try:

@@ -139,10 +139,13 @@ local function fold(tree)
 end
 """
 
-# keep(): writes an item, its leaf and its stream entry. KEYS[1] is the stream, ARGV[1] its length
+# keep(): writes an item, its leaf and its stream entry, and marks its key where a publisher of the
+# dotted layout waits for that (``dirty``). KEYS[1] is the stream, ARGV[1] its length
 # at most, the last of KEYS the number of live items. ``expiry`` is given for a tombstone only.
 _KEEP: Final = """
+local dirty = ''
 local function keep(tree, bucket, item_key, key, value, held, digest, meta, expiry, now, grace)
+  if dirty ~= '' then call('ZADD', dirty, 0, key) end
   local was_live = held ~= '' and byte(held, 17) == 0 and 1 or 0
   if expiry then
     live = live - was_live
@@ -184,9 +187,9 @@ return {'', redis.call('HGET', KEYS[1], 'incarnation'), redis.call('HGET', KEYS[
 """
 
 # KEYS: stream, positions, live. ARGV: maxlen, ttl in ms, grace in ms, item prefix, peer id, position,
-# tree, then key, value, digest in hex, meta, bucket for each item. An empty position is not kept.
-# Returns one code per item (0 applied, 1 superseded, 2 refused: what is held is no item) as a
-# string, and the live items deleted.
+# tree, dirty keys or '', then key, value, digest in hex, meta, bucket for each item. An empty position
+# is not kept. Returns one code per item (0 applied, 1 superseded, 2 refused: what is held is no item, 4
+# refused: the dotted layout keeps its own under that name) as a string, and the live items deleted.
 # The loop is one protected call and not one for each item, which would cost a fifth of the script:
 # where a read fails on a key of a wrong type, that item is refused and the loop goes on after it.
 _APPLY: Final = (
@@ -197,7 +200,14 @@ _APPLY: Final = (
 local ttl, grace, prefix, tree = tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[7]
 local now = now_ms()
 local codes, count, live_deleted = {}, 0, 0
-local at, reading = 8, false
+local at, reading = 9, false
+dirty = ARGV[8]
+local function is_reserved(key)
+  if dirty == '' then return false end
+  local five = sub(key, 1, 5)
+  return sub(key, 1, 3) == 'cdc' or five == 'item:' or sub(key, 1, 7) == 'merkle:'
+    or sub(five, 1, 4) == 'fsm:'
+end
 local function run()
   for i = at, #ARGV, STRIDE do
     at = i
@@ -209,6 +219,8 @@ local function run()
     local code = '1'
     if held ~= '' and #held < 58 then
       code = '2'
+    elseif is_reserved(key) then
+      code = '4'
     elseif WANTED then
       local expiry
       if byte(value, 17) == 1 then expiry = unpack_bytes('>I8', value) + ttl end
@@ -273,7 +285,7 @@ end
 local LIMIT = 9007199254740991
 """
 
-# KEYS: stream, live. ARGV: maxlen, item prefix, tree, then for each item: key, hash and type as bytes,
+# KEYS: stream, live. ARGV: maxlen, item prefix, tree, dirty keys, then for each item: key, hash and type as bytes,
 # origin and data as bytes, digest in hex, head of meta, tail of meta, bucket.
 # Returns updated_at and version of each as text.
 PUT: Final = (
@@ -283,7 +295,8 @@ PUT: Final = (
     + _NEXT
     + """
 local out, tree, now = {}, ARGV[3], now_ms()
-for i = 4, #ARGV, 7 do
+dirty = ARGV[4]
+for i = 5, #ARGV, 7 do
   local key = ARGV[i]
   local item_key = ARGV[2] .. key
   local held = held_head(item_key)
@@ -310,27 +323,28 @@ return out
 """
 )
 
-# KEYS: stream, live. ARGV: maxlen, item prefix, tree, key, hash and type as bytes, origin as bytes, tail
-# of meta, bucket, ttl and grace in ms. Returns 1 if there was a live item, else 0.
+# KEYS: stream, live. ARGV: maxlen, item prefix, tree, dirty keys, key, hash and type as bytes, origin as
+# bytes, tail of meta, bucket, ttl and grace in ms. Returns 1 if there was a live item, else 0.
 DELETE: Final = (
     _COMMON
     + _TREE
     + _KEEP
     + _NEXT
     + """
-local tree, key, now = ARGV[3], ARGV[4], now_ms()
-local ttl, grace = tonumber(ARGV[9]), tonumber(ARGV[10])
+local tree, key, now = ARGV[3], ARGV[5], now_ms()
+local ttl, grace = tonumber(ARGV[10]), tonumber(ARGV[11])
+dirty = ARGV[4]
 local item_key = ARGV[2] .. key
 local held = held_head(item_key)
 if not held then return redis.error_reply('NOITEM ' .. key) end
 if held == '' or byte(held, 17) == 1 then return 0 end
 local at, version = next_stamp(held, now)
 if at > LIMIT or version > LIMIT then return redis.error_reply('RANGE ' .. key) end
-local stamp = pack('>I8I8B', at, version, 1) .. ARGV[5]
-local value = stamp .. digest_of(key, stamp) .. ARGV[6]
+local stamp = pack('>I8I8B', at, version, 1) .. ARGV[6]
+local value = stamp .. digest_of(key, stamp) .. ARGV[7]
 local meta = '{"version":' .. string.format('%.0f', version)
-  .. ',"updated_at":' .. string.format('%.0f', at) .. ARGV[7]
-keep(tree, ARGV[8], item_key, key, value, held, '', meta, at + ttl, now, grace)
+  .. ',"updated_at":' .. string.format('%.0f', at) .. ARGV[8]
+keep(tree, ARGV[9], item_key, key, value, held, '', meta, at + ttl, now, grace)
 if tree ~= '' then sweep(tree, now, ttl, 16) end
 fold(tree)
 return 1
