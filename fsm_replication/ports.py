@@ -23,6 +23,7 @@ __all__ = (
     "DeadLetter",
     "GapRow",
     "Oversize",
+    "PackedArguments",
     "PeerRecord",
     "Ports",
     "Position",
@@ -291,8 +292,13 @@ class Connection(Protocol):
     def received_bytes(self) -> int:
         """Bytes received since it was opened."""
 
-    async def call(self, *args: bytes | str | int, timeout_sec: float | None = None) -> Any:
-        """Send one command and return its reply."""
+    async def call(
+        self,
+        *args: bytes | str | int,
+        timeout_sec: float | None = None,
+        tail: PackedArguments | None = None,
+    ) -> Any:
+        """Send one command and return its reply; ``tail`` are arguments that come after ``args``."""
 
     async def pipeline(
         self, commands: Sequence[Sequence[bytes | str | int]], timeout_sec: float | None = None
@@ -319,6 +325,16 @@ class Connection(Protocol):
 
     async def wait_closed(self) -> None:
         """Return when nothing of it is left."""
+
+
+class PackedArguments(NamedTuple):
+    """Arguments of a command that are in the Redis protocol already, and how many they are.
+
+    To pack many of them takes time, which may be had while another call is under way.
+    """
+
+    number: int
+    data: bytes
 
 
 class Transport(Protocol):

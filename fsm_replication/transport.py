@@ -14,6 +14,7 @@ waits for would be taken for the next one's.
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -31,16 +32,23 @@ from fsm_replication.errors import (
     ReplyTooLargeError,
     redact,
 )
-from fsm_replication.ports import Clock, Oversize, SystemClock
+from fsm_replication.ports import Clock, Oversize, PackedArguments, SystemClock
 
-__all__ = ("RedisConnection", "RedisTransport")
+__all__ = ("RedisConnection", "RedisTransport", "pack_arguments")
 
 _CREDENTIAL_CODES: Final = frozenset({"NOAUTH", "WRONGPASS", "NOPERM"})
 _NOTHING: Final = object()
 Command = Sequence[bytes | str | int]
+SEND_BUFFER_BYTES: Final = 512 * 1024
 _T = TypeVar("_T")
 # The stub of hiredis types the argument as a tuple of one element.
 _pack: Final[Callable[[tuple[bytes | str | int, ...]], bytes]] = hiredis.pack_command  # type: ignore[assignment]
+
+
+def pack_arguments(args: Sequence[bytes | str | int]) -> PackedArguments:
+    """Return arguments as they go over the wire."""
+    packed = _pack(tuple(args))
+    return PackedArguments(len(args), packed[packed.index(b"\r\n") + 2 :])
 
 
 class _Flight:
@@ -87,6 +95,11 @@ class RedisConnection(asyncio.Protocol):
         """Take the transport over."""
         # uvloop's transports have the methods of asyncio.Transport without being one.
         self._transport = cast("asyncio.Transport", transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            # What does not fit is sent when the event loop comes round, and until then Redis cannot
+            # begin with a command that it has not whole.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, count it, and complete the flights it completes."""
@@ -190,13 +203,28 @@ class RedisConnection(asyncio.Protocol):
             future.set_exception(error)
             future.exception()
             return future
-        packed = b"".join(_pack(tuple(command)) for command in commands)
-        flight = _Flight(len(commands), future, self._limit_bytes)
+        self._send(
+            _Flight(len(commands), future, self._limit_bytes),
+            b"".join(_pack(tuple(command)) for command in commands),
+        )
+        return future
+
+    def _send(self, flight: _Flight, packed: bytes) -> None:
+        assert self._transport is not None
         if self._skim is None:
             self._flights.append(flight)
             self._transport.write(packed)
         else:
             self._held_back.append((flight, packed))
+
+    def _send_one(self, args: Command, tail: PackedArguments | None) -> asyncio.Future[list[Any]]:
+        """Send one command whose last arguments may be packed already."""
+        if tail is None or self._error is not None or self._transport is None:
+            return self.send(args)
+        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        head = _pack(tuple(args))
+        packed = b"*%d%b%b" % (len(args) + tail.number, head[head.index(b"\r\n") :], tail.data)
+        self._send(_Flight(1, future, self._limit_bytes), packed)
         return future
 
     async def pipeline(
@@ -228,13 +256,18 @@ class RedisConnection(asyncio.Protocol):
             raise
         return future.result()
 
-    async def call(self, *args: bytes | str | int, timeout_sec: float | None = None) -> Any:
-        """Send one command and return its reply.
+    async def call(
+        self,
+        *args: bytes | str | int,
+        timeout_sec: float | None = None,
+        tail: PackedArguments | None = None,
+    ) -> Any:
+        """Send one command and return its reply; ``tail`` are arguments that come after ``args``.
 
         :raises PeerReplyError: if the server answers with an error.
         :raises ConnectionLostError: if it does not answer.
         """
-        (reply,) = await self.pipeline([args], timeout_sec)
+        (reply,) = await self._wait(self._send_one(args, tail), timeout_sec)
         if isinstance(reply, PeerReplyError):
             raise PeerReplyError(str(reply), peer=self.where)
         return reply

@@ -190,9 +190,11 @@ async def test_another_process_takes_over_where_one_was_killed(
 
 async def _just_die(self: DottedPublisher) -> None:
     task, self._task = self._task, None
-    if task is not None:
-        task.cancel()
-        await asyncio.wait((task,))
+    assert task is not None
+    self._asked_to_stop.set()
+    await asyncio.wait((task,), timeout=0.2)
+    task.cancel()
+    await asyncio.wait((task,))
 
 
 async def test_several_processes_write_and_one_publishes(redis_server: RedisServer) -> None:

@@ -46,7 +46,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 OUTSIDE = {
     "time": {"ports"},
     "random": {"ports", "retry", "stores", "workers"},
-    "socket": {"servers"},
+    "socket": {"servers", "transport"},
     "subprocess": {"servers", "demo"},
     "datetime": {"cli"},
 }

@@ -108,19 +108,25 @@ class DottedPublisher:
         self._log = log
         self._token = f"{rng.getrandbits(128):032x}"
         self._task: asyncio.Task[None] | None = None
+        self._asked_to_stop = asyncio.Event()
 
     def start(self) -> None:
         """Begin to publish; does nothing if that has begun."""
         if self._task is None or self._task.done():
+            self._asked_to_stop.clear()
             self._task = asyncio.create_task(self._publish_on(), name="dotted-publisher")
 
     async def stop(self) -> None:
-        """Stop; what is not published yet stays marked."""
+        """Stop after the step under way; what is not published yet stays marked."""
         task, self._task = self._task, None
         if task is None:
             return
-        task.cancel()
-        await asyncio.wait((task,))
+        self._asked_to_stop.set()
+        try:
+            await asyncio.wait((task,))
+        finally:
+            # Each call into Redis has its timeout; whoever stops may not want to wait for it.
+            task.cancel()
         try:
             await self._run(scripts.RELEASE, [self._keys.lease], [self._token])
         except StoreError as error:
@@ -129,7 +135,7 @@ class DottedPublisher:
 
     async def _publish_on(self) -> None:
         failures = 0
-        while True:
+        while not self._asked_to_stop.is_set():
             try:
                 busy = await self._lease() and await self.round()
             except StoreError as error:
@@ -138,11 +144,18 @@ class DottedPublisher:
                     continue
                 failures += 1
                 self._log.warning("dotted_layout_not_up_to_date", error=error)
-                await self._clock.sleep(DAEMON.delay(failures, self._rng))
+                await self._rest(DAEMON.delay(failures, self._rng))
                 continue
             failures = 0
             if not busy:
-                await self._clock.sleep(IDLE_SEC)
+                await self._rest(IDLE_SEC)
+
+    async def _rest(self, seconds: float) -> None:
+        try:
+            async with self._clock.timeout(seconds):
+                await self._asked_to_stop.wait()
+        except TimeoutError:
+            return
 
     async def _lease(self) -> bool:
         args = (self._token, round(LEASE_SEC * 1000))
@@ -151,11 +164,12 @@ class DottedPublisher:
     async def round(self) -> bool:
         """Publish a bounded number of keys and fold; returns whether there was anything to do."""
         done = 0
-        while done < KEYS_PER_ROUND and (keys := await self._dirty()):
+        stopping = self._asked_to_stop.is_set
+        while done < KEYS_PER_ROUND and not stopping() and (keys := await self._dirty()):
             done += await self._publish(keys)
             if not await self._lease():
                 return False
-        while await self._fold():
+        while not stopping() and await self._fold():
             done += 1
             if not await self._lease():
                 return False

@@ -65,14 +65,22 @@ from fsm_replication.layout import (
 )
 from fsm_replication.log import get_logger
 from fsm_replication.merkle import OWN, PARTITIONS, Tree, bucket_of
-from fsm_replication.ports import Clock, Connection, Position, StreamId, SystemClock, Transport
+from fsm_replication.ports import (
+    Clock,
+    Connection,
+    PackedArguments,
+    Position,
+    StreamId,
+    SystemClock,
+    Transport,
+)
 from fsm_replication.redis_tree import RedisTree
 from fsm_replication.stores import dotted_scripts
 from fsm_replication.stores import redis_scripts as scripts
 from fsm_replication.stores.dotted import DottedPublisher
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received, SyncEngine, WireForm
 from fsm_replication.stream import DataDecoder, Encoded, encode_data, encode_meta
-from fsm_replication.transport import RedisTransport
+from fsm_replication.transport import RedisTransport, pack_arguments
 
 __all__ = ("RedisSyncEngine",)
 
@@ -95,6 +103,7 @@ _OUTCOMES: Final = {
 _NO_ITEM: Final = "its key holds something that is no item"
 _RESERVED: Final = "the dotted layout keeps its own under names that begin so"
 _Args = list[bytes | str | int]
+_NO_ARGUMENTS: Final = PackedArguments(0, b"")
 _TYPE_BYTE: Final = {"binary": b"\x00", "json": b"\x01"}
 
 
@@ -399,7 +408,7 @@ class RedisSyncEngine(SyncEngine):
             async with lock:
                 return await self._apply_merging(await self._lane(peer_id), changes, received)
         if received is not None and received.encoded is not None:
-            calls = cast("list[_Args]", received.encoded)
+            calls = cast("list[PackedArguments]", received.encoded)
         else:
             wire = received.wire if received is not None else None
             calls = self._encode_calls(changes, wire or [None] * len(changes))
@@ -408,7 +417,7 @@ class RedisSyncEngine(SyncEngine):
             for number, args in enumerate(calls, 1):
                 last = number == len(calls)
                 peer, position = _position_args(received) if last else ("", "")
-                if not args and not position:
+                if not args.number and not position:
                     break
                 codes, deleted = await self._apply(lane, scripts.APPLY, peer, position, args)
                 outcomes += [_OUTCOMES[code] for code in codes]
@@ -446,7 +455,7 @@ class RedisSyncEngine(SyncEngine):
             live_deleted += await self._merge_round(lane, changes, turn, outcomes)
         peer, position = _position_args(received)
         if position:
-            await self._apply(lane, scripts.APPLY, peer, position, ())
+            await self._apply(lane, scripts.APPLY, peer, position, _NO_ARGUMENTS)
         done = [outcome for outcome in outcomes if outcome is not None]
         reasons = self._why_refused(changes, done)
         return ApplyResult(done, reasons, live_deleted)
@@ -477,7 +486,7 @@ class RedisSyncEngine(SyncEngine):
                 break
         if not tried:
             return 0
-        codes, deleted = await self._apply(lane, scripts.MERGE, "", "", args)
+        codes, deleted = await self._apply(lane, scripts.MERGE, "", "", pack_arguments(args))
         for index, code in zip(tried, codes, strict=True):
             outcomes[index] = _OUTCOMES.get(code)
         return deleted
@@ -520,23 +529,26 @@ class RedisSyncEngine(SyncEngine):
         text: str,
         peer_id: str,
         position: str,
-        args: Sequence[bytes | str | int],
+        args: PackedArguments,
     ) -> tuple[bytes, int]:
-        keys = (3, self.keys.stream, self.keys.positions, self.keys.live)
-        head = (*keys, self._maxlen, self._ttl_ms)
-        tail = (
+        head = (
+            3, self.keys.stream, self.keys.positions, self.keys.live, self._maxlen, self._ttl_ms,
             self._grace_ms, self.keys.item_prefix, peer_id, position, self._tree_key,
-            self._dirty_key, *args,
+            self._dirty_key,
         )  # fmt: skip
         timeout = self._timeout_sec
         try:
             try:
                 sha = self._scripts[text].sha
-                codes, deleted = await lane.call("EVALSHA", sha, *head, *tail, timeout_sec=timeout)
+                codes, deleted = await lane.call(
+                    "EVALSHA", sha, *head, timeout_sec=timeout, tail=args
+                )
             except PeerReplyError as error:
                 if error.code != "NOSCRIPT":
                     raise
-                codes, deleted = await lane.call("EVAL", text, *head, *tail, timeout_sec=timeout)
+                codes, deleted = await lane.call(
+                    "EVAL", text, *head, timeout_sec=timeout, tail=args
+                )
         except ReplicationError as error:
             raise self._store_error(error) from None
         return codes, deleted
@@ -548,8 +560,8 @@ class RedisSyncEngine(SyncEngine):
 
     def _encode_calls(
         self, changes: Sequence[SyncItem], wire: Sequence[WireForm | None]
-    ) -> list[_Args]:
-        calls: list[_Args] = []
+    ) -> list[PackedArguments]:
+        calls: list[PackedArguments] = []
         tree = bool(self._tree_key)
         args: _Args = []
         filled, most = 0, 5 * ITEMS_PER_CALL
@@ -557,13 +569,13 @@ class RedisSyncEngine(SyncEngine):
             form = given or self._wire_form(item)
             data = form.data
             if args and (len(args) >= most or filled + len(data) > BYTES_PER_CALL):
-                calls.append(args)
+                calls.append(pack_arguments(args))
                 args, filled = [], 0
             key, value, bucket = encode_item(item, data, tree=tree)
             digest = "" if item.deleted else item.content_hash.hex()
             args += (key, value, digest, form.meta, bucket)
             filled += len(data)
-        calls.append(args)
+        calls.append(pack_arguments(args) if args else _NO_ARGUMENTS)
         return calls
 
     def _wire_form(self, item: SyncItem) -> WireForm:

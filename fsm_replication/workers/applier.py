@@ -67,12 +67,22 @@ class Chunk:
 
 @dataclass(slots=True)
 class Prepared:
-    """A chunk whose first part is decoded; later parts are decoded when their turn comes."""
+    """A chunk whose first part is decoded; later parts are decoded when their turn comes.
+
+    ``applied`` and ``superseded`` count what became of its items once it is applied.
+    """
 
     chunk: Chunk
     selection: Selection
     first: Part
     rest: Iterator[Part]
+    applied: int = 0
+    superseded: int = 0
+
+    @property
+    def has_letters(self) -> bool:
+        """Whether something must be kept on disk before the cursor passes this chunk."""
+        return bool(self.selection.letters)
 
 
 class Applier:
@@ -91,6 +101,14 @@ class Applier:
         self._interrupted = interrupted
         self._check_first = False
         self._warned_ahead = False
+
+    @property
+    def must_see_applied(self) -> bool:
+        """Whether a chunk cannot be prepared before the store has the one before.
+
+        A foreign entry is stamped after what is held.
+        """
+        return self._builder.foreign
 
     # Step one: decide and decode, while the chunk before may still be on its way to the store.
 
@@ -141,35 +159,45 @@ class Applier:
                 kept_back.add(entry.index)
         selection.candidates = [e for e in selection.candidates if e.index not in kept_back]
 
-    # Step two: apply and settle.
+    # Step two: apply.
 
     async def apply(self, prepared: Prepared) -> None:
-        """Hand a chunk to the store and settle it.
+        """Hand a chunk to the store.
 
         :raises Blocked: if the link must pause.
         :raises Unsettled: if it failed and the mode has changed meanwhile.
-        :raises CursorStoreError: if dead letters cannot be kept, for good.
         """
-        context, chunk = self._context, prepared.chunk
+        chunk = prepared.chunk
         part: Part | None = prepared.first
-        applied = superseded = 0
         while part is not None:
             following = next(prepared.rest, None)
             position = chunk.end if following is None else None
             result = await self.hand_over(part, position)
-            applied += result.applied
-            superseded += result.superseded
+            prepared.applied += result.applied
+            prepared.superseded += result.superseded
             prepared.selection.letters.extend(self._refused(prepared, part, result))
             part = following
-        # Parts are decoded once only; a chunk that is tried again is prepared again.
-        cursor = Cursor(chunk.end, self._incarnation)
-        if prepared.selection.letters:
-            places = {entry[0].decode(): place for place, entry in enumerate(chunk.entries)}
-            letters = sorted(prepared.selection.letters, key=lambda x: places[x.stream_id])
-            await self._keep_letters(cursor, letters)
-        else:
-            context.cursors.settle(context.peer_id, cursor)
-        self._count(prepared, applied, superseded)
+
+    # Step three: settle. Parts are decoded once only; a chunk that is tried again is prepared again.
+
+    async def keep_letters(self, prepared: Prepared) -> None:
+        """Keep the dead letters of an applied chunk, and with them the cursor that passes them.
+
+        :raises Blocked: if there is no room for them.
+        :raises Unsettled: if they cannot be kept and the mode has changed meanwhile.
+        :raises CursorStoreError: if they cannot be kept, for good.
+        """
+        chunk = prepared.chunk
+        places = {entry[0].decode(): place for place, entry in enumerate(chunk.entries)}
+        letters = sorted(prepared.selection.letters, key=lambda x: places[x.stream_id])
+        await self._keep_letters(Cursor(chunk.end, self._incarnation), letters)
+
+    def settle(self, prepared: Prepared) -> None:
+        """Let the cursor pass an applied chunk, whose letters are kept if there are any."""
+        context = self._context
+        if not prepared.has_letters:
+            context.cursors.settle(context.peer_id, Cursor(prepared.chunk.end, self._incarnation))
+        self._count(prepared)
 
     async def hand_over(
         self, part: Part, position: Position | None, path: str = "stream"
@@ -378,9 +406,10 @@ class Applier:
         for watcher in self._context.feed.watchers:
             watcher.offer(taken)
 
-    def _count(self, prepared: Prepared, applied: int, superseded: int) -> None:
+    def _count(self, prepared: Prepared) -> None:
         context, selection = self._context, prepared.selection
         metrics, progress = context.metrics, context.progress
+        applied, superseded = prepared.applied, prepared.superseded
         events = len(prepared.chunk.entries)
         deduped = selection.deduped + superseded
         self._check_first = deduped > events * CHECK_FIRST_SHARE

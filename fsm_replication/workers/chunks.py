@@ -29,6 +29,8 @@ class ChunkQueue:
     def __init__(self, context: LinkContext) -> None:
         self._context = context
         self._pending: deque[Chunk] = deque()
+        # The oldest chunk while the store has it, and the task that waits for that.
+        self._under_way: tuple[Prepared, asyncio.Task[None]] | None = None
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -69,41 +71,82 @@ class ChunkQueue:
         else:
             progress.oldest_unsettled_ms = None
 
-    async def work_off(self, applier: Applier, interrupted: Callable[[], bool]) -> None:
+    async def work_off(
+        self,
+        applier: Applier,
+        interrupted: Callable[[], bool],
+        more: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Settle the chunks in order, until all are or the work is interrupted.
 
-        A chunk is decoded while the one before is on its way to the store.
+        A chunk is decoded while the one before is on its way to the store, and the books of one are
+        kept once the next is on its way. Where ``more`` says that the next entries are here, the
+        last chunk is left on its way, for the next call or ``finish``.
 
         :raises Blocked: if the link must pause.
         :raises Unsettled: if a store call failed and the mode has changed meanwhile.
+        :raises CursorStoreError: if dead letters cannot be kept, for good.
         """
-        if len(self._pending) == 1:
-            await applier.apply(await applier.prepare(self._pending[0]))
-            self._settled()
+        if len(self._pending) == 1 and self._under_way is None and not more():
+            # At the head: nothing to overlap with, and no task to be made.
+            prepared = await applier.prepare(self._pending[0])
+            await applier.apply(prepared)
+            if prepared.has_letters:
+                await applier.keep_letters(prepared)
+            self._settle(applier, prepared)
             return
-        running: asyncio.Task[None] | None = None
-        position = 0
         try:
-            while position < len(self._pending) and not interrupted():
-                prepared: Prepared = await applier.prepare(self._pending[position])
-                if running is not None:
-                    await running
-                    running = None
-                    self._settled()
-                    position -= 1
-                running = asyncio.create_task(applier.apply(prepared))
-                position += 1
-                await self._context.ports.clock.sleep(0)
-            if running is not None:
-                await running
-                running = None
-                self._settled()
+            while len(self._pending) > bool(self._under_way) and not interrupted():
+                if applier.must_see_applied:
+                    await self.finish(applier)
+                prepared = await applier.prepare(self._pending[bool(self._under_way)])
+                before = await self._arrive(applier)
+                self._under_way = prepared, asyncio.create_task(applier.apply(prepared))
+                if len(self._pending) > 1:
+                    # It goes out now, before anything else is done.
+                    await self._context.ports.clock.sleep(0)
+                if before is not None:
+                    self._settle(applier, before)
+            if not (more() and not interrupted()):
+                await self.finish(applier)
+        except BaseException:
+            await self.abandon()
+            raise
+
+    async def finish(self, applier: Applier) -> None:
+        """Settle the chunk that is on its way, if one is; raises as ``work_off`` does."""
+        before = await self._arrive(applier)
+        if before is not None:
+            self._settle(applier, before)
+
+    async def _arrive(self, applier: Applier) -> Prepared | None:
+        """Wait for the store to have applied what is on its way, and for its letters to be kept."""
+        if self._under_way is None:
+            return None
+        prepared, task = self._under_way
+        try:
+            await task
         finally:
-            if running is not None:
-                running.cancel()
-                await asyncio.wait((running,))
-                if not running.cancelled():
-                    running.exception()
+            if task.done():
+                self._under_way = None
+        if prepared.has_letters:
+            await applier.keep_letters(prepared)
+        return prepared
+
+    async def abandon(self) -> None:
+        """Cancel what is on its way; its chunk is pending as before."""
+        if self._under_way is None:
+            return
+        _, task = self._under_way
+        self._under_way = None
+        task.cancel()
+        await asyncio.wait((task,))
+        if not task.cancelled():
+            task.exception()
+
+    def _settle(self, applier: Applier, prepared: Prepared) -> None:
+        applier.settle(prepared)
+        self._settled()
 
     def _settled(self) -> None:
         chunk = self._pending.popleft()

@@ -149,11 +149,13 @@ class Tailer:
                 self._context.metrics.error(type(error).__name__)
                 if isinstance(error, StoreReopenedError):
                     # A store that may have lost what came before must not be given what comes after.
+                    await self._queue.abandon()
                     self._queue.forget()
                 report(LinkFact.LOST, str(error), error)
             await self._last_flush()
         finally:
             self._context.copy_slot.release(self)
+            await self._queue.abandon()
             self._queue.forget()
             self._lines.close()
             await self._lines.wait_closed()
@@ -184,6 +186,8 @@ class Tailer:
             await self._copy(orders)
         elif orders.mode in (Mode.READ_IN_BULK, Mode.READ_AT_HEAD):
             await self._read_on(orders)
+            # The mode may have changed while the last chunk was on its way.
+            await self._work_off(orders)
         elif orders.mode is Mode.HOLD:
             await self._hold(orders)
 
@@ -428,6 +432,7 @@ class Tailer:
             if read is None:
                 continue
             if read.gap is not None:
+                await self._work_off(orders)
                 if await self._deal_with_gap(orders, read.gap):
                     continue
                 return
@@ -443,7 +448,7 @@ class Tailer:
             await self._pace(orders, len(read.entries))
             if self._orders is orders:
                 self._ask(bulk=ask_bulk)
-            await self._work_off(orders)
+            await self._work_off(orders, self._next_is_here)
             if read.at_head:
                 await self._note_head(read)
             elif at_head and read.info is not None:
@@ -574,10 +579,13 @@ class Tailer:
 
     # From entries to settled chunks.
 
-    async def _work_off(self, orders: _Orders) -> None:
+    async def _work_off(self, orders: _Orders, more: Callable[[], bool] = lambda: False) -> None:
         """Settle the queued chunks in order, until all are or the mode changes."""
         assert self._applier is not None
-        await self._queue.work_off(self._applier, lambda: self._orders is not orders)
+        await self._queue.work_off(self._applier, lambda: self._orders is not orders, more)
+
+    def _next_is_here(self) -> bool:
+        return self._outstanding is not None and self._outstanding.done()
 
     async def _note_head(self, read: Read) -> None:
         context, progress = self._context, self._context.progress
