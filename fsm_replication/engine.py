@@ -42,7 +42,7 @@ from fsm_replication.ports import GapRow, PeerRecord, Ports
 from fsm_replication.reports import EngineFact, PauseReason, Report, Reporter
 from fsm_replication.stores.noop import NoOpSyncEngine
 from fsm_replication.stores.protocol import SyncEngine
-from fsm_replication.tables import ENGINE, CircuitState, EngineState, PeerState
+from fsm_replication.tables import CIRCUIT, ENGINE, CircuitState, EngineState, PeerState
 from fsm_replication.transport import RedisTransport
 from fsm_replication.workers.arrivals import Arrivals
 from fsm_replication.workers.cold_path import ColdPath, RepairStats, Target
@@ -705,6 +705,12 @@ class ReplicationEngine(Observer):
     def _circuit_changed(self, circuit: Circuit, old: CircuitState, new: CircuitState) -> None:
         self._circuit_moved.set()
         self._log.warning("circuit_changed", circuit=circuit.name, source=old, dest=new)
+        trigger = next(
+            row.trigger for row in CIRCUIT.rows if old in row.sources and row.dest is new
+        )
+        machine, now = f"circuit:{circuit.name}", self._ports.wall_clock.now_ms()
+        self._journal.append(Transition(machine, now, trigger, old, new))
+        self.metrics.get("transitions", machine, trigger, old, new).inc()
         self.metrics.get("circuit_state", circuit.name).set(_CIRCUIT_VALUES[new])
         peer_id = circuit.name.removeprefix("peer:")
         if peer_id != circuit.name:

@@ -10,38 +10,26 @@ import asyncio
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fsm_replication.items import EMPTY_HASH, Stamp, SyncItem, content_hash
+from fsm_replication.items import EMPTY_HASH, SyncItem, content_hash
 from fsm_replication.resolvers import GrowOnlySet
 from fsm_replication.tables import PeerState
+from fsm_replication.testing.fates import (
+    CONTENTS,
+    KEYS,
+    NAMES,
+    SHAPES,
+    Fate,
+    Step,
+    run_fate,
+)
 from fsm_replication.testing.local_mesh import START_MS, TTL_SEC, LocalMesh, topology
 from fsm_replication.testing.virtual_time import run
-
-NAMES = "abcde"
-KEYS = ["k", "k.1", "other"]
-CONTENTS = [b"", b"x", b"y", b"y"]
-Step = tuple[Any, ...]
-
-
-@dataclass
-class Plan:
-    """A mesh and what happens to it."""
-
-    shape: str
-    nodes: int
-    seed: int
-    steps: list[Step]
-
-    @property
-    def names(self) -> str:
-        """The names of the nodes."""
-        return NAMES[: self.nodes]
 
 
 def steps_of(names: str) -> st.SearchStrategy[list[Step]]:
@@ -63,122 +51,12 @@ def steps_of(names: str) -> st.SearchStrategy[list[Step]]:
 
 
 @st.composite
-def plans(draw: Callable[..., Any]) -> Plan:
+def fates(draw: Callable[..., Any]) -> Fate:
     """Return a random mesh with a random fate."""
     nodes = draw(st.integers(2, 5))
-    shape = draw(st.sampled_from(["mesh", "chain", "ring", "star"]))
+    shape = draw(st.sampled_from(SHAPES))
     seed = draw(st.integers(0, 2**16))
-    return Plan(shape, nodes, seed, draw(steps_of(NAMES[:nodes])))
-
-
-class Run:
-    """One run of a plan."""
-
-    def __init__(self, mesh: LocalMesh) -> None:
-        self.mesh = mesh
-        self.written: set[tuple[str, Stamp]] = set()
-        self.lost = False
-
-    def note(self, name: str, key: str) -> None:
-        """Note what was just written at a node."""
-        item = self.mesh.nodes[name].store.held(key)
-        assert item is not None
-        self.written.add((key, item.stamp))
-
-    async def take(self, step: Step) -> None:
-        """Do one step."""
-        mesh, (kind, *args) = self.mesh, step
-        for name in mesh.nodes:
-            mesh.remember(name)
-        if kind == "put":
-            name, key, content = args
-            mesh.nodes[name].store.put(key, content)
-            self.note(name, key)
-        elif kind == "delete":
-            name, key = args
-            if mesh.nodes[name].store.delete(key):
-                self.note(name, key)
-        elif kind == "wait":
-            await asyncio.sleep(args[0])
-        elif kind in ("cut", "heal"):
-            reader, peer = args
-            if reader != peer:
-                getattr(mesh, kind)(reader, peer)
-        elif kind == "stop":
-            await mesh.stop(args[0])
-        elif kind == "kill":
-            await mesh.kill(args[0])
-        elif kind == "start":
-            await mesh.start(args[0])
-        elif kind == "lose":
-            self.lost = mesh.lose_last_second(args[0]) or self.lost
-        elif kind == "drop":
-            mesh.delete_stream(args[0])
-            self.lost = True
-        elif kind == "trim":
-            mesh.trim(*args)
-        elif kind == "skew":
-            mesh.nodes[args[0]].wall_clock.skew_ms = args[1]
-        else:
-            await self.rest()
-            await asyncio.sleep(TTL_SEC + 1)
-            await self.rest()
-
-    async def rest(self) -> None:
-        """Mend everything; then all must agree on what survived, and nothing may move any more."""
-        mesh = self.mesh
-        expected = survivors(mesh)
-        now = START_MS + asyncio.get_running_loop().time() * 1000
-        await mesh.mend()
-        await mesh.settle()
-        holdings = mesh.holdings()
-        for name, held in zip(mesh.nodes, holdings, strict=True):
-            for key, item in expected.items():
-                mine = held.get(key)
-                gone = item.deleted and item.updated_at + TTL_SEC * 1000 < now + 1e7
-                if mine is None:
-                    assert gone, f"{name} holds nothing of {key}, and {item} had survived"
-                    continue
-                assert mine.stamp == item.stamp or self.was_on_its_way(mine, item), (
-                    f"{name} holds {mine} of {key}, and {item} had survived"
-                )
-            extra = [held[key] for key in held.keys() - expected.keys()]
-            late = [item for item in extra if self.lost and (item.key, item.stamp) in self.written]
-            assert extra == late, f"{name} holds {extra}, which nobody held"
-        live = [{k: (i.stamp, i.content) for k, i in h.items() if not i.deleted} for h in holdings]
-        assert all(one == live[0] for one in live)
-        if not self.lost:
-            for name, events in mesh.events().items():
-                most = len(self.written)
-                assert events <= most, f"{name} emitted {events} events of {most} writes"
-
-    def was_on_its_way(self, mine: SyncItem, survivor: SyncItem) -> bool:
-        """Say whether a later write that its own node had lost reached another all the same."""
-        return self.lost and mine.stamp > survivor.stamp and (mine.key, mine.stamp) in self.written
-
-
-def survivors(mesh: LocalMesh) -> dict[str, SyncItem]:
-    """Return, for each key, the latest write that some node holds."""
-    latest: dict[str, SyncItem] = {}
-    for held in mesh.holdings():
-        for key, item in held.items():
-            if key not in latest or latest[key].stamp < item.stamp:
-                latest[key] = item
-    return latest
-
-
-async def carry_out(plan: Plan) -> None:
-    """Run a plan to its end."""
-    mesh = LocalMesh(plan.names, topology(plan.shape, plan.names), seed=plan.seed)
-    work = Run(mesh)
-    try:
-        for name in mesh.nodes:
-            await mesh.start(name)
-        for step in plan.steps:
-            await work.take(step)
-        await work.rest()
-    finally:
-        await mesh.close()
+    return Fate(shape, nodes, seed, tuple(draw(steps_of(NAMES[:nodes]))))
 
 
 @pytest.mark.timeout(1800)
@@ -191,16 +69,16 @@ def test_nodes_converge_whatever_happens(full: bool) -> None:
         deadline=None,
         print_blob=True,
     )
-    @given(plans())
-    def check(plan: Plan) -> None:
-        run(carry_out, plan, start_ms=START_MS)
+    @given(fates())
+    def check(one: Fate) -> None:
+        run_fate(one)
 
     check()
 
 
 def fate(shape: str, nodes: int, *steps: Step, seed: int = 0) -> None:
     """Run a plan that is known."""
-    run(carry_out, Plan(shape, nodes, seed, list(steps)), start_ms=START_MS)
+    run_fate(Fate(shape, nodes, seed, steps))
 
 
 def wait(seconds: float) -> Step:

@@ -5,6 +5,7 @@ Everything here is deterministic and needs no server, no socket, no thread and n
 
 from __future__ import annotations
 
+from fsm_replication.testing.fates import BrokenPromiseError, Fate, random_fate, run_fate, shrink
 from fsm_replication.testing.local_mesh import LocalMesh, LocalNode, topology
 from fsm_replication.testing.memory_cursor import CursorSnapshot, MemoryCursorStore
 from fsm_replication.testing.sim_redis import SimRedis, SimState
@@ -19,8 +20,10 @@ from fsm_replication.testing.virtual_time import (
 )
 
 __all__ = (
+    "BrokenPromiseError",
     "CursorSnapshot",
     "DeadlockError",
+    "Fate",
     "LocalMesh",
     "LocalNode",
     "LoopClock",
@@ -32,6 +35,9 @@ __all__ = (
     "SimTransport",
     "SkewedWallClock",
     "VirtualTimeLoop",
+    "random_fate",
     "run",
+    "run_fate",
+    "shrink",
     "topology",
 )

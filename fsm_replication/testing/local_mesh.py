@@ -47,6 +47,7 @@ LOST_SEC: Final = 1.0
 SETTLE_SEC: Final = 3_000.0
 # Turns of the loop without any task after which a killed engine is gone.
 CALM_TURNS: Final = 5
+_AT_REST: Final = frozenset({PeerState.TAILING, PeerState.STANDBY})
 
 
 def topology(shape: str, names: Sequence[str]) -> set[frozenset[str]]:
@@ -159,15 +160,20 @@ class LocalMesh:
         """Start a node's engine, unless it runs."""
         node = self.nodes[name]
         if node.engine is None:
-            ports = Ports(
-                transport=node.transport,
-                cursor_store=node.cursors,
-                clock=self._clock,
-                wall_clock=node.wall_clock,
-                random=self._rng,
-            )
-            node.engine = ReplicationEngine(node.config, node.store, ports=ports)
+            node.engine = self.make_engine(name)
             await node.engine.start()
+
+    def make_engine(self, name: str) -> ReplicationEngine:
+        """Return a new engine for a node, which is not started, nor the node's before it is."""
+        node = self.nodes[name]
+        ports = Ports(
+            transport=node.transport,
+            cursor_store=node.cursors,
+            clock=self._clock,
+            wall_clock=node.wall_clock,
+            random=self._rng,
+        )
+        return ReplicationEngine(node.config, node.store, ports=ports)
 
     async def stop(self, name: str) -> None:
         """Stop a node's engine as an operator would, unless it is down."""
@@ -273,7 +279,7 @@ class LocalMesh:
         before: dict[str, int] = {}
         while True:
             events = self.events()
-            still = events == before and len(await self.roots()) == 1 and self._tailing()
+            still = events == before and len(await self.roots()) == 1 and self._at_rest()
             now = self._clock.monotonic()
             if not still:
                 quiet_since, before = None, events
@@ -288,9 +294,9 @@ class LocalMesh:
                 )
             await asyncio.sleep(COLD_INTERVAL_SEC / 4)
 
-    def _tailing(self) -> bool:
+    def _at_rest(self) -> bool:
         return all(
-            state is PeerState.TAILING
+            state in _AT_REST
             for node in self.nodes.values()
             for state in (node.engine.peers if node.engine is not None else {}).values()
         )

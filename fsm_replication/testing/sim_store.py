@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from fsm_replication.errors import StoreError
 from fsm_replication.items import (
     EMPTY_HASH,
     LastWriterWins,
@@ -56,7 +57,8 @@ class SimStore(SyncEngine):
     """Keeps items, tree, stream and positions in a :class:`SimRedis`.
 
     ``ttl_ms`` and ``grace_ms`` are those of tombstones. ``accepting_writes`` may be set to False to
-    make links pause. The server's clock stamps local writes.
+    make links pause. While ``failure`` is set, every call of replication raises that,
+    and each takes ``delay_sec``. The server's clock stamps local writes.
     """
 
     def __init__(
@@ -74,6 +76,8 @@ class SimStore(SyncEngine):
         self.server = server
         self.keys = Keys()
         self.accepting_writes = True
+        self.failure: StoreError | None = None
+        self.delay_sec = 0.0
         self._rng = rng
         self._ttl_ms = ttl_ms
         self._grace_ms = grace_ms
@@ -97,11 +101,17 @@ class SimStore(SyncEngine):
 
     async def incarnation(self) -> str:
         """Return the id written when this server was first opened, or was found empty."""
-        await asyncio.sleep(0)
+        await self._turn()
         if self._do("HGET", self.keys.marker, "incarnation") is None:
             self.open()
         raw: bytes = self._do("HGET", self.keys.marker, "incarnation")
         return raw.decode()
+
+    async def _turn(self) -> None:
+        """Let others run, as I/O would, and fail if that is asked for."""
+        await asyncio.sleep(self.delay_sec)
+        if self.failure is not None:
+            raise self.failure
 
     @property
     def resolver(self) -> Resolver:
@@ -141,18 +151,18 @@ class SimStore(SyncEngine):
 
     async def get_many(self, keys: Sequence[str]) -> list[SyncItem | None]:
         """Return what is held, tombstones included."""
-        await asyncio.sleep(0)
+        await self._turn()
         return [self.held(key) for key in keys]
 
     async def stamps(self, keys: Sequence[str]) -> list[Stamp | None]:
         """Return the order tuples of what is held."""
-        await asyncio.sleep(0)
+        await self._turn()
         heads = [self._do("GETRANGE", self.keys.item(key), 0, STAMP_BYTES - 1) for key in keys]
         return [decode_stamp(head) if head else None for head in heads]
 
     async def applied_position(self, peer_id: str) -> Position | None:
         """Return the position stored with the last batch from this peer."""
-        await asyncio.sleep(0)
+        await self._turn()
         raw = self._do("HGET", self.keys.positions, peer_id)
         if raw is None:
             return None
@@ -163,7 +173,7 @@ class SimStore(SyncEngine):
         self, changes: Sequence[SyncItem], received: Received | None = None
     ) -> ApplyResult:
         """Keep what is newer, publish it, and note the peer's position."""
-        await asyncio.sleep(0)
+        await self._turn()
         outcomes: list[Outcome] = []
         live_deleted = 0
         for change in changes:

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import hiredis
 
-from fsm_replication.errors import ConnectionLostError, PeerReplyError
+from fsm_replication.errors import ConnectionLostError, PeerRefusedError, PeerReplyError
 from fsm_replication.ports import Clock
 from fsm_replication.testing.sim_redis import SimRedis
 from fsm_replication.testing.sim_streams import Wait
@@ -287,6 +287,7 @@ class SimTransport(RedisTransport):
         self.commands = 0
         self.down: set[str] = set()
         self.hung: set[str] = set()
+        self.rejecting: set[str] = set()
         # In the order in which they were opened.
         self._wires: dict[_Wire, None] = {}
 
@@ -301,9 +302,14 @@ class SimTransport(RedisTransport):
         """Let a host answer nothing until :meth:`heal`, as if its process were stopped."""
         self.hung.add(self._known(host))
 
+    def reject(self, host: str) -> None:
+        """Let a host reject the credentials of new lines until :meth:`heal`."""
+        self.rejecting.add(self._known(host))
+
     def heal(self, host: str) -> None:
-        """End what :meth:`cut` and :meth:`hang` did; commands that waited are then run."""
+        """End what was done to the lines to a host; commands that waited are then run."""
         self.down.discard(self._known(host))
+        self.rejecting.discard(host)
         self.hung.discard(host)
         for wire in list(self._wires):
             if wire.host == host:
@@ -335,6 +341,8 @@ class SimTransport(RedisTransport):
         await self._clock.sleep(self.delay(name, host))
         if host not in self.servers or host in self.down:
             raise ConnectionLostError(f"{where} cannot be reached: connection refused")
+        if host in self.rejecting:
+            raise PeerRefusedError(f"{where}: the credentials are rejected", credentials=True)
         connection = SimConnection(where, self._clock, self)
         wire = _Wire(self, host, name)
         self._wires[wire] = None

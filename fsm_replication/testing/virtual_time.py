@@ -43,11 +43,13 @@ class DeadlockError(Exception):
 class _JumpingSelector(selectors.BaseSelector):
     """Asks another selector without waiting; what would be waited is handed to ``jump``."""
 
-    def __init__(self, jump: Callable[[float | None], None]) -> None:
+    def __init__(self, jump: Callable[[float | None], None], turn: Callable[[], None]) -> None:
         self._real = selectors.DefaultSelector()
         self._jump = jump
+        self._turn = turn
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self._turn()
         ready = self._real.select(0)
         if not ready and (timeout is None or timeout > 0):
             self._jump(timeout)
@@ -81,7 +83,9 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def __init__(self, start_ms: int = 0) -> None:
         self.start_ms = start_ms
         self._now = 0.0
-        super().__init__(_JumpingSelector(self._jump))
+        self._turns = 0
+        self._at_turn: dict[int, Callable[[], None]] = {}
+        super().__init__(_JumpingSelector(self._jump, self._turn))
         # With the machine's own, a nanosecond, a timer after 97 days would never be due.
         self._clock_resolution = RESOLUTION_SEC
 
@@ -92,6 +96,21 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def now_ms(self) -> int:
         """Return the true time of day of this loop's world."""
         return self.start_ms + int(self._now * 1000 + ROUNDING_MS)
+
+    @property
+    def turns(self) -> int:
+        """How many turns the loop has taken; every await that waits ends one at the earliest."""
+        return self._turns
+
+    def at_turn(self, number: int, call: Callable[[], None]) -> None:
+        """Call something between two turns: what a coroutine did until then is all it will do."""
+        self._at_turn[number] = call
+
+    def _turn(self) -> None:
+        self._turns += 1
+        call = self._at_turn.pop(self._turns, None)
+        if call is not None:
+            call()
 
     def _jump(self, seconds: float | None) -> None:
         if seconds is None:

@@ -1,0 +1,550 @@
+"""Random fates of a simulated mesh: what happens to it, and what must hold all the same.
+
+A :class:`Fate` is a mesh and a list of steps, made from a seed by :func:`random_fate` or by a test.
+:func:`carry_out` runs it: first chaos, then everything is mended, and all nodes must come to rest
+with the same items. What must hold:
+
+- every node ends with the latest write, by order tuple, of those that some node still held when the
+  chaos ended (G4), and nothing that nobody held (G5);
+- where no server lost anything, a node emits at most one event for each write (G11);
+- every journal is a walk of the tables (G6), and nothing of an engine is left when it is down (G7).
+
+The same fate gives the same run, to the last await.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, cast
+
+from fsm_replication.config import (
+    ColdPathConfig,
+    HotPathConfig,
+    Settings,
+    StartupConfig,
+    TombstonesConfig,
+)
+from fsm_replication.engine import ReplicationEngine
+from fsm_replication.errors import CursorStoreError, ReplicationError, StoreError
+from fsm_replication.items import Stamp, SyncItem
+from fsm_replication.journal import Transition
+from fsm_replication.tables import TABLES, EngineState, PeerState
+from fsm_replication.testing.local_mesh import (
+    BLOCK_SEC,
+    COLD_INTERVAL_SEC,
+    GRACE_SEC,
+    START_MS,
+    TTL_SEC,
+    LocalMesh,
+    topology,
+)
+from fsm_replication.testing.virtual_time import run
+
+__all__ = (
+    "CONTENTS",
+    "KEYS",
+    "NAMES",
+    "SHAPES",
+    "BrokenPromiseError",
+    "Fate",
+    "Move",
+    "Step",
+    "Tally",
+    "carry_out",
+    "moves_of_the_tables",
+    "random_fate",
+    "run_fate",
+    "shrink",
+)
+
+NAMES: Final = "abcde"
+SHAPES: Final = ("mesh", "chain", "ring", "star")
+KEYS: Final = ("k", "k.1", "other")
+CONTENTS: Final = (b"", b"x", b"y", b"y")
+WAITS: Final = (0.0, 0.001, 0.01, 0.05, 0.5, 3.0, 15.0)
+SKEWS: Final = (-5000, -500, 0, 500, 5000)
+# A run of this much virtual time has not come to rest and never will.
+LIMIT_SEC: Final = 60_000.0
+GIVE_UP_SEC: Final = 10.0
+FLOOD: Final = 80
+# Longer than a link waits before it tries rejected credentials, or a circuit of the store, again.
+LONG_SEC: Final = 400.0
+Step = tuple[Any, ...]
+Move = tuple[str, str, str, str]
+"""A kind of machine, a trigger, the state before and the one after."""
+
+
+class BrokenPromiseError(AssertionError):
+    """A run in which something did not hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """A mesh and what happens to it.
+
+    ``hot`` is false for nodes that only compare trees; ``strict`` nodes do not start without a
+    peer; ``batch`` is how many entries they read at once.
+    """
+
+    shape: str
+    nodes: int
+    seed: int
+    steps: tuple[Step, ...]
+    hot: bool = True
+    strict: bool = False
+    batch: int = 100
+
+    @property
+    def names(self) -> str:
+        """The names of the nodes."""
+        return NAMES[: self.nodes]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What runs have covered: virtual seconds, steps by kind, and moves of machines."""
+
+    runs: int = 0
+    seconds: float = 0.0
+    steps: Counter[str] = field(default_factory=Counter)
+    moves: Counter[Move] = field(default_factory=Counter)
+
+    def add(self, other: Tally) -> None:
+        """Add what other runs have covered."""
+        self.runs += other.runs
+        self.seconds += other.seconds
+        self.steps.update(other.steps)
+        self.moves.update(other.moves)
+
+    def never_taken(self) -> list[Move]:
+        """Return the moves of the tables that no run has taken."""
+        return sorted(moves_of_the_tables() - self.moves.keys())
+
+
+def moves_of_the_tables() -> set[Move]:
+    """Return every move that the tables allow."""
+    return {
+        (table.name, row.trigger, str(source), str(row.dest))
+        for table in TABLES
+        for row in table.rows
+        for source in row.sources
+    }
+
+
+# Making fates
+
+# How often each kind of step comes, in tickets of a lottery.
+_LOTTERY: Final = (
+    ("put", 12), ("delete", 6), ("wait", 14), ("cut", 4), ("heal", 4), ("hang", 2), ("stop", 2),
+    ("kill", 3), ("start", 5), ("lose", 2), ("drop", 1), ("trim", 2), ("skew", 2), ("pause", 2),
+    ("resume", 2), ("full", 1), ("roomy", 1), ("break", 2), ("work", 2), ("disk", 1),
+    ("corrupt", 1), ("repair", 1), ("stranger", 1), ("long", 2), ("slow", 1), ("flood", 2),
+    ("reject", 1), ("unborn", 1), ("hasty", 1),
+)  # fmt: skip
+_KINDS: Final = tuple(kind for kind, _ in _LOTTERY)
+_TICKETS: Final = tuple(tickets for _, tickets in _LOTTERY)
+EXPIRE_SHARE: Final = 0.005
+
+
+def random_fate(seed: int) -> Fate:
+    """Return the fate that a seed stands for."""
+    rng = random.Random(seed)  # noqa: S311 - a seed must give the same run
+    names = NAMES[: rng.randint(2, len(NAMES))]
+    steps: list[Step] = []
+    for kind in rng.choices(_KINDS, _TICKETS, k=rng.randint(5, 30)):
+        steps.append(_random_step(kind, names, rng))
+        if rng.random() < EXPIRE_SHARE:
+            steps.append(("expire",))
+    return Fate(
+        rng.choice(SHAPES),
+        len(names),
+        seed,
+        tuple(steps),
+        hot=rng.random() > 0.1,
+        strict=rng.random() < 0.1,
+        batch=rng.choice((1, 100)),
+    )
+
+
+def _random_step(kind: str, names: str, rng: random.Random) -> Step:
+    node = rng.choice(names)
+    if kind == "put":
+        return kind, node, rng.choice(KEYS), rng.choice(CONTENTS)
+    if kind == "delete":
+        return kind, node, rng.choice(KEYS)
+    if kind == "wait":
+        return kind, rng.choice(WAITS)
+    if kind == "long":
+        return "wait", LONG_SEC
+    if kind in ("cut", "heal", "hang", "reject"):
+        return kind, node, rng.choice(names)
+    if kind in ("slow", "hasty"):
+        return kind, node, rng.choice(WAITS)
+    if kind == "trim":
+        return kind, node, rng.randint(0, 2)
+    if kind == "skew":
+        return kind, node, rng.choice(SKEWS)
+    return kind, node
+
+
+# Running them
+
+
+class _Run:
+    """One run of a fate: takes its steps, and knows what was written and what was lost."""
+
+    def __init__(self, fate: Fate, tally: Tally) -> None:
+        self._tally = tally
+        self.mesh = LocalMesh(
+            fate.names,
+            topology(fate.shape, fate.names),
+            seed=fate.seed,
+            settings=Settings(
+                hot_path=HotPathConfig(
+                    enabled=fate.hot,
+                    block_timeout=BLOCK_SEC,
+                    batch_size=fate.batch,
+                    min_batch_size=1,
+                    max_batch_size=fate.batch,
+                ),
+                cold_path=ColdPathConfig(interval_sec=COLD_INTERVAL_SEC),
+                tombstones=TombstonesConfig(ttl=TTL_SEC, grace=GRACE_SEC),
+                startup=StartupConfig(when_no_peer="fail" if fate.strict else "run"),
+            ),
+        )
+        self._written: set[tuple[str, Stamp]] = set()
+        self._lost = False
+        self._strangers: set[str] = set()
+
+    async def run(self, steps: Sequence[Step]) -> None:
+        """Begin, take the steps, mend everything, and look at what has come of it."""
+        try:
+            for name in self.mesh.nodes:
+                await self._start(name)
+            for step in steps:
+                await self._take(step)
+            await self._rest()
+            for name in self.mesh.nodes:
+                await self._stop(name)
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            _promise(not left, f"tasks are left behind: {left}")
+        finally:
+            await self.mesh.close()
+
+    async def _take(self, step: Step) -> None:
+        kind, *args = step
+        self._tally.steps[kind] += 1
+        for name in self.mesh.nodes:
+            self.mesh.remember(name)
+        act: Callable[..., Any] = getattr(self, f"_{kind}")
+        done = act(*args)
+        if asyncio.iscoroutine(done):
+            await done
+
+    # Steps, by their names
+
+    def _put(self, name: str, key: str, content: bytes) -> None:
+        self.mesh.nodes[name].store.put(key, content)
+        self._note(name, key)
+
+    def _delete(self, name: str, key: str) -> None:
+        if self.mesh.nodes[name].store.delete(key):
+            self._note(name, key)
+
+    def _note(self, name: str, key: str) -> None:
+        item = self.mesh.nodes[name].store.held(key)
+        assert item is not None
+        self._written.add((key, item.stamp))
+
+    async def _wait(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    def _cut(self, reader: str, peer: str) -> None:
+        if reader != peer:
+            self.mesh.cut(reader, peer)
+
+    def _heal(self, reader: str, peer: str) -> None:
+        if reader != peer:
+            self.mesh.heal(reader, peer)
+
+    def _hang(self, reader: str, peer: str) -> None:
+        if reader != peer:
+            self.mesh.nodes[reader].transport.hang(peer)
+
+    def _reject(self, reader: str, peer: str) -> None:
+        """Let a peer take no new line of a reader, as after a password was changed."""
+        if reader != peer:
+            transport = self.mesh.nodes[reader].transport
+            transport.cut(peer)
+            transport.heal(peer)
+            transport.reject(peer)
+
+    def _flood(self, name: str) -> None:
+        """Write more at once than a link reads at once."""
+        for number in range(FLOOD):
+            self._put(name, KEYS[number % len(KEYS)], b"%d" % number)
+
+    async def _unborn(self, name: str) -> None:
+        """Stop an engine that was never started."""
+        if self.mesh.nodes[name].engine is None:
+            engine = self.mesh.make_engine(name)
+            await engine.shutdown()
+            self._look_at(engine)
+
+    async def _hasty(self, name: str, after_sec: float) -> None:
+        """Stop an engine while it starts, or soon after."""
+        node = self.mesh.nodes[name]
+        if node.engine is not None:
+            return
+        node.engine = self.mesh.make_engine(name)
+        starting = asyncio.create_task(node.engine.start())
+        await asyncio.sleep(after_sec)
+        await self._stop(name)
+        try:
+            await starting
+        except ReplicationError:
+            return  # It was interrupted, or had failed before.
+
+    async def _start(self, name: str) -> None:
+        node = self.mesh.nodes[name]
+        if node.engine is not None and node.engine.state in (
+            EngineState.FAILED,
+            EngineState.STOPPED,
+        ):
+            await self._stop(name)
+        try:
+            await self.mesh.start(name)
+        except ReplicationError:
+            # It is strict, or its disk is broken; its books are looked at all the same.
+            await self._stop(name)
+
+    async def _stop(self, name: str) -> None:
+        engine = self.mesh.nodes[name].engine
+        await self.mesh.stop(name)
+        self._look_at(engine)
+
+    async def _kill(self, name: str) -> None:
+        engine = self.mesh.nodes[name].engine
+        self._look_at(engine)
+        await self.mesh.kill(name)
+
+    def _look_at(self, engine: Any) -> None:
+        """Check that an engine's journal is a walk of the tables, and count its moves."""
+        states: dict[str, str] = {}
+        for record in () if engine is None else cast("tuple[Transition, ...]", engine.journal):
+            move = _move_of(record)
+            _promise(move in moves_of_the_tables(), f"{record} is in no table")
+            before = states.get(record.machine, move[2])
+            _promise(before == move[2], f"{record} begins where {before} was the state")
+            states[record.machine] = move[3]
+            self._tally.moves[move] += 1
+
+    def _lose(self, name: str) -> None:
+        self._lost = self.mesh.lose_last_second(name) or self._lost
+
+    def _drop(self, name: str) -> None:
+        self.mesh.delete_stream(name)
+        self._lost = True
+
+    def _trim(self, name: str, entries: int) -> None:
+        self.mesh.trim(name, entries)
+
+    def _skew(self, name: str, by_ms: int) -> None:
+        self.mesh.nodes[name].wall_clock.skew_ms = by_ms
+
+    async def _pause(self, name: str) -> None:
+        await self._ask_links(name, "pause")
+
+    async def _resume(self, name: str) -> None:
+        await self._ask_links(name, "resume")
+
+    async def _ask_links(self, name: str, what: str) -> None:
+        engine = self.mesh.nodes[name].engine
+        if engine is None or not engine.is_running:
+            return
+        for peer in engine.peers:
+            try:
+                await getattr(engine, what)(peer)
+            except CursorStoreError:
+                continue  # The wish is in force all the same.
+
+    def _full(self, name: str) -> None:
+        self.mesh.nodes[name].store.accepting_writes = False
+
+    def _roomy(self, name: str) -> None:
+        self.mesh.nodes[name].store.accepting_writes = True
+
+    def _break(self, name: str) -> None:
+        self.mesh.nodes[name].store.failure = StoreError("the store is broken")
+
+    def _slow(self, name: str, delay_sec: float) -> None:
+        self.mesh.nodes[name].store.delay_sec = delay_sec
+
+    def _work(self, name: str) -> None:
+        store = self.mesh.nodes[name].store
+        store.failure, store.delay_sec = None, 0.0
+
+    def _disk(self, name: str) -> None:
+        error = CursorStoreError("the disk is full", path="c.db", retryable=True)
+        self.mesh.nodes[name].cursors.failure = error
+
+    def _corrupt(self, name: str) -> None:
+        error = CursorStoreError("not a database", path="c.db")
+        self.mesh.nodes[name].cursors.failure = error
+
+    async def _repair(self, name: str) -> None:
+        engine = self.mesh.nodes[name].engine
+        if engine is None or not engine.is_running:
+            return
+        try:
+            await engine.repair()
+        except ReplicationError:
+            return  # The engine has ended meanwhile.
+
+    def _stranger(self, name: str) -> None:
+        """Let a node publish another tombstone ttl, as one that is configured wrongly would."""
+        node = self.mesh.nodes[name]
+        node.server.execute("HSET", node.store.keys.marker, "tombstone_ttl_ms", "1")
+        self._strangers.add(name)
+
+    async def _expire(self) -> None:
+        await self._rest()
+        await asyncio.sleep(TTL_SEC + 1)
+        await self._rest()
+
+    # The end
+
+    async def _mend(self) -> None:
+        for name in sorted(self._strangers):
+            self.mesh.nodes[name].store.open()
+        self._strangers.clear()
+        for node in self.mesh.nodes.values():
+            node.store.failure = node.cursors.failure = None
+            node.store.accepting_writes, node.store.delay_sec = True, 0.0
+            for peer in self.mesh.read_by(node.name):
+                self.mesh.heal(node.name, peer)
+        for _ in range(2):
+            for name, node in self.mesh.nodes.items():
+                if node.engine is not None and _has_given_up(node.engine):
+                    # What waiting cannot mend was mended, and somebody starts the node again.
+                    await self._stop(name)
+                await self.mesh.start(name)
+                await self._resume(name)
+            # A link may just have read what is mended now, and give up only after this.
+            await asyncio.sleep(GIVE_UP_SEC)
+
+    async def _take_what_is_old(self) -> None:
+        """Give a person's word on items of nodes that were apart for longer than the ttl (G5)."""
+        for _ in self.mesh.nodes:
+            # What one node takes is as old for the next, which learns of it by then.
+            await asyncio.sleep(2 * COLD_INTERVAL_SEC)
+            for node in self.mesh.nodes.values():
+                assert node.engine is not None
+                for peer in node.engine.health_check().peers:
+                    if peer.stale_held_back and peer.connected:
+                        await node.engine.repair(peer.node_id, accept_stale=True)
+
+    async def _rest(self) -> None:
+        """Mend everything; then all must agree on what survived, and nothing may move any more."""
+        mesh = self.mesh
+        expected = self._survivors()
+        now = START_MS + asyncio.get_running_loop().time() * 1000
+        await self._mend()
+        await self._take_what_is_old()
+        await mesh.settle()
+        holdings = mesh.holdings()
+        for name, held in zip(mesh.nodes, holdings, strict=True):
+            self._compare(name, held, expected, now)
+        live = [{k: (i.stamp, i.content) for k, i in h.items() if not i.deleted} for h in holdings]
+        _promise(all(one == live[0] for one in live), f"nodes differ: {live}")
+        if not self._lost:
+            for name, events in mesh.events().items():
+                most = len(self._written)
+                _promise(events <= most, f"{name} emitted {events} events of {most} writes")
+
+    def _compare(
+        self, name: str, held: dict[str, SyncItem], expected: dict[str, SyncItem], now: float
+    ) -> None:
+        for key, item in expected.items():
+            mine = held.get(key)
+            if mine is None:
+                gone = item.deleted and item.updated_at + TTL_SEC * 1000 < now + 1e7
+                _promise(gone, f"{name} holds nothing of {key}, and {item} had survived")
+                continue
+            _promise(
+                mine.stamp == item.stamp or self._was_on_its_way(mine, item),
+                f"{name} holds {mine} of {key}, and {item} had survived",
+            )
+        extra = [held[key] for key in held.keys() - expected.keys()]
+        late = [item for item in extra if self._lost and (item.key, item.stamp) in self._written]
+        _promise(extra == late, f"{name} holds {extra}, which nobody held")
+
+    def _was_on_its_way(self, mine: SyncItem, survivor: SyncItem) -> bool:
+        """Say whether a later write that its own node had lost reached another all the same."""
+        return (
+            self._lost and mine.stamp > survivor.stamp and (mine.key, mine.stamp) in self._written
+        )
+
+    def _survivors(self) -> dict[str, SyncItem]:
+        """Return, for each key, the latest write that some node holds."""
+        latest: dict[str, SyncItem] = {}
+        for held in self.mesh.holdings():
+            for key, item in held.items():
+                if key not in latest or latest[key].stamp < item.stamp:
+                    latest[key] = item
+        return latest
+
+
+def _has_given_up(engine: ReplicationEngine) -> bool:
+    ended = engine.state in (EngineState.FAILED, EngineState.STOPPED)
+    return ended or PeerState.FAILED in engine.peers.values()
+
+
+def _promise(kept: bool, otherwise: str) -> None:
+    if not kept:
+        raise BrokenPromiseError(otherwise)
+
+
+def _move_of(record: Transition) -> Move:
+    assert record.trigger is not None
+    kind = record.machine.partition(":")[0]
+    return kind, record.trigger, str(record.source), str(record.dest)
+
+
+async def carry_out(fate: Fate, tally: Tally) -> None:
+    """Run a fate on the running loop, which must be one of virtual time.
+
+    :raises BrokenPromiseError: if something does not hold.
+    :raises TimeoutError: if the nodes do not come to rest.
+    """
+    async with asyncio.timeout(LIMIT_SEC):
+        await _Run(fate, tally).run(fate.steps)
+    tally.runs += 1
+    tally.seconds += asyncio.get_running_loop().time()
+
+
+def run_fate(fate: Fate) -> Tally:
+    """Run a fate on a loop of its own, and return what it has covered; raises as ``carry_out``."""
+    tally = Tally()
+    run(carry_out, fate, tally, start_ms=START_MS)
+    return tally
+
+
+def shrink(fate: Fate, fails: Callable[[Fate], bool]) -> Fate:
+    """Return a fate with as few steps as are needed to fail (delta debugging, Zeller 2002)."""
+    steps = list(fate.steps)
+    size = max(1, len(steps) // 2)
+    while size:
+        begin = 0
+        while begin < len(steps):
+            fewer = steps[:begin] + steps[begin + size :]
+            if fails(replace(fate, steps=tuple(fewer))):
+                steps = fewer
+            else:
+                begin += size
+        size //= 2
+    return replace(fate, steps=tuple(steps))
