@@ -75,12 +75,16 @@ async def test_no_dead_letter_is_dropped_where_full_means_pause(nodes: Nodes, pe
     settings = Settings(limits=LimitsConfig(dead_letters=5))
     async with nodes.engine(peer_config(peer.server), settings=settings) as engine:
         await engine.wait_synced(DEADLINE_SEC)
-        await engine.pause("a")
-        for number in range(20):
-            peer.send_fields([b"op", b"X", b"key", b"k%d" % number])
-        await engine.resume("a")
-        await until_async(engine.dead_letters.list)
-        assert len(await engine.dead_letters.list()) == 20
+        # At once, so that one read sees all of them.
+        with peer.client.pipeline(transaction=True) as together:
+            for number in range(20):
+                together.xadd(Keys().stream, {"op": "X", "key": f"k{number}"})
+            together.execute()
+
+        async def all_kept() -> bool:
+            return len(await engine.dead_letters.list()) == 20
+
+        await until_async(all_kept)
         peer.send_fields([b"op", b"X", b"key", b"one more"])
         await engine.wait_for_state(PeerState.PAUSED, peer_id="a", timeout=DEADLINE_SEC)
         assert len(await engine.dead_letters.list()) == 20
