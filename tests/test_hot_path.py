@@ -678,3 +678,79 @@ async def test_one_link_copies_at_a_time_by_priority() -> None:
     slot.release("first")
     await asyncio.gather(*waiting, return_exceptions=True)
     assert order == ["high", "middle", "low"]
+
+
+@pytest.mark.parametrize(
+    ("read", "trimmed", "added", "missed"),
+    [(10, 10, 500, None), (10, 11, 500, 1), (10, 300, 500, 290), (0, 0, 500, None)],
+)
+def test_a_gap_is_counted_from_before_the_batch(
+    read: int, trimmed: int, added: int, missed: int | None
+) -> None:
+    """If this fails what was trimmed is taken for what has just been read."""
+    before = Position(StreamId(1, 0), read)
+    end = Position(StreamId(400, 0), read + 100)
+    info = StreamInfo(added - trimmed, StreamId(500, 0), StreamId(300, 0), added)
+    gap = StreamReader._find_gap(before, end, info, 100)
+    assert (None if gap is None else gap.missed) == missed
+
+
+async def test_the_cursor_waits_for_the_store(nodes: Nodes, peer: Peer) -> None:
+    """If this fails a crash while the store works loses what it had not taken yet (G2)."""
+    entered, go_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(MemorySyncEngine):
+        async def apply_many(
+            self, changes: Sequence[SyncItem], received: Received | None = None
+        ) -> ApplyResult:
+            if any(change.key == "late" for change in changes):
+                entered.set()
+                await go_on.wait()
+            return await super().apply_many(changes, received)
+
+    store = Slow()
+    async with nodes.engine(peer_config(peer.server), store=store) as engine:
+        await tailing(engine)
+        peer.send("early", b"1")
+        await caught_up(engine, peer)
+        before = engine._book.get("a")
+        late = peer.send_fields(put(b"late", b"2"))
+        await entered.wait()
+        assert engine._book.get("a") == before
+        go_on.set()
+        await caught_up(engine, peer)
+        after = engine._book.get("a")
+        assert after is not None
+        assert str(after.position.stream_id) == late
+
+
+async def test_what_is_held_while_paused_is_applied_afterwards(nodes: Nodes, peer: Peer) -> None:
+    """If this fails chunks that were read and not applied are lost in a pause (G1)."""
+
+    class Fills(MemorySyncEngine):
+        async def apply_many(
+            self, changes: Sequence[SyncItem], received: Received | None = None
+        ) -> ApplyResult:
+            result = await super().apply_many(changes, received)
+            self.accepting_writes = self.accepting_writes and not 300 <= len(self) < 900
+            return result
+
+    store = Fills()
+    async with nodes.engine(peer_config(peer.server), store=store) as engine:
+        await tailing(engine)
+        await engine.pause("a")
+        for number in range(900):
+            peer.send_fields(put(b"k%d" % number, b"x"))
+        await engine.resume("a")
+        await engine.wait_for_state(PeerState.PAUSED, peer_id="a", timeout=10)
+        await until(
+            lambda: PauseReason.BACKPRESSURE in engine.health_check().peers[0].pause_reasons
+        )
+        assert 300 <= len(store) < 900
+        copied = engine._links["a"].context.progress.copied
+        while len(store) < 900:
+            store.accepting_writes = True
+            await asyncio.sleep(0.01)
+        await caught_up(engine, peer)
+        assert engine._links["a"].context.progress.copied == copied, "nothing was copied anew"
+        assert engine.health_check().peers[0].gaps_open == 0

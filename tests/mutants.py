@@ -1,0 +1,365 @@
+"""Shows that the suite fails where it should: ``python tests/mutants.py [NAME ...]``.
+
+Each mutant is one plausible defect. It is put into a copy of the project, and the tests that are to
+notice it run there. A mutant that survives is a hole in the suite, and so is one whose place in the
+code is not found any more. Prints a line for each; ends with 1 if any survived.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Final, NamedTuple
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+LIMIT_SEC: Final = 600
+LIBRARY: Final = "fsm_replication"
+
+
+class Mutant(NamedTuple):
+    """A defect: ``old`` becomes ``new`` in a file; ``tests`` (a pytest selection) must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS: Final = (
+    Mutant(
+        "the cursor is advanced before the batch is in the store",
+        "workers/applier.py",
+        "        chunk = prepared.chunk\n        part: Part | None = prepared.first\n",
+        "        chunk = prepared.chunk\n"
+        "        self._context.cursors.settle(\n"
+        "            self._context.peer_id, Cursor(chunk.end, self._incarnation)\n"
+        "        )\n"
+        "        part: Part | None = prepared.first\n",
+        "tests/test_hot_path.py tests/test_faults.py tests/test_withstands.py",
+    ),
+    Mutant(
+        "a reader that goes on from the oldest entry passes over it",
+        "workers/reader.py",
+        "        if first.seq:\n            return Position(StreamId(first.ms, first.seq - 1)",
+        "        if True:\n            return Position(StreamId(first.ms, first.seq)",
+        "tests/test_hot_path.py tests/test_foreign_nodes.py",
+    ),
+    Mutant(
+        "gaps are counted after the batch",
+        "workers/reader.py",
+        "        missed = info.trimmed - before.entries_read\n        if missed > 0:\n"
+        '            return Gap(missed, f"{missed} entries were trimmed before they were read")\n'
+        "        at_head",
+        "        missed = info.trimmed - before.entries_read - count\n        if missed > 0:\n"
+        '            return Gap(missed, f"{missed} entries were trimmed before they were read")\n'
+        "        at_head",
+        "tests/test_hot_path.py tests/test_repair.py tests/test_convergence.py",
+    ),
+    Mutant(
+        "tombstones are not in the tree",
+        "stores/memory.py",
+        "if item is None or (item.deleted and expiry <= self._wall_clock.now_ms()):",
+        "if item is None or item.deleted:",
+        "tests/test_repair.py tests/test_merkle.py tests/test_stores.py",
+    ),
+    Mutant(
+        "tombstones are not in the tree in Redis",
+        "stores/redis_scripts.py",
+        "      if expiry > now then\n        plant(",
+        "      if false then\n        plant(",
+        "tests/test_repair.py tests/test_merkle.py",
+    ),
+    Mutant(
+        "a key that the peer lacks is deleted",
+        "workers/repair.py",
+        "        buckets = await comparer.differing_buckets(our_root)\n",
+        "        everything = await comparer.differing_buckets(both=True)\n"
+        "        async for group in comparer.groups(everything, both=True):\n"
+        "            gone = Part()\n"
+        "            for key, mine, theirs in group.newer_here:\n"
+        "                if theirs is None:\n"
+        "                    gone.items.append(\n"
+        '                        SyncItem(key, b"", "binary", EMPTY_HASH, mine.version + 1,\n'
+        "                                 mine.updated_at + 1, True)\n"
+        "                    )\n"
+        "                    gone.wire.append(None)\n"
+        '            await self._applier.hand_over(gone, None, "repair")\n'
+        "        buckets = await comparer.differing_buckets(our_root)\n",
+        "tests/test_repair.py",
+    ),
+    Mutant(
+        "equal content is taken as current",
+        "workers/comparer.py",
+        "    if ours is None or theirs > ours:\n        return True\n",
+        "    if ours is not None and theirs.content_hash == ours.content_hash:\n"
+        "        return False\n"
+        "    if ours is None or theirs > ours:\n        return True\n",
+        "tests/test_convergence.py -k 'equal_content or empty_put'",
+    ),
+    Mutant(
+        "a circuit counts cancellations as failures",
+        "circuits.py",
+        "        except Exception as error:\n            if era == self._era:\n"
+        "                self._tell(error)\n            raise\n",
+        "        except BaseException as error:\n            if era == self._era:\n"
+        "                self._tell(RuntimeError(str(error)))\n            raise\n",
+        "tests/test_circuits.py",
+    ),
+    Mutant(
+        "a report of an earlier entry is obeyed",
+        "driver.py",
+        "if not self.machine.is_current(report.ticket) or not triggers:",
+        "if not triggers:",
+        "tests/test_driver.py",
+    ),
+    Mutant(
+        "a row of the link's table leads elsewhere",
+        "tables/link.py",
+        "            (_S.DISCONNECTING,),\n            _S.BACKOFF,",
+        "            (_S.DISCONNECTING,),\n            _S.CONNECTING,",
+        "tests/test_tables.py tests/test_faults.py tests/test_diagram.py",
+    ),
+    Mutant(
+        "a row of the engine's table is missing a source",
+        "tables/engine.py",
+        '            "abort",\n            (_S.CONNECTING, _S.RUNNING),',
+        '            "abort",\n            (_S.CONNECTING,),',
+        "tests/test_tables.py tests/test_engine.py",
+    ),
+    Mutant(
+        "a batch is lost when the store fails",
+        "workers/chunks.py",
+        "        except BaseException:\n            await self.abandon()\n            raise",
+        "        except BaseException:\n            await self.abandon()\n"
+        "            self._pending.clear()\n            raise",
+        "tests/test_hot_path.py tests/test_faults.py tests/test_withstands.py",
+    ),
+    Mutant(
+        "a local write ignores the time of what it replaces",
+        "items.py",
+        "    return max(now_ms, known.updated_at + 1), known.version + 1",
+        "    return now_ms, known.version + 1",
+        "tests/test_stores.py tests/test_convergence.py",
+    ),
+    Mutant(
+        "a local write in Redis ignores the time of what it replaces",
+        "stores/redis_scripts.py",
+        "  return math.max(now, at + 1), version + 1",
+        "  return now, version + 1",
+        "tests/test_redis_store.py",
+    ),
+    Mutant(
+        "versions begin anew after a delete",
+        "stores/redis_scripts.py",
+        "  if held == '' then return now, 1 end\n",
+        "  if held == '' or byte(held, 17) == 1 then return now, 1 end\n",
+        "tests/test_redis_store.py tests/test_stores.py",
+    ),
+    Mutant(
+        "the cursor passes dead letters that are not kept",
+        "workers/chunks.py",
+        "        if prepared.has_letters:\n            await applier.keep_letters(prepared)\n"
+        "        return prepared",
+        "        prepared.selection.letters.clear()\n        return prepared",
+        "tests/test_hot_path.py tests/test_cli.py",
+    ),
+    Mutant(
+        "the interlock never trips",
+        "workers/guards.py",
+        "        now = self._clock.monotonic()\n        if now < self._forgiven_until:\n"
+        "            return False\n",
+        "        now = self._clock.monotonic()\n        if now < self._forgiven_until or more:\n"
+        "            return False\n",
+        "tests/test_repair.py",
+    ),
+    Mutant(
+        "old items of a peer long not agreed with are taken",
+        "workers/guards.py",
+        "            ours is None\n            and not theirs.deleted\n",
+        "            False\n            and not theirs.deleted\n",
+        "tests/test_repair.py",
+    ),
+    Mutant(
+        "contents are not checked against their hashes",
+        "stream.py",
+        "                    if check.digest() == digest:\n                        return content",
+        "                    if check.digest():\n                        return content",
+        "tests/test_stream.py tests/test_hot_path.py",
+    ),
+    Mutant(
+        "a compressed content may be of any size",
+        "stream.py",
+        "                if _declared_size(data) <= self.payload_bytes:\n"
+        "                    content = self._decompress(data, self.payload_bytes)",
+        "                if True:\n                    content = self._decompress(data, 10**9)",
+        "tests/test_stream.py tests/test_hot_path.py",
+    ),
+    Mutant(
+        "the journal is unbounded",
+        "journal.py",
+        "deque(maxlen=limit)",
+        "deque()",
+        "tests/test_journal.py",
+    ),
+    Mutant(
+        "an engine without a peer calls itself ready",
+        "engine.py",
+        "ready = self.is_running and (connected > 0 or not peers)",
+        "ready = self.is_running",
+        "tests/test_engine.py tests/test_faults.py",
+    ),
+    Mutant(
+        "a leaf leaves the tree in Redis, but not its digest",
+        "stores/redis_scripts.py",
+        "    note(tree, bucket, -high, -low)",
+        "    note(tree, bucket, 0, 0)",
+        "tests/test_merkle.py tests/test_repair.py",
+    ),
+    Mutant(
+        "the peer's position is not kept with the batch",
+        "stores/redis_scripts.py",
+        "if ARGV[6] ~= '' then call('HSET', KEYS[2], ARGV[5], ARGV[6]) end",
+        "if ARGV[6] ~= '' then call('HSET', KEYS[2], ARGV[5], '0-0 0') end",
+        "tests/test_redis_store.py tests/test_stores.py tests/test_withstands.py",
+    ),
+    Mutant(
+        "of two entries of a key in one batch the older wins",
+        "batch.py",
+        "        return entry.updated_at > rival.updated_at\n    return _order(entry)",
+        "        return entry.updated_at < rival.updated_at\n    return _order(entry)",
+        "tests/test_batch.py tests/test_hot_path.py",
+    ),
+    Mutant(
+        "foreign entries keep the stamps they came with",
+        "batch.py",
+        "    return msgspec.structs.replace(entry, updated_at=at_ms)",
+        "    return entry",
+        "tests/test_batch.py tests/test_hot_path.py",
+    ),
+    Mutant(
+        "a cycle of the cold path has no budget",
+        "workers/repair.py",
+        "            self.left = max(0, self.left - fetched)",
+        "            self.left = max(1, self.left)",
+        "tests/test_repair.py",
+    ),
+    Mutant(
+        "an operator's pause ends with the connection",
+        "peer_link.py",
+        "        self._lines = None\n        self._tailer = None\n        self.driver.await_end()",
+        "        self._lines = None\n        self._tailer = None\n        self._reasons.clear()\n"
+        "        self.driver.await_end()",
+        "tests/test_faults.py tests/test_engine.py tests/test_hot_path.py",
+    ),
+    Mutant(
+        "after a copy the stream is read on from its head of now",
+        "workers/copier.py",
+        "        cursor = Cursor(row.head, self._incarnation)\n",
+        "        info = await ask_info(\n"
+        "            self._lines.asking, Keys(context.peer.redis_prefix).stream,\n"
+        "            context.settings.timeouts.command,\n"
+        "        )\n"
+        "        row = row._replace(head=info.head)\n"
+        "        cursor = Cursor(row.head, self._incarnation)\n",
+        "tests/test_hot_path.py tests/test_repair.py tests/test_convergence.py",
+    ),
+    Mutant(
+        "passwords stand in errors",
+        "errors.py",
+        '    text = _CREDENTIALS.sub(r"\\g<scheme>***@", text)\n',
+        "",
+        "tests/test_errors.py tests/test_config.py tests/test_transport.py",
+    ),
+    Mutant(
+        "a foreign delete is written on absence",
+        "workers/foreign_walk.py",
+        "        return [child for child in children if not _is_leaf_of(child, held.get(child[0]))]",
+        "        return [child for child in children if child[0] not in held]",
+        "tests/test_foreign_nodes.py",
+    ),
+    Mutant(
+        "a key of the dotted tree that was kept out never comes back",
+        "stores/dotted_scripts.py",
+        "    if call('SISMEMBER', out, path) == 1 then call('ZADD', dirty, 0, path) end\n",
+        "",
+        "tests/test_dotted.py",
+    ),
+)
+
+
+def _copy_to(folder: Path) -> Path:
+    copy = folder / "project"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    ).stdout.decode()
+    for name in filter(None, listed.split("\0")):
+        source, target = ROOT / name, copy / name
+        if source.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)
+    return copy
+
+
+def _selected(copy: Path, tests: str) -> list[str]:
+    files, option, pattern = tests.partition(" -k ")
+    found = [
+        str(path.relative_to(copy)) for glob in files.split() for path in sorted(copy.glob(glob))
+    ]
+    return [*found, *(["-k", pattern.strip("'")] if option else [])]
+
+
+def _try(mutant: Mutant, folder: Path) -> str:
+    """Return what became of a mutant: "killed", "SURVIVED", or that its place is not there."""
+    copy = _copy_to(folder)
+    path = copy / LIBRARY / mutant.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(mutant.old) != 1:
+        return f"NOT FOUND ({text.count(mutant.old)} places in {mutant.file})"
+    path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    selected = _selected(copy, mutant.tests)
+    if not selected or selected[0] == "-k":
+        return "NO TESTS are selected"
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *selected]
+    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        ended = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, timeout=LIMIT_SEC, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "killed (it hung)"
+    if ended.returncode == 0:
+        return "SURVIVED"
+    if b"errors during collection" in ended.stdout or b"TableError" in ended.stderr + ended.stdout:
+        return "killed (it is refused when it is imported)"
+    if ended.returncode != 1:
+        return f"BROKEN: {ended.stdout.decode()[-300:]}{ended.stderr.decode()[-300:]}"
+    return "killed"
+
+
+def main(names: list[str]) -> int:
+    """Try the mutants whose names contain any of ``names``, or all; returns how many got away."""
+    chosen = [m for m in MUTANTS if not names or any(name in m.name for name in names)]
+    away = 0
+    for mutant in chosen:
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="fsm-mutant-") as folder:
+            result = _try(mutant, Path(folder))
+        away += not result.startswith("killed")
+        took = time.monotonic() - began
+        sys.stdout.write(f"{result:9} {took:6.1f} s  {mutant.name}\n")
+        sys.stdout.flush()
+    sys.stdout.write(f"{len(chosen) - away} of {len(chosen)} mutants were killed\n")
+    return 1 if away else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
