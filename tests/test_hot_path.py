@@ -754,3 +754,19 @@ async def test_what_is_held_while_paused_is_applied_afterwards(nodes: Nodes, pee
         await caught_up(engine, peer)
         assert engine._links["a"].context.progress.copied == copied, "nothing was copied anew"
         assert engine.health_check().peers[0].gaps_open == 0
+
+
+async def test_bad_entries_in_several_chunks_become_dead_letters(nodes: Nodes, peer: Peer) -> None:
+    """If this fails the cursor passes bad entries of a large read that nobody has kept (G1)."""
+    async with nodes.engine(peer_config(peer.server)) as engine:
+        await tailing(engine)
+        with peer.client.pipeline(transaction=True) as together:
+            for number in range(900):
+                op = "X" if number % 100 == 99 else "PUT"
+                fields = dict(zip(*[iter(put(b"k%d" % number, b"x"))] * 2, strict=True))
+                together.xadd(Keys().stream, {**fields, b"op": op})
+            together.execute()
+        await caught_up(engine, peer)
+        letters = await engine.dead_letters.list()
+        assert [letter.key for letter in letters] == [f"k{n}" for n in range(99, 900, 100)]
+        assert len(engine.sync_engine) == 891  # type: ignore[arg-type]
