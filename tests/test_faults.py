@@ -294,3 +294,32 @@ async def test_what_is_held_is_flushed_at_shutdown(nodes: Nodes, redis_server: R
         await reaches(again, PeerState.TAILING)
         assert again.health_check().peers[0].events_read == 0
     peer.close()
+
+
+async def test_an_operators_pause_outlives_the_connection(
+    nodes: Nodes, server: RedisServer
+) -> None:
+    """If this fails a peer that somebody has paused is read again as soon as its line breaks."""
+    peer = Peer(server)
+    peer.write_marker()
+    store = MemorySyncEngine()
+    async with nodes.engine(peer_config(server), store=store, settings=QUICK) as engine:
+        await reaches(engine, PeerState.TAILING)
+        await engine.pause("a")
+        await reaches(engine, PeerState.PAUSED)
+        server.kill()
+        await reaches(engine, PeerState.BACKOFF)
+        peer_states = engine.watch_state("a")
+        server.start()
+        peer.write_marker()
+        peer.send("k", b"1")
+        seen = []
+        async for record in peer_states:
+            seen.append(record.dest)
+            if record.dest is PeerState.PAUSED:
+                break
+        assert not {PeerState.TAILING, PeerState.CATCHING_UP, PeerState.BOOTSTRAPPING} & {*seen}
+        assert len(store) == 0
+        await engine.resume("a")
+        await until(lambda: len(store) == 1)
+    peer.close()
