@@ -154,6 +154,25 @@ def test_whatever_is_written_the_tree_is_that_of_what_is_held(
     node.client.close()
 
 
+async def test_what_was_kept_out_comes_in_once_there_is_room(redis_server: RedisServer) -> None:
+    """If this fails a key stays unknown to foreign nodes because of one that is long gone."""
+    async with RedisSyncEngine(redis_server.url, node_id="n", layouts=BOTH) as store:
+        await store.put("user", b"short")
+        await published(store)
+        await store.put("user.1", b"long")
+        await published(store)
+        tree = store.tree
+        assert tree is not None
+        assert await store.kept_out() == 1
+        assert await tree.children(DOTTED, ["", "user"]) != [{}, {}]
+        await store.delete("user.1")
+        await published(store)
+        assert await store.kept_out() == 0
+        alone = DottedTree()
+        alone.set("user", 1, sha(b"short"))
+        assert await tree.root(DOTTED) == alone.root
+
+
 async def test_another_process_takes_over_where_one_was_killed(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -747,12 +747,13 @@ async def test_what_is_held_while_paused_is_applied_afterwards(nodes: Nodes, pee
             lambda: PauseReason.BACKPRESSURE in engine.health_check().peers[0].pause_reasons
         )
         assert 300 <= len(store) < 900
-        copied = engine._links["a"].context.progress.copied
+        link = engine._links["a"].context.progress
+        copied = link.copied
         while len(store) < 900:
             store.accepting_writes = True
             await asyncio.sleep(0.01)
         await caught_up(engine, peer)
-        assert engine._links["a"].context.progress.copied == copied, "nothing was copied anew"
+        assert (link.copied, link.events_read) == (copied, 900), "what was held was not read anew"
         assert engine.health_check().peers[0].gaps_open == 0
 
 
