@@ -79,9 +79,10 @@ class SyncItem(msgspec.Struct, frozen=True, gc=False):
 class Resolver(Protocol):
     """Decides between two live items of one key; tombstones never reach it.
 
-    ``merge`` must be associative, commutative and idempotent, or nodes will not agree. Where
-    ``by_stamp`` is true the winner is always the item of the larger stamp, which allows the hot
-    path to drop events without looking at their content.
+    ``merge`` must be associative, commutative and idempotent, or nodes will not agree, and it must
+    take any content, since a peer may send anything: one that raises stops the link it came from.
+    Where ``by_stamp`` is true the winner is always the item of the larger stamp, which allows the
+    hot path to drop events without looking at their content.
     """
 
     @property

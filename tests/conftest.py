@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from enum import StrEnum
 from pathlib import Path
@@ -20,14 +20,12 @@ from fsm_replication.config import CursorConfig, PeerConfig, ReplicationConfig, 
 from fsm_replication.engine import ReplicationEngine
 from fsm_replication.items import LastWriterWins, SyncItem, content_hash
 from fsm_replication.layout import FORMAT, Keys, encode_value
-from fsm_replication.servers import (
-    RedisServer,
-    find_all_redis_servers,
-    redis_server_version,
-)
+from fsm_replication.servers import RedisServer
 from fsm_replication.stores import MemorySyncEngine, SyncEngine
 from fsm_replication.stream import encode_data, encode_fields
 from fsm_replication.tables import Table
+
+pytest_plugins = ["fsm_replication.testing.fixtures"]
 
 DEADLINE_SEC = 20.0
 WEEK_MS = 7 * 86_400_000
@@ -70,85 +68,6 @@ async def until_async(condition: Callable[[], Awaitable[object]], what: str = ""
         await asyncio.sleep(0.02)
 
 
-class ServerPool:
-    """Servers that tests share one after the other, empty each time."""
-
-    def __init__(self) -> None:
-        self._free: list[RedisServer] = []
-        self.all: list[RedisServer] = []
-
-    def take(self) -> RedisServer:
-        """Return an empty server."""
-        server = self._free.pop() if self._free else self._start()
-        with redis.Redis(port=server.port) as client:
-            client.flushall()
-            client.script_flush()
-        return server
-
-    def _start(self) -> RedisServer:
-        server = RedisServer().start()
-        self.all.append(server)
-        return server
-
-    def give_back(self, server: RedisServer) -> None:
-        """Take a server back; one that a test has killed is not used again."""
-        if server.is_running:
-            self._free.append(server)
-
-
-@pytest.fixture(scope="session")
-def server_pool() -> Iterator[ServerPool]:
-    """The servers of this run."""
-    pool = ServerPool()
-    yield pool
-    for server in pool.all:
-        server.stop()
-
-
-@pytest.fixture
-def redis_servers(server_pool: ServerPool) -> Iterator[Callable[[], RedisServer]]:
-    """A function that returns one empty server after the other."""
-    taken: list[RedisServer] = []
-
-    def take() -> RedisServer:
-        taken.append(server_pool.take())
-        return taken[-1]
-
-    yield take
-    for server in taken:
-        server_pool.give_back(server)
-
-
-@pytest.fixture
-def redis_server(redis_servers: Callable[[], RedisServer]) -> RedisServer:
-    """One empty server."""
-    return redis_servers()
-
-
-def version_id(executable: Path) -> str:
-    """Return the name of a server's version in the ids of tests."""
-    return "redis-" + ".".join(map(str, redis_server_version(executable)))
-
-
-@pytest.fixture
-def new_redis_server() -> Iterator[Callable[..., RedisServer]]:
-    """A function that starts a server nobody else will use, for tests that kill or set it up."""
-    made: list[RedisServer] = []
-
-    def start(
-        executable: Path | None = None,
-        *,
-        persist: str | bool = False,
-        config: Sequence[Sequence[str]] = (),
-    ) -> RedisServer:
-        made.append(RedisServer(executable, persist=persist, config=config))
-        return made[-1].start()
-
-    yield start
-    for server in made:
-        server.stop()
-
-
 @pytest_asyncio.fixture
 async def no_tasks_left() -> AsyncIterator[None]:
     """Fails a test that leaves tasks of asyncio behind."""
@@ -156,13 +75,6 @@ async def no_tasks_left() -> AsyncIterator[None]:
     yield
     left = asyncio.all_tasks() - before - {asyncio.current_task()}
     assert not left, f"tasks were left behind: {left}"
-
-
-@pytest.fixture(params=find_all_redis_servers(), ids=version_id)
-def any_redis_server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
-    """A server of each version that this machine has."""
-    with RedisServer(request.param) as server:
-        yield server
 
 
 class Peer:

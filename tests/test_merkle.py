@@ -27,6 +27,7 @@ from fsm_replication.merkle import (
 )
 from fsm_replication.servers import RedisServer
 from fsm_replication.stores import MemorySyncEngine, RedisSyncEngine, SyncEngine
+from fsm_replication.testing import strategies
 
 NOW = int(time.time() * 1000)
 WEEK_MS = 7 * 86_400_000
@@ -71,17 +72,10 @@ def made_of(leaves: dict[str, bytes]) -> bytes:
     return tree.root()
 
 
-changes = st.lists(
-    st.builds(
-        lambda key, at, deleted, version: (
-            tomb_of(key, at, version) if deleted else put_of(key, at, b"x" * version, version)
-        ),
-        st.sampled_from(KEYS),
-        st.sampled_from([NOW - WEEK_MS - 1000, NOW - 2, NOW - 1, NOW]),
-        st.booleans(),
-        st.integers(0, 2),
-    ),
-    max_size=12,
+changes = strategies.histories(
+    keys=st.sampled_from(KEYS),
+    bodies=st.sampled_from([b"", b"x", b"xx"]),
+    times=st.sampled_from([NOW - WEEK_MS - 1000, NOW - 2, NOW - 1, NOW]),
 )
 
 

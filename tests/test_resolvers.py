@@ -21,6 +21,7 @@ from fsm_replication.items import EMPTY_HASH, SyncItem, content_hash, resolve
 from fsm_replication.resolvers import GrowOnlySet
 from fsm_replication.servers import RedisServer
 from fsm_replication.stores import MemorySyncEngine, RedisSyncEngine, SyncEngine
+from fsm_replication.testing import strategies
 
 NOW = 1_700_000_000_000
 elements = st.lists(
@@ -38,12 +39,11 @@ def item_of(content: bytes, at: int = NOW, version: int = 1, kind: str = "json")
     return SyncItem("k", content, kind, content_hash(content), version, at, False, "o")
 
 
-items = st.builds(
-    item_of,
-    contents,
-    st.integers(NOW, NOW + 2),
-    st.integers(1, 2),
-    st.sampled_from(["json", "binary"]),
+items = strategies.items(
+    keys=st.just("k"),
+    bodies=contents,
+    times=st.integers(NOW, NOW + 2),
+    versions=st.integers(1, 2),
 )
 
 

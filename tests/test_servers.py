@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import redis
-from conftest import until, version_id
+from conftest import until
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -30,6 +30,7 @@ from fsm_replication.servers import (
     find_redis_server,
     redis_server_version,
 )
+from fsm_replication.testing.fixtures import version_id
 
 DEADLINE_SEC = 10.0
 NO_RETRY = Retry(NoBackoff(), 0)

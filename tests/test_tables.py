@@ -31,6 +31,7 @@ from fsm_replication.tables import (
     Table,
     TableError,
 )
+from fsm_replication.testing import strategies
 
 RUN_TABLES = (ENGINE, LINK)
 PAIRS = [(t, state, trigger) for t in RUN_TABLES for state in t.states for trigger in t.triggers]
@@ -185,7 +186,7 @@ def test_any_sequence_of_triggers_walks_the_table(data: st.DataObject) -> None:
     """If this fails some history of legal and illegal triggers leaves the table."""
     table = data.draw(st.sampled_from(RUN_TABLES))
     bare = Bare(table)
-    triggers = data.draw(st.lists(st.sampled_from(table.triggers), max_size=40))
+    triggers = data.draw(strategies.triggers(table))
     state = table.initial
     for trigger in triggers:
         row = table.move(state, trigger)
@@ -200,7 +201,7 @@ def test_any_sequence_of_triggers_walks_the_table(data: st.DataObject) -> None:
         assert before.dest == after.source
 
 
-@given(st.lists(st.sampled_from(LINK.triggers), max_size=40))
+@given(strategies.triggers(LINK))
 def test_entries_are_numbered_anew_and_groups_last_across_their_states(
     triggers: list[str],
 ) -> None:

@@ -1,12 +1,14 @@
-"""Stores: the protocol, and the three that ship with the library."""
+"""Stores: the protocol, the three that ship with the library, and a publisher for any other."""
 
 from __future__ import annotations
 
 from fsm_replication.stores.memory import MemorySyncEngine
 from fsm_replication.stores.noop import NoOpSyncEngine
+from fsm_replication.stores.outbox import Outbox, OutboxPublisher, OutboxRow
 from fsm_replication.stores.protocol import (
     ApplyResult,
     Outcome,
+    Publisher,
     Received,
     SyncEngine,
     WireForm,
@@ -17,7 +19,11 @@ __all__ = (
     "ApplyResult",
     "MemorySyncEngine",
     "NoOpSyncEngine",
+    "Outbox",
+    "OutboxPublisher",
+    "OutboxRow",
     "Outcome",
+    "Publisher",
     "Received",
     "RedisSyncEngine",
     "SyncEngine",

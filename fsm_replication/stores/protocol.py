@@ -1,8 +1,9 @@
-"""The store protocol: what replication needs from a node's own store.
+"""The store protocol: what replication needs from a node's own store, and what its readers do.
 
-Five bulk calls are needed; the single forms are conveniences over them. A store decides by order
-tuple what is newer, keeps tombstones, and answers per item; it may be called by several tasks at
-once and must then still compare and set atomically per item.
+It has two parts. :class:`SyncEngine` is needed: five bulk calls, and single forms that are
+conveniences over them. A store decides by order tuple what is newer, keeps tombstones, and answers
+per item; it may be called by several tasks at once and must then still compare and set atomically
+per item. :class:`Publisher` is for a store that others read.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Protocol, runtime_checkable
 
 from fsm_replication.errors import StoreError
 from fsm_replication.items import LastWriterWins, Resolver, Stamp, SyncItem
+from fsm_replication.layout import Keys
 from fsm_replication.merkle import Tree
 from fsm_replication.ports import Position
 from fsm_replication.stream import WireForm
 
-__all__ = ("ApplyResult", "Outcome", "Received", "SyncEngine", "WireForm")
+__all__ = ("ApplyResult", "Outcome", "Publisher", "Received", "SyncEngine", "WireForm")
 
 
 class Outcome(IntEnum):
@@ -176,3 +179,26 @@ class SyncEngine(ABC):
         """Return the live item, or None where there is none or only a tombstone."""
         item = (await self.get_many([key]))[0]
         return None if item is None or item.deleted else item
+
+
+@runtime_checkable
+class Publisher(Protocol):
+    """Keeps what others read of a node: stream, items and tree in the node's Redis.
+
+    ``RedisSyncEngine`` is store and publisher in one; a store on another database leaves it to an
+    ``OutboxPublisher``.
+    """
+
+    @property
+    def keys(self) -> Keys:
+        """The names under which stream, items and tree lie in Redis."""
+
+    @property
+    def tree(self) -> Tree | None:
+        """The tree that peers read, None where none is kept."""
+
+    async def wait_published(self, timeout_sec: float) -> None:
+        """Return when peers can read every change that was committed before this call.
+
+        :raises StoreTimeoutError: if that takes longer than ``timeout_sec``.
+        """

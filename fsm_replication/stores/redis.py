@@ -663,6 +663,9 @@ class RedisSyncEngine(SyncEngine):
         stream_id, _, count = raw.decode().partition(" ")
         return Position(StreamId.parse(stream_id), None if count == "-" else int(count))
 
+    async def wait_published(self, timeout_sec: float) -> None:
+        """Return at once: an item and its stream entry change together."""
+
     # What the application needs.
 
     async def put(self, key: str, content: bytes, content_type: str = "binary") -> SyncItem:
