@@ -50,6 +50,7 @@ __all__ = (
     "LimitsConfig",
     "PeerConfig",
     "PeerHealthConfig",
+    "ReconnectConfig",
     "RepairConfig",
     "ReplicationConfig",
     "Settings",
@@ -537,6 +538,26 @@ class StartupConfig(_Model):
     """"fail": a start without any peer raises; "run": it goes on, and links keep trying."""
 
 
+class ReconnectConfig(_Model):
+    """How long a link waits before it tries its peer again; it never gives up.
+
+    The peer's circuit may make it wait longer: see ``peers[].circuit_reset_timeout_sec``.
+    """
+
+    first: PositiveDuration = 1.0
+    """Seconds after the first failure, over 0, doubled with each further one; up to half of it
+    is left out at random, so that nodes do not come back in step. Not over ``longest``."""
+    longest: PositiveDuration = 300.0
+    """Seconds; no wait is longer. How long a peer may be back without being read."""
+    rejected: PositiveDuration = 300.0
+    """Seconds until rejected credentials are tried again, over 0. Minutes, so that a server that
+    locks users out after some failures does not."""
+
+    @classmethod
+    def _together(cls, data: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
+        yield from _over(cls._known(data), "first", "longest")
+
+
 class TimeoutsConfig(_Model):
     """How long a call may take. None may be 0: every wait on something outside has an end."""
 
@@ -617,6 +638,8 @@ class Settings(_Model):
     """When a metric counts."""
     startup: StartupConfig = StartupConfig()
     """Starting."""
+    reconnect: ReconnectConfig = ReconnectConfig()
+    """How long to wait between attempts to connect."""
     timeouts: TimeoutsConfig = TimeoutsConfig()
     """How long calls may take."""
     limits: LimitsConfig = LimitsConfig()
@@ -648,7 +671,11 @@ class PeerConfig(_HasUrl):
     """The peer's own ``local_node_id``: 1 to 255 bytes of UTF-8 without control characters."""
     redis_url: Url = Field(repr=False)
     """redis://, rediss:// (TLS) or unix://, with user and password; a name that may only read
-    is enough. Never shown: see ``display_url``."""
+    is enough. Never shown: see ``display_url``. With TLS the certificate is checked against the
+    authorities of this machine, or those in the file of ``?ssl_ca_certs=FILE`` (PEM) or the
+    folder of ``ssl_ca_path``; ``ssl_certfile`` and ``ssl_keyfile`` (without passphrase) are shown
+    to a server that asks; ``ssl_check_hostname=false`` and ``ssl_cert_reqs=none`` give the
+    checks up, for tests."""
     priority: Priority = 0
     """Lower is served first in start and repair; equal ones in the order they stand here."""
     circuit_failure_threshold: Count = 5

@@ -164,7 +164,7 @@ class PeerRefusedError(PeerError):
 
     An unusable URL, rejected credentials, our own node id, a newer format, another tombstone ttl
     or resolver. ``credentials`` is true where the peer rejected who we say we are: that may be
-    mended at the peer, so the link tries again every five minutes.
+    mended at the peer, so the link tries again after ``reconnect.rejected``.
     """
 
     def __init__(self, message: str, *, credentials: bool = False) -> None:

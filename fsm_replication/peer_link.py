@@ -7,6 +7,7 @@ modes, and waits for nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -199,7 +200,9 @@ class PeerLink:
     def wait_to_retry(self, _move: Move) -> None:
         """Start the timer of the next attempt."""
         self._attempts += 1
-        delay = DAEMON.delay(self._attempts, self.context.ports.random)
+        reconnect = self.context.settings.reconnect
+        profile = replace(DAEMON, initial_sec=reconnect.first, max_sec=reconnect.longest)
+        delay = profile.delay(self._attempts, self.context.ports.random)
         work = partial(wait_to_retry, self.context, delay)
         self.driver.start_worker("timer", str(PeerState.BACKOFF), work)
 

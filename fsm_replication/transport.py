@@ -37,6 +37,7 @@ from fsm_replication.ports import Clock, Oversize, PackedArguments, SystemClock
 __all__ = ("RedisConnection", "RedisTransport", "pack_arguments")
 
 _CREDENTIAL_CODES: Final = frozenset({"NOAUTH", "WRONGPASS", "NOPERM"})
+_TLS_FILES: Final = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
 _NOTHING: Final = object()
 Command = Sequence[bytes | str | int]
 SEND_BUFFER_BYTES: Final = 512 * 1024
@@ -438,6 +439,13 @@ class RedisTransport:
                 raise ConnectionLostError(
                     f"{where} did not answer within {timeout_sec:g} s"
                 ) from None
+            if isinstance(error, ssl.SSLCertVerificationError):
+                # It may be renewed over there, so this too may pass.
+                raise ConnectionLostError(
+                    f"{where} shows a certificate that is not accepted: {error.verify_message};"
+                    " where its authority is not one of this machine's, name that with"
+                    " ?ssl_ca_certs=FILE in the URL"
+                ) from None
             if isinstance(error, ssl.SSLError | OSError):
                 raise ConnectionLostError(f"{where} cannot be reached: {error}") from None
             raise
@@ -497,10 +505,20 @@ def _tls_context(options: dict[str, Any], where: str) -> ssl.SSLContext:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
         if options.get("ssl_certfile"):
-            context.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"))
+            context.load_cert_chain(
+                options["ssl_certfile"], options.get("ssl_keyfile"), _no_passphrase
+            )
     except (OSError, ssl.SSLError, ValueError) as error:
-        raise PeerRefusedError(f"{where}: the TLS settings cannot be used: {error}") from None
+        files = [f"{name}={options[name]}" for name in _TLS_FILES if name in options]
+        raise PeerRefusedError(
+            f"{where}: the TLS settings cannot be used: {error} ({', '.join(files)})"
+        ) from None
     return context
+
+
+def _no_passphrase() -> str:
+    """Keep the TLS library from asking for one at the terminal."""
+    raise ValueError("the private key is encrypted; a key without a passphrase is needed")
 
 
 def _because(error: Exception | None) -> str:

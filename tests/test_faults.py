@@ -13,6 +13,7 @@ from conftest import Nodes, Peer, held, peer_config, until
 from fsm_replication.config import (
     HotPathConfig,
     PeerHealthConfig,
+    ReconnectConfig,
     Settings,
     StartupConfig,
     TimeoutsConfig,
@@ -21,7 +22,6 @@ from fsm_replication.engine import ReplicationEngine
 from fsm_replication.errors import CursorStoreError, WorkerCrashedError
 from fsm_replication.items import SyncItem
 from fsm_replication.layout import Keys
-from fsm_replication.retry import RetryProfile
 from fsm_replication.servers import RedisServer
 from fsm_replication.stores import MemorySyncEngine, RedisSyncEngine
 from fsm_replication.stores.protocol import ApplyResult, Received
@@ -238,9 +238,9 @@ async def test_a_worker_that_keeps_dying_ends_the_engine(
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(tailer.Tailer, "_decide", broken)
-    quick = RetryProfile(0.01, 1.0, 0.01)
-    monkeypatch.setattr("fsm_replication.peer_link.DAEMON", quick)
-    engine = nodes.engine(peer_config(redis_server), settings=QUICK)
+    at_once = ReconnectConfig(first=0.01, longest=0.01)
+    settings = QUICK.model_copy(update={"reconnect": at_once})
+    engine = nodes.engine(peer_config(redis_server), settings=settings)
     await engine.start()
     with pytest.raises(WorkerCrashedError, match="died 6 times within a minute"):
         async with asyncio.timeout(60):

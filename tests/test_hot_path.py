@@ -7,6 +7,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import zstandard
@@ -23,6 +24,7 @@ from fsm_replication.config import (
     StartupConfig,
 )
 from fsm_replication.engine import ReplicationEngine
+from fsm_replication.errors import ProtocolError
 from fsm_replication.items import SyncItem, content_hash
 from fsm_replication.layout import Keys
 from fsm_replication.limiter import PrioritySlot
@@ -771,3 +773,23 @@ async def test_bad_entries_in_several_chunks_become_dead_letters(nodes: Nodes, p
         letters = await engine.dead_letters.list()
         assert [letter.key for letter in letters] == [f"k{n}" for n in range(99, 900, 100)]
         assert len(engine.sync_engine) == 891  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("executed", [None, [], [None], [None, None, None], 7])
+def test_a_transaction_answered_in_another_shape_is_a_protocol_error(executed: object) -> None:
+    """If this fails something between us and a peer that spoils a transaction ends the engine."""
+
+    class Line:
+        received_bytes = 0
+
+        def limit_reply(self, _limit_bytes: int) -> None:
+            """Note no limit."""
+
+        def send(self, *_commands: object) -> None:
+            """Send nothing."""
+
+    line: Any = Line()
+    reader = StreamReader("cdc", HotPathConfig(), 1000)
+    reader.ask_bulk(line)
+    with pytest.raises(ProtocolError):
+        reader.take(line, [b"OK", b"QUEUED", b"QUEUED", executed])

@@ -19,11 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fsm_replication.errors import ConfigError, StoreError, StoreReopenedError
-from fsm_replication.items import EMPTY_HASH, NUMBER_MAX, SyncItem, content_hash
+from fsm_replication.items import EMPTY_HASH, NUMBER_MAX, Resolver, SyncItem, content_hash
 from fsm_replication.layout import encode_value
+from fsm_replication.merkle import OWN
 from fsm_replication.ports import Position, StreamId, SystemClock
+from fsm_replication.resolvers import GrowOnlySet
 from fsm_replication.servers import RedisServer
-from fsm_replication.stores import Outcome, Received, RedisSyncEngine
+from fsm_replication.stores import MemorySyncEngine, Outcome, Received, RedisSyncEngine
 from fsm_replication.stores import redis as redis_module
 from fsm_replication.stream import DataDecoder, Encoded, encode_fields, parse_entry
 
@@ -867,3 +869,74 @@ async def test_a_url_that_cannot_be_used_is_refused_without_being_shown(url: str
     with pytest.raises(ConfigError) as caught:
         RedisSyncEngine(url, node_id="here")
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("resolver", [None, GrowOnlySet()], ids=["by stamp", "merging"])
+async def test_a_redis_that_came_back_empty_is_opened_before_it_is_written(
+    redis_server: RedisServer, resolver: Resolver | None
+) -> None:
+    """If this fails readers find a stream without a marker, and take the node for a foreign one."""
+    with redis.Redis(port=redis_server.port) as client:
+        async with RedisSyncEngine(redis_server.url, node_id="a", resolver=resolver) as store:
+            before = await store.incarnation()
+            for write in (store.put_json("k", [1]), store.delete("k")):
+                client.flushall()
+                await write
+                assert client.hget("fsm:node", "node_id") == b"a"
+                assert client.hget("fsm:node", "layouts") == b"own"
+            item = await store.put_json("k", [2])
+            assert await store.incarnation() != before
+            client.flushall()
+            position = Position(StreamId(1, 0), 1)
+            with pytest.raises(StoreReopenedError, match="came back empty"):
+                await store.apply_many([item], Received("peer", position))
+            assert client.keys() == []
+
+
+async def test_a_tree_is_built_while_others_write(redis_server: RedisServer) -> None:
+    """If this fails items stay out of the tree for good, and no comparison ever finds them."""
+    url = redis_server.url
+    async with (
+        RedisSyncEngine(url, node_id="a") as one,
+        RedisSyncEngine(url, node_id="a") as other,
+    ):
+        done = asyncio.Event()
+
+        async def write() -> None:
+            number = 0
+            while not done.is_set():
+                number += 1
+                await other.put_many([(f"k{(number * 50 + i) % 1500}", b"x") for i in range(50)])
+                await other.delete(f"k{number % 1500}")
+
+        with redis.Redis(port=redis_server.port) as client:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(write())
+                for _ in range(4):
+                    client.hset("fsm:node", mapping={"layouts": "", "partitions": 0})
+                    await one.open()
+                done.set()
+        memory = MemorySyncEngine(node_id="a")
+        keys = [f"k{number}" for number in range(1500)]
+        await memory.apply_many([item for item in await one.get_many(keys) if item is not None])
+        assert one.tree is not None
+        assert memory.tree is not None
+        assert await one.tree.root(OWN) == await memory.tree.root(OWN)
+
+
+async def test_two_openings_at_once_build_one_tree(redis_server: RedisServer) -> None:
+    """If this fails a tree is announced while it is being built anew."""
+    async with RedisSyncEngine(redis_server.url, node_id="a") as store:
+        await store.put_many([(f"k{number}", b"x") for number in range(3000)])
+        assert store.tree is not None
+        root = await store.tree.root(OWN)
+        with redis.Redis(port=redis_server.port) as client:
+            client.hset("fsm:node", mapping={"layouts": "", "partitions": 0})
+
+            async def look() -> None:
+                await until(lambda: client.hget("fsm:node", "layouts") == b"own")
+                for _ in range(200):
+                    assert store.tree is not None
+                    assert await store.tree.root(OWN) == root
+
+            await asyncio.gather(store.open(), store.open(), look())

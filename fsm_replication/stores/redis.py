@@ -64,7 +64,7 @@ from fsm_replication.layout import (
     glob_escape,
 )
 from fsm_replication.log import get_logger
-from fsm_replication.merkle import OWN, PARTITIONS, Tree, bucket_of
+from fsm_replication.merkle import BRANCHES, OWN, PARTITIONS, Tree, bucket_of
 from fsm_replication.ports import (
     Clock,
     Connection,
@@ -100,6 +100,7 @@ _OUTCOMES: Final = {
     ord("2"): Outcome.REFUSED,
     ord("4"): Outcome.REFUSED,
 }
+_NO_MARKER: Final = "NOMARKER"
 _NO_ITEM: Final = "its key holds something that is no item"
 _RESERVED: Final = "the dotted layout keeps its own under names that begin so"
 _Args = list[bytes | str | int]
@@ -175,6 +176,7 @@ class RedisSyncEngine(SyncEngine):
         self._meta_tail = f',"origin":{json.dumps(node_id, ensure_ascii=False)}}}'.encode()
         self._incarnation: str | None = None
         self._refused_until = 0.0
+        self._opening = asyncio.Lock()
         try:
             pool = BlockingConnectionPool.from_url(
                 url,
@@ -209,6 +211,7 @@ class RedisSyncEngine(SyncEngine):
                 dotted_scripts.RELEASE,
                 dotted_scripts.PUBLISH,
                 dotted_scripts.FOLD,
+                scripts.CLEAR_BRANCH,
             )
         }
 
@@ -220,7 +223,13 @@ class RedisSyncEngine(SyncEngine):
         :raises StoreError: if Redis cannot be reached, is too old, or belongs to another node.
         """
         self._closed = False
+        # One after the other: a second one would announce a tree that the first still builds.
+        async with self._opening:
+            await self._open()
+
+    async def _open(self) -> None:
         await self._check_server()
+        own = self._tree is not None
         problem, value, layouts = await self._run(
             scripts.OPEN,
             [self.keys.marker],
@@ -230,6 +239,8 @@ class RedisSyncEngine(SyncEngine):
                 self._ttl_ms,
                 self.resolver.name,
                 f"{self._rng.getrandbits(128):032x}",
+                OWN if own else "",
+                PARTITIONS if own else 0,
             ],
         )
         if problem:
@@ -258,7 +269,9 @@ class RedisSyncEngine(SyncEngine):
 
     async def _build_tree(self) -> None:
         """Plant a leaf for every item that was written without a tree."""
-        await self._clear_tree()
+        if await self._call("EXISTS", self.keys.tree):
+            for branch in range(BRANCHES):
+                await self._run(scripts.CLEAR_BRANCH, [], [self.keys.tree, branch])
         async for keys in self._scan_keys():
             args: list[str | int] = []
             for key in keys:
@@ -290,6 +303,7 @@ class RedisSyncEngine(SyncEngine):
         )
 
     async def _clear_tree(self) -> None:
+        """Forget a tree in which nobody plants any more."""
         tree = self.keys.tree
         if not await self._call("EXISTS", tree):
             return
@@ -532,9 +546,9 @@ class RedisSyncEngine(SyncEngine):
         args: PackedArguments,
     ) -> tuple[bytes, int]:
         head = (
-            3, self.keys.stream, self.keys.positions, self.keys.live, self._maxlen, self._ttl_ms,
-            self._grace_ms, self.keys.item_prefix, peer_id, position, self._tree_key,
-            self._dirty_key,
+            4, self.keys.stream, self.keys.positions, self.keys.marker, self.keys.live,
+            self._maxlen, self._ttl_ms, self._grace_ms, self.keys.item_prefix, peer_id, position,
+            self._tree_key, self._dirty_key,
         )  # fmt: skip
         timeout = self._timeout_sec
         try:
@@ -550,6 +564,8 @@ class RedisSyncEngine(SyncEngine):
                     "EVAL", text, *head, timeout_sec=timeout, tail=args
                 )
         except ReplicationError as error:
+            if isinstance(error, PeerReplyError) and error.code == _NO_MARKER:
+                raise StoreReopenedError(f"{self._where} came back empty") from None
             raise self._store_error(error) from None
         return codes, deleted
 
@@ -727,7 +743,7 @@ class RedisSyncEngine(SyncEngine):
     ) -> list[SyncItem]:
         reply = await self._run(
             scripts.PUT,
-            [self.keys.stream, self.keys.live],
+            [self.keys.stream, self.keys.marker, self.keys.live],
             [self._maxlen, self.keys.item_prefix, self._tree_key, self._dirty_key, *args],
         )
         return [
@@ -756,7 +772,11 @@ class RedisSyncEngine(SyncEngine):
         item = SyncItem(
             key, content, content_type, digest, version, updated_at, False, self.node_id
         )
-        result = await self.apply_many([item])
+        try:
+            result = await self.apply_many([item])
+        except StoreReopenedError:
+            await self.open()
+            result = await self.apply_many([item])
         if result.refused:
             raise StoreError(f"{self._where}: {key!r}: {_NO_ITEM}")
         made = (await self._fetch([key]))[0]
@@ -783,7 +803,8 @@ class RedisSyncEngine(SyncEngine):
             self._maxlen, self.keys.item_prefix, self._tree_key, self._dirty_key, key, kind, self._origin,
             self._meta_tail, bucket_of(key.encode()), self._ttl_ms, self._grace_ms,
         ]  # fmt: skip
-        return bool(await self._run(scripts.DELETE, [self.keys.stream, self.keys.live], args))
+        keys = [self.keys.stream, self.keys.marker, self.keys.live]
+        return bool(await self._run(scripts.DELETE, keys, args))
 
     async def scan(self, prefix: str = "") -> AsyncIterator[SyncItem]:
         """Yield live items whose keys start with ``prefix``, in no order.
@@ -839,13 +860,16 @@ class RedisSyncEngine(SyncEngine):
             raise self._store_error(error) from None
 
     async def _run(self, text: str, keys: Sequence[str | bytes], args: Sequence[Any]) -> Any:
-        script = self._scripts[text]
         self._check_open()
         try:
             try:
-                return await self._redis.evalsha(script.sha, len(keys), *keys, *args)
-            except NoScriptError:
-                return await self._redis.eval(text, len(keys), *keys, *args)
+                return await self._eval(text, keys, args)
+            except ResponseError as error:
+                if not str(error).startswith(_NO_MARKER):
+                    raise
+            # Redis came back empty; it is this node's store anew before anything is written to it.
+            await self.open()
+            return await self._eval(text, keys, args)
         except (RedisError, OSError) as error:
             if isinstance(error, ResponseError) and str(error).startswith("RANGE "):
                 raise ValueError(
@@ -854,6 +878,12 @@ class RedisSyncEngine(SyncEngine):
             if isinstance(error, ResponseError) and str(error).startswith("NOITEM "):
                 raise StoreError(f"{self._where}: {str(error)[7:]!r}: {_NO_ITEM}") from None
             raise self._store_error(error) from None
+
+    async def _eval(self, text: str, keys: Sequence[str | bytes], args: Sequence[Any]) -> Any:
+        try:
+            return await self._redis.evalsha(self._scripts[text].sha, len(keys), *keys, *args)
+        except NoScriptError:
+            return await self._redis.eval(text, len(keys), *keys, *args)
 
     def _store_error(self, error: Exception) -> StoreError:
         text = (str(error) or type(error).__name__).removeprefix(f"{self._where}: ")

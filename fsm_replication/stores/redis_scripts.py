@@ -14,7 +14,18 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ("APPLY", "BUILD", "CLEAR", "DELETE", "FETCH", "MERGE", "OPEN", "PUT", "SWEEP")
+__all__ = (
+    "APPLY",
+    "BUILD",
+    "CLEAR",
+    "CLEAR_BRANCH",
+    "DELETE",
+    "FETCH",
+    "MERGE",
+    "OPEN",
+    "PUT",
+    "SWEEP",
+)
 
 # not_an_item(error): whether a read failed because something stands there that is no string: that
 # is somebody's, and is neither overwritten nor taken for an item.
@@ -140,9 +151,12 @@ end
 """
 
 # keep(): writes an item, its leaf and its stream entry, and marks its key where a publisher of the
-# dotted layout waits for that (``dirty``). KEYS[1] is the stream, ARGV[1] its length
-# at most, the last of KEYS the number of live items. ``expiry`` is given for a tombstone only.
+# dotted layout waits for that (``dirty``). KEYS[1] is the stream, ARGV[1] its length at most, the last
+# two of KEYS the marker and the number of live items. ``expiry`` is given for a tombstone only. Nothing
+# is written where there is no marker: a Redis that came back empty would have a stream and no marker,
+# and be taken for a foreign node.
 _KEEP: Final = """
+if redis.call('EXISTS', KEYS[#KEYS - 1]) == 0 then return redis.error_reply('NOMARKER it is gone') end
 local dirty = ''
 local function keep(tree, bucket, item_key, key, value, held, digest, meta, expiry, now, grace)
   if dirty ~= '' then call('ZADD', dirty, 0, key) end
@@ -171,13 +185,17 @@ local function keep(tree, bucket, item_key, key, value, held, digest, meta, expi
 end
 """
 
-# KEYS: marker. ARGV: node id, format, ttl in ms, resolver, new incarnation.
+# KEYS: marker. ARGV: node id, format, ttl in ms, resolver, new incarnation, layouts and partitions of a
+# Redis that is empty: there is nothing to plant, and no reader must find it without a tree.
 # Returns "", the incarnation and the layouts that are published; or, of a Redis that is not ours,
 # the field that differs and its value.
 OPEN: Final = """
 local held = redis.call('HMGET', KEYS[1], 'node_id', 'format', 'tombstone_ttl_ms', 'resolver')
 if held[1] and held[1] ~= ARGV[1] then return {'node_id', held[1], ''} end
 if held[2] and tonumber(held[2]) > tonumber(ARGV[2]) then return {'format', held[2], ''} end
+if redis.call('DBSIZE') == 0 then
+  redis.call('HSET', KEYS[1], 'layouts', ARGV[6], 'partitions', ARGV[7])
+end
 redis.call('HSETNX', KEYS[1], 'incarnation', ARGV[5])
 redis.call('HSETNX', KEYS[1], 'layouts', '')
 redis.call('HSET', KEYS[1], 'node_id', ARGV[1], 'format', ARGV[2], 'tombstone_ttl_ms', ARGV[3],
@@ -186,10 +204,10 @@ redis.call('HSETNX', KEYS[1], 'partitions', '0')
 return {'', redis.call('HGET', KEYS[1], 'incarnation'), redis.call('HGET', KEYS[1], 'layouts')}
 """
 
-# KEYS: stream, positions, live. ARGV: maxlen, ttl in ms, grace in ms, item prefix, peer id, position,
-# tree, dirty keys or '', then key, value, digest in hex, meta, bucket for each item. An empty position
-# is not kept. Returns one code per item (0 applied, 1 superseded, 2 refused: what is held is no item, 4
-# refused: the dotted layout keeps its own under that name) as a string, and the live items deleted.
+# KEYS: stream, positions, marker, live. ARGV: maxlen, ttl in ms, grace in ms, item prefix, peer id,
+# position, tree, dirty keys or '', then key, value, digest in hex, meta, bucket for each item. An empty
+# position is not kept. Returns one code per item (0 applied, 1 superseded, 2 refused: what is held is no
+# item, 4 refused: the dotted layout keeps its own under that name) as a string, and the live items deleted.
 # The loop is one protected call and not one for each item, which would cost a fifth of the script:
 # where a read fails on a key of a wrong type, that item is refused and the loop goes on after it.
 _APPLY: Final = (
@@ -285,7 +303,7 @@ end
 local LIMIT = 9007199254740991
 """
 
-# KEYS: stream, live. ARGV: maxlen, item prefix, tree, dirty keys, then for each item: key, hash and type as bytes,
+# KEYS: stream, marker, live. ARGV: maxlen, item prefix, tree, dirty keys, then for each item: key, hash and type as bytes,
 # origin and data as bytes, digest in hex, head of meta, tail of meta, bucket.
 # Returns updated_at and version of each as text.
 PUT: Final = (
@@ -323,8 +341,8 @@ return out
 """
 )
 
-# KEYS: stream, live. ARGV: maxlen, item prefix, tree, dirty keys, key, hash and type as bytes, origin as
-# bytes, tail of meta, bucket, ttl and grace in ms. Returns 1 if there was a live item, else 0.
+# KEYS: stream, marker, live. ARGV: maxlen, item prefix, tree, dirty keys, key, hash and type as bytes,
+# origin as bytes, tail of meta, bucket, ttl and grace in ms. Returns 1 if there was a live item, else 0.
 DELETE: Final = (
     _COMMON
     + _TREE
@@ -396,6 +414,24 @@ return skipped
 
 # KEYS: keys of a tree to be forgotten.
 CLEAR: Final = "return redis.call('UNLINK', unpack(KEYS))"
+
+# ARGV: tree, branch from 0. Takes every leaf below a branch out, with all digests that they are in: so
+# a tree is right at every moment, whoever plants in it meanwhile.
+CLEAR_BRANCH: Final = (
+    _COMMON
+    + """
+local tree, branch = ARGV[1], tonumber(ARGV[2])
+local leaves = {}
+for bucket = branch * 128, branch * 128 + 127 do leaves[#leaves + 1] = tree .. ':' .. bucket end
+call('UNLINK', unpack(leaves))
+call('SETRANGE', tree, 1032 + branch * 1024, string.rep('\\0', 1024))
+call('SETRANGE', tree, 8 + branch * 8, string.rep('\\0', 8))
+local words = {unpack_bytes('>' .. string.rep('I4', 256), call('GETRANGE', tree, 8, 1031))}
+local high, low = 0, 0
+for i = 1, 256, 2 do high, low = high + words[i], low + words[i + 1] end
+call('SETRANGE', tree, 0, pack('>I4I4', high % 4294967296, low % 4294967296))
+"""
+)
 
 # ARGV: item prefix, bytes to stop after, then keys. Returns the values of the first of them, as MGET
 # would, in a reply that is larger than the limit by one value at most.

@@ -1,11 +1,13 @@
 """For tests of the engine and of what embeds it: a simulated Redis and network, virtual time.
 
-Everything here is deterministic and needs no server, no socket, no thread and no file.
+Everything simulated is deterministic and needs no server, no socket, no thread and no file. For
+tests with real servers there is ``FaultProxy``, which stands before one and breaks connections.
 """
 
 from __future__ import annotations
 
 from fsm_replication.testing.fates import BrokenPromiseError, Fate, random_fate, run_fate, shrink
+from fsm_replication.testing.fault_proxy import FaultProxy
 from fsm_replication.testing.local_mesh import LocalMesh, LocalNode, topology
 from fsm_replication.testing.memory_cursor import CursorSnapshot, MemoryCursorStore
 from fsm_replication.testing.sim_redis import SimRedis, SimState
@@ -24,6 +26,7 @@ __all__ = (
     "CursorSnapshot",
     "DeadlockError",
     "Fate",
+    "FaultProxy",
     "LocalMesh",
     "LocalNode",
     "LoopClock",

@@ -22,8 +22,6 @@ from fsm_replication.workers.context import LinkContext
 
 __all__ = ("Lines", "connect", "open_lines", "wait_for_mending", "wait_to_retry")
 
-MENDING_INTERVAL_SEC = 300.0
-
 
 @dataclass(slots=True)
 class Lines:
@@ -209,7 +207,7 @@ async def wait_to_retry(context: LinkContext, delay_sec: float, report: Reporter
 
 
 async def wait_for_mending(context: LinkContext, report: Reporter) -> None:
-    """Wait five minutes and try again: credentials may be mended at the peer."""
-    wait = max(MENDING_INTERVAL_SEC, context.peer_circuit.probe_in_sec)
+    """Wait long and try again: credentials may be mended at the peer."""
+    wait = max(context.settings.reconnect.rejected, context.peer_circuit.probe_in_sec)
     await context.ports.clock.sleep(wait)
-    report(LinkFact.DUE, "rejected credentials are tried again every five minutes")
+    report(LinkFact.DUE, f"rejected credentials are tried again after {wait:g} s")

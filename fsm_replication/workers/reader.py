@@ -242,7 +242,10 @@ class StreamReader:
             if isinstance(executed, PeerReplyError):
                 # EXECABORT only says that something was wrong; what it was stands before it.
                 raise next((r for r in replies if isinstance(r, PeerReplyError)), executed)
-            reply, about = executed
+            try:
+                reply, about = executed
+            except (TypeError, ValueError):
+                raise ProtocolError("EXEC: unexpected reply") from None
             info = parse_info(about)
         else:
             (reply,) = replies
