@@ -17,6 +17,7 @@ from fsm_replication.config import (
     SloConfig,
     StoreConfig,
 )
+from fsm_replication.config_change import ConfigChange, PeerChange
 from fsm_replication.engine import ReplicationEngine
 from fsm_replication.errors import (
     AlreadyRunningError,
@@ -70,6 +71,7 @@ __all__ = (
     "CircuitOpenError",
     "CircuitState",
     "ColdPathConfig",
+    "ConfigChange",
     "ConfigError",
     "ConnectionLostError",
     "CursorConfig",
@@ -96,6 +98,7 @@ __all__ = (
     "OutboxRow",
     "Outcome",
     "PauseReason",
+    "PeerChange",
     "PeerConfig",
     "PeerError",
     "PeerHealth",

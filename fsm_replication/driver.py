@@ -151,6 +151,14 @@ class Driver:
             return False
         return self.request(trigger, why=why, payload=payload)
 
+    def react(self, fact: Fact, *, why: str) -> bool:
+        """Make the move that a fact means in the present state; False if it means none.
+
+        For facts that come from outside and not from a worker: they belong to no entry.
+        """
+        meaning = self.machine.table.meaning(fact, self.state)
+        return any(self.request(trigger, why=why) for trigger in meaning)
+
     # Reports, from workers.
 
     def reporter(self, sender: str, ticket: Ticket) -> Reporter:

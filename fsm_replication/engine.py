@@ -7,7 +7,7 @@ configuration and keeps the local store up to date until the block ends.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from enum import StrEnum
 from functools import partial
 from types import TracebackType
@@ -17,6 +17,8 @@ from prometheus_client import CollectorRegistry
 
 from fsm_replication.circuits import Circuit
 from fsm_replication.config import PeerConfig, ReplicationConfig
+from fsm_replication.config_change import ConfigChange, compare_configs, refuse_what_is_fixed
+from fsm_replication.current import Current
 from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.dead_letters import DeadLetters
 from fsm_replication.driver import Driver, Observer
@@ -34,6 +36,7 @@ from fsm_replication.errors import (
 from fsm_replication.health import HealthCheck
 from fsm_replication.journal import Journal, StateWaiter, Transition, Watcher
 from fsm_replication.limiter import PrioritySlot, RateLimiter
+from fsm_replication.links import Links
 from fsm_replication.log import get_logger
 from fsm_replication.machine import Move
 from fsm_replication.metrics import Metrics
@@ -45,7 +48,7 @@ from fsm_replication.stores.protocol import SyncEngine
 from fsm_replication.tables import CIRCUIT, ENGINE, CircuitState, EngineState, PeerState
 from fsm_replication.transport import RedisTransport
 from fsm_replication.workers.arrivals import Arrivals
-from fsm_replication.workers.cold_path import ColdPath, RepairStats, Target
+from fsm_replication.workers.cold_path import ColdPath, RepairStats
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import ChangeFeed, ChangeWatcher, LinkContext, LinkProgress
 from fsm_replication.workers.cursor_flush import CursorBook, flush_cursors
@@ -56,6 +59,7 @@ from fsm_replication.workers.ping import ping_idle_peers
 from fsm_replication.workers.prober import probe_circuits
 from fsm_replication.workers.repair import KeyDifference, StaleVerdict, find_differences
 from fsm_replication.workers.supervisor import CrashCounter, supervise
+from fsm_replication.workers.tailer import decided_by
 
 __all__ = ("Circuits", "ReplicationEngine")
 
@@ -95,16 +99,20 @@ class ReplicationEngine(Observer):
         registry: CollectorRegistry | None = None,
     ) -> None:
         self._config = config
+        self._settings = Current(config.settings)
         self._store = sync_engine if sync_engine is not None else NoOpSyncEngine()
+        self._given_ports = ports
         self._ports = ports if ports is not None else _system_ports(config)
-        self._log = get_logger("engine", node_id=config.local_node_id)
         self.metrics = Metrics(config.local_node_id, registry)
         self._journal = Journal(config.settings.limits.journal)
         self._error: BaseException | None = None
-        self._book = CursorBook(self._ports.cursor_store, self.metrics)
         self._feed = ChangeFeed()
         self._arrivals = Arrivals()
-        self._links: dict[str, PeerLink] = {}
+        self._limiter = RateLimiter(self._settings, self._ports.clock)
+        self._copy_slot = PrioritySlot()
+        # One change of the configuration at a time, in the order of the calls.
+        self._changing = asyncio.Lock()
+        self._records_taken = False
         self._link_moved = asyncio.Event()
         self._circuit_moved = asyncio.Event()
         self._crashes: dict[str, CrashCounter] = {}
@@ -122,18 +130,36 @@ class ReplicationEngine(Observer):
             on_fact=self._on_fact,
             on_crash=lambda name, _ticket, error: self._crashed(f"engine:{name}", error),
         )
+        self._links = Links(
+            new_context=self._link_context,
+            new_circuit=self._peer_circuit,
+            journal=self._journal,
+            observer=self,
+            on_crash=self._crashed,
+            clock=self._ports.clock,
+            patience=lambda: self._settings.value.timeouts.drain,
+            start_worker=lambda name, work: self._driver.start_worker(
+                name, "group:Active", lambda _report: work()
+            ),
+        )
+        self._equip()
         self._make_links()
+
+    def _equip(self) -> None:
+        """Make what depends on the configuration and can no longer change once it is used."""
+        config = self._config
+        self._log = get_logger("engine", node_id=config.local_node_id)
+        self._book = CursorBook(self._ports.cursor_store, self.metrics)
         self._cold_path = ColdPath(
-            config.settings.cold_path,
+            self._settings,
             self._store,
             self._ports,
             self.metrics,
-            self._repair_targets,
+            self._links.repair_targets,
             lambda work: self._driver.start_worker(
                 "repair", str(EngineState.RUNNING), lambda _report: work()
             ),
         )
-        self._show_state()
 
     def _circuit(self, name: str, *, failures: int, reset_sec: float, successes: int) -> Circuit:
         return Circuit(
@@ -145,47 +171,44 @@ class ReplicationEngine(Observer):
             on_change=self._circuit_changed,
         )
 
-    def _make_links(self) -> None:
-        settings = self._config.settings
-        hot = settings.hot_path
-        limiter = None
-        if hot.rate_limit_enabled:
-            limiter = RateLimiter(hot.rate_limit_per_sec, hot.rate_limit_burst, self._ports.clock)
-        slot = PrioritySlot()
-        for peer in sorted(self._config.peers, key=lambda peer: peer.priority):
-            context = self._link_context(peer, limiter, slot)
-            self._links[peer.node_id] = PeerLink(
-                context,
-                journal=self._journal,
-                observer=self,
-                on_crash=self._crashed,
-            )
+    def _peer_circuit(self, peer: PeerConfig) -> Circuit:
+        circuit = self._circuit(
+            f"peer:{peer.node_id}",
+            failures=peer.circuit_failure_threshold,
+            reset_sec=peer.circuit_reset_timeout_sec,
+            successes=1,
+        )
+        self.metrics.get("circuit_state", circuit.name).set(_CIRCUIT_VALUES[circuit.state])
+        return circuit
 
-    def _link_context(
-        self, peer: PeerConfig, limiter: RateLimiter | None, slot: PrioritySlot
-    ) -> LinkContext:
+    def _make_links(self) -> None:
+        """Make the links of an engine that was not started, or give them everything anew."""
+        for peer in self._config.peers:
+            if peer.node_id in self._links:
+                self._links.equip_anew(peer)
+            else:
+                self._links.add(peer)
+        self._links.arrange(self._config.peers)
+        self._show_state()
+
+    def _link_context(self, peer: PeerConfig) -> LinkContext:
         return LinkContext(
             local_node_id=self._config.local_node_id,
             peer=peer,
-            settings=self._config.settings,
+            current=self._settings,
             ports=self._ports,
             store=self._store,
             writes=self.circuit.writes,
             reads=self.circuit.reads,
-            peer_circuit=self._circuit(
-                f"peer:{peer.node_id}",
-                failures=peer.circuit_failure_threshold,
-                reset_sec=peer.circuit_reset_timeout_sec,
-                successes=1,
-            ),
+            peer_circuit=self._peer_circuit(peer),
             cursors=self._book,
             metrics=self.metrics.peer(peer.node_id),
-            limiter=limiter,
-            copy_slot=slot,
+            limiter=self._limiter,
+            copy_slot=self._copy_slot,
             feed=self._feed,
             arrivals=self._arrivals,
             progress=LinkProgress(),
-            interlock=Interlock(self._config.settings.repair, self._ports.clock),
+            interlock=Interlock(self._settings, self._ports.clock),
             stale=StaleGuard(
                 round(self._config.settings.tombstones.ttl * 1000), self._ports.wall_clock
             ),
@@ -380,22 +403,139 @@ class ReplicationEngine(Observer):
     # Operating.
 
     async def pause(self, peer_id: str) -> None:
-        """Pause a link until ``resume``; kept over reconnects and restarts.
+        """Pause a link until ``resume``, whatever state it is in.
+
+        A link that reads is Paused at once, any other as soon as it would decide to read. The wish
+        is kept over reconnects and restarts; before ``start()`` it is written when that is called.
 
         :raises UsageError: if there is no such peer.
+        :raises EngineStoppedError: if the engine has ended.
         :raises CursorStoreError: if the wish cannot be kept on disk; it is in force all the same.
         """
-        self._link(peer_id).pause()
-        await self._ports.cursor_store.set_operator_pause(peer_id, True)
+        self._check_not_over("pause", EngineState.SHUTTING_DOWN)
+        await self._wish(peer_id, paused=True)
 
     async def resume(self, peer_id: str) -> None:
-        """End a pause of an operator.
+        """End a pause of an operator, and one of the interlock, whatever state the link is in.
+
+        Where there are other reasons the link stays Paused until they have gone.
 
         :raises UsageError: if there is no such peer.
+        :raises EngineStoppedError: if the engine has ended.
         :raises CursorStoreError: if the wish cannot be kept on disk; it is in force all the same.
         """
-        self._link(peer_id).resume()
-        await self._ports.cursor_store.set_operator_pause(peer_id, False)
+        self._check_not_over("resume", EngineState.SHUTTING_DOWN)
+        await self._wish(peer_id, paused=False)
+
+    async def _wish(self, peer_id: str, *, paused: bool) -> None:
+        """Put it in force, and write it to disk as soon as the cursor store is open."""
+        self._link(peer_id)
+        self._links.wish(peer_id, paused=paused)
+        await self._until_records_taken()
+        if self.state is not EngineState.CREATED:
+            await self._links.write_wish(peer_id, self._ports.cursor_store)
+
+    async def update_config(self, config: ReplicationConfig) -> ConfigChange:
+        """Put another configuration in force, whole or not at all; returns what changed.
+
+        Nothing is restarted that need not be. Peers that were taken out are left; new ones are
+        connected to side by side, and nobody waits for them here. Of the peers that stay, a link
+        connects anew where the way to its peer changed, and decides anew where what it decided by
+        did; everything else is read anew when it is next needed. Before ``start()`` anything may
+        change. After it, ``local_node_id``, ``store``, ``cursor``, ``settings.tombstones`` and
+        ``settings.timeouts.cursor`` may not. Calls take effect in the order in which they are made.
+
+        A peer that is added again waits until its old link is Stopped, at most twice
+        ``timeouts.drain``. A call that is cancelled has changed nothing.
+
+        :raises ConfigError: if it is wrong or changes what cannot change now; it names each fault.
+        :raises EngineStoppedError: if the engine has ended, or ends before the change.
+        :raises CursorStoreError: if what is known of a new peer cannot be read.
+        :raises DrainTimeoutError: if the old link of a peer that is added again does not end.
+        """
+        config = ReplicationConfig.model_validate(config)
+        async with self._changing:
+            change, records = await self._prepare_change(config)
+            if self.state is EngineState.CREATED:
+                self._begin_with(config, change)
+            else:
+                self._change_to(config, change, records)
+        if change:
+            self._log.info("config_changed", change=str(change))
+        return change
+
+    async def _prepare_change(
+        self, config: ReplicationConfig
+    ) -> tuple[ConfigChange, dict[str, PeerRecord]]:
+        """Do all that may fail or take time; nothing is changed by it."""
+        change = compare_configs(self._config, config)
+        while True:
+            self._check_not_over("update_config")
+            created = self.state is EngineState.CREATED
+            if not created:
+                refuse_what_is_fixed(change)
+            await self._links.wait_gone(change.peers_added)
+            records = {} if created else await self._load_records(change.peers_added)
+            self._check_not_over("update_config")
+            # It may have been started meanwhile, and then has other rules.
+            if created == (self.state is EngineState.CREATED):
+                return change, records
+
+    async def _load_records(self, peer_ids: Sequence[str]) -> dict[str, PeerRecord]:
+        await self._until_records_taken()
+        store = self._ports.cursor_store
+        try:
+            return {peer_id: await store.load(peer_id) for peer_id in peer_ids}
+        except CursorStoreError:
+            # Where the engine has ended meanwhile, the store is closed because of that.
+            self._check_not_over("update_config")
+            raise
+
+    async def _until_records_taken(self) -> None:
+        """Wait, where the engine is just starting, until it has opened and read its cursor store."""
+        while self.state is EngineState.CONNECTING and not self._records_taken:
+            self._link_moved.clear()
+            await self._link_moved.wait()
+
+    def _begin_with(self, config: ReplicationConfig, change: ConfigChange) -> None:
+        """Take over any configuration: nothing was opened by the old one."""
+        if config.local_node_id != self.node_id:
+            self.metrics.forget_all()
+            self.metrics = Metrics(config.local_node_id, self.metrics.registry)
+        if self._given_ports is None:
+            self._ports = _system_ports(config)
+        self._put_in_force(config)
+        self._equip()
+        for peer_id in change.peers_removed:
+            self._links.take_out(peer_id)
+        self._make_links()
+
+    def _change_to(
+        self, config: ReplicationConfig, change: ConfigChange, records: Mapping[str, PeerRecord]
+    ) -> None:
+        """Take over a configuration while links are at work, all in one turn of the loop."""
+        decided = decided_by(self._config.settings)
+        self._put_in_force(config)
+        peers = {peer.node_id: peer for peer in config.peers}
+        for peer_id in change.peers_removed:
+            self._links.take_out(peer_id)
+        for changed in change.peers_changed:
+            self._links.configure(peers[changed.node_id])
+        for peer_id in change.peers_added:
+            self._links.add(peers[peer_id], records[peer_id])
+        self._links.arrange(config.peers)
+        if decided_by(config.settings) != decided:
+            self._links.decide_anew()
+        for peer_id, link in self._links.items():
+            if peer_id in records:
+                link.connect()
+        self._show_state()
+        self._link_moved.set()
+
+    def _put_in_force(self, config: ReplicationConfig) -> None:
+        self._config = config
+        self._settings.replace(config.settings)
+        self._journal.keep(config.settings.limits.journal)
 
     async def repair(
         self,
@@ -485,6 +625,11 @@ class ReplicationEngine(Observer):
         """
         return self._link(peer_id).context.stale.keys
 
+    def _check_not_over(self, call: str, *but: EngineState) -> None:
+        over = _FINAL | {EngineState.SHUTTING_DOWN} - set(but)
+        if self.state in over:
+            raise EngineStoppedError(f"{call}: the engine is {self.state}")
+
     def _check_running(self, call: str) -> None:
         if not self.is_running:
             raise InvalidStateError(
@@ -517,19 +662,20 @@ class ReplicationEngine(Observer):
 
     def start_workers(self, _move: Move) -> None:
         """Start what Running owns."""
-        settings, clock = self._config.settings, self._ports.clock
+        clock = self._ports.clock
         self._supervise("cursor-flush", lambda r: flush_cursors(self._book, clock, r))
         circuits = (self.circuit.writes, self.circuit.reads)
         self._supervise(
             "prober",
-            lambda _r: probe_circuits(circuits, self._grant_probe, clock, self._circuit_moved),
+            lambda _r: probe_circuits(
+                circuits, self._links.grant_probe, clock, self._circuit_moved
+            ),
         )
-        if settings.cold_path.enabled:
-            self._supervise("cold-path", lambda _r: self._cold_path.run())
-        if settings.peer_health.enabled:
-            self._supervise(
-                "pinger", lambda _r: ping_idle_peers(self._idle_peers, settings.peer_health, clock)
-            )
+        # These two do nothing while they are not enabled, which may change.
+        self._supervise("cold-path", lambda _r: self._cold_path.run())
+        self._supervise(
+            "pinger", lambda _r: ping_idle_peers(self._links.to_be_pinged, self._settings, clock)
+        )
 
     def _supervise(self, name: str, work: Callable[[Reporter], Coroutine[Any, Any, None]]) -> None:
         def supervised(report: Reporter) -> Coroutine[Any, Any, None]:
@@ -563,48 +709,46 @@ class ReplicationEngine(Observer):
     # The work of starting.
 
     async def _start_up(self, report: Reporter) -> None:
-        store, settings = self._ports.cursor_store, self._config.settings
+        store = self._ports.cursor_store
         try:
             await store.open()
-            for link in self._links.values():
-                self._take_record(link, await store.load(link.peer_id))
+            await self._links.take_records(store)
         except CursorStoreError as error:
             report(EngineFact.BROKEN, str(error), error)
             return
         for link in self._links.values():
             link.connect()
-        if not self._links or settings.startup.when_no_peer == "run":
-            report(EngineFact.READY, "it may run without peers")
-            return
-        try:
-            async with self._ports.clock.timeout(settings.startup.timeout):
-                no_peer = await self._first_peer()
-        except TimeoutError:
-            no_peer = self._no_peer(f"within {settings.startup.timeout:g} s")
+        self._records_taken = True
+        self._link_moved.set()
+        no_peer = await self._first_peer()
         if no_peer is None:
-            report(EngineFact.READY, "a peer is up")
+            report(EngineFact.READY, "a peer is up, or it may run without")
         else:
             report(EngineFact.BROKEN, str(no_peer), no_peer)
 
-    def _take_record(self, link: PeerLink, record: PeerRecord) -> None:
-        if record.operator_pause:
-            link.pause()
-        progress = link.context.progress
-        progress.synced = record.synced
-        progress.gaps_open = len(record.gaps)
-        link.context.stale.agreed(record.agreed_at_ms)
-        progress.dead_letters = record.dead_letters
-
     async def _first_peer(self) -> StartupError | None:
-        """Return None when a link is up, or an error as soon as all have failed for good."""
+        """Return None when the engine may run, or an error when that will not come in time.
+
+        Peers and settings may change meanwhile.
+        """
+        clock = self._ports.clock
+        began = clock.monotonic()
         while True:
+            startup = self._settings.value.startup
             states = [link.state for link in self._links.values()]
-            if any(state.is_running for state in states):
+            if not states or startup.when_no_peer == "run" or any(s.is_running for s in states):
                 return None
             if all(state is PeerState.FAILED for state in states):
                 return self._no_peer("and waiting will not help")
+            rest = began + startup.timeout - clock.monotonic()
+            if rest <= 0:
+                return self._no_peer(f"within {startup.timeout:g} s")
             self._link_moved.clear()
-            await self._link_moved.wait()
+            try:
+                async with clock.timeout(rest):
+                    await self._link_moved.wait()
+            except TimeoutError:
+                continue
 
     def _no_peer(self, when: str) -> NoPeerError:
         told = "; ".join(
@@ -622,7 +766,7 @@ class ReplicationEngine(Observer):
         clock, timeout = self._ports.clock, self._config.settings.timeouts.drain
         left: tuple[str, ...] = ()
         began = clock.monotonic()
-        for link in self._links.values():
+        for link in self._links.owned:
             link.shutdown("the engine stops")
         try:
             async with clock.timeout(timeout * DRAIN_SHARE):
@@ -645,18 +789,18 @@ class ReplicationEngine(Observer):
         report(EngineFact.DRAINED, "everything has ended", error)
 
     async def _all_ended(self) -> None:
-        for link in self._links.values():
+        for link in self._links.owned:
             await link.waiter(PeerState.STOPPED).wait()
         await self._driver.wait_ended(but="drainer")
 
     def _unfinished(self) -> tuple[str, ...]:
-        names = [name for link in self._links.values() for name in link.driver.workers]
+        names = [name for link in self._links.owned for name in link.driver.workers]
         names += [name for name in self._driver.workers if name != "engine:drainer"]
         return tuple(sorted(names))
 
     async def _cancel_all(self, timeout_sec: float) -> tuple[str, ...]:
         """Cancel every worker; returns the names of those that do not end all the same."""
-        for link in self._links.values():
+        for link in self._links.owned:
             link.driver.cancel_all()
         self._driver.cancel_all(but="drainer")
         try:
@@ -680,29 +824,12 @@ class ReplicationEngine(Observer):
             error = error or failed_close
         return error
 
-    # What Running's workers need to know.
-
-    def _repair_targets(self) -> list[Target]:
-        return [
-            Target(link.context, link.state, link.lines, link.block)
-            for link in self._links.values()
-        ]
-
-    def _idle_peers(self) -> list[tuple[LinkProgress, Callable[[], Coroutine[Any, Any, None]]]]:
-        return [
-            (link.context.progress, link.ping)
-            for link in self._links.values()
-            if link.state.is_running
-        ]
-
-    def _grant_probe(self) -> bool:
-        for link in self._links.values():
-            if PauseReason.CIRCUIT in link.pause_reasons:
-                link.clear(PauseReason.CIRCUIT, "it may probe the store")
-                return True
-        return False
+    # What circuits say.
 
     def _circuit_changed(self, circuit: Circuit, old: CircuitState, new: CircuitState) -> None:
+        peer_id = circuit.name.removeprefix("peer:")
+        if peer_id != circuit.name and not self._is_in_use(peer_id, circuit):
+            return
         self._circuit_moved.set()
         self._log.warning("circuit_changed", circuit=circuit.name, source=old, dest=new)
         trigger = next(
@@ -712,12 +839,16 @@ class ReplicationEngine(Observer):
         self._journal.append(Transition(machine, now, trigger, old, new))
         self.metrics.get("transitions", machine, trigger, old, new).inc()
         self.metrics.get("circuit_state", circuit.name).set(_CIRCUIT_VALUES[new])
-        peer_id = circuit.name.removeprefix("peer:")
         if peer_id != circuit.name:
             self.metrics.get("peer_circuit_transitions", peer_id, old, new).inc()
         elif new is CircuitState.CLOSED:
             for link in self._links.values():
                 link.clear(PauseReason.CIRCUIT, "the store's circuit closed")
+
+    def _is_in_use(self, peer_id: str, circuit: Circuit) -> bool:
+        """Say whether a circuit was not replaced yet; a call that began before may still end."""
+        link = self._links.get(peer_id)
+        return link is not None and link.context.peer_circuit is circuit
 
     # What drivers say.
 
@@ -755,8 +886,21 @@ class ReplicationEngine(Observer):
         if peer_id != machine:
             self.metrics.get("peer_state", peer_id, move.source).set(0)
             self.metrics.get("peer_state", peer_id, move.dest).set(1)
+            if move.dest is PeerState.STOPPED:
+                self._forget_if_taken_out(peer_id)
         self._show_state()
         self._link_moved.set()
+
+    def _forget_if_taken_out(self, peer_id: str) -> None:
+        link = self._links.note_stopped(peer_id)
+        if link is None:
+            return
+        self._book.forget(peer_id)
+        self.metrics.forget_peer(peer_id)
+        link.context.metrics.detach()
+        workers = [name for name in self._crashes if name.rpartition(":")[0] == f"link:{peer_id}"]
+        for name in workers:
+            del self._crashes[name]
 
     def _show_state(self) -> None:
         self.metrics.get("engine_state").set(list(EngineState).index(self.state))
@@ -765,7 +909,9 @@ class ReplicationEngine(Observer):
 
     def dropped(self, machine: str, report: Report, state: StrEnum) -> None:
         """Count reports that came too late or moved nothing."""
-        self.metrics.get("stale_reports", machine, report.fact).inc()
+        peer_id = machine.removeprefix("link:")
+        if peer_id == machine or peer_id in self._links:
+            self.metrics.get("stale_reports", machine, report.fact).inc()
         self._log.debug("report_dropped", machine=machine, fact=report.fact, state=state)
 
     def effect_failed(self, machine: str, move: Move | None, error: Exception) -> None:

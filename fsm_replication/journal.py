@@ -46,6 +46,10 @@ class Journal:
         # Held weakly: a watcher that was dropped in the middle of a loop is gone.
         self._listeners: list[weakref.WeakMethod[Callable[[Transition], None]]] = []
 
+    def keep(self, limit: int) -> None:
+        """Keep the latest ``limit`` moves from now on."""
+        self._records = deque(self._records, maxlen=limit)
+
     def append(self, record: Transition) -> None:
         """Keep a record and hand it to every listener; listeners must not block."""
         self._records.append(record)

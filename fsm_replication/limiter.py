@@ -3,61 +3,71 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
+from collections.abc import Callable
 
+from fsm_replication.config import Settings
+from fsm_replication.current import Current
 from fsm_replication.ports import Clock
 
 __all__ = ("PrioritySlot", "RateLimiter")
 
 
 class RateLimiter:
-    """Lets ``rate_per_sec`` events a second through, and ``burst`` at once after a rest.
+    """Lets events through at the rate of the settings in force, where they limit it.
 
     A batch is taken whole: one that is larger than what the bucket holds goes into debt, and
     whoever took it waits until the debt is paid. So no batch is too large to pass, and waiting is
     one sleep per batch.
     """
 
-    def __init__(self, rate_per_sec: float, burst: int, clock: Clock) -> None:
-        self.rate_per_sec = rate_per_sec
-        self.burst = burst
+    def __init__(self, settings: Current[Settings], clock: Clock) -> None:
+        self._settings = settings
         self._clock = clock
-        self._tokens = float(burst)
+        self._tokens = float(settings.value.hot_path.rate_limit_burst)
         self._filled_at = clock.monotonic()
 
     def reserve(self, events: int) -> float:
         """Take tokens for a batch; returns the seconds to wait before the next one."""
+        hot_path = self._settings.value.hot_path
+        if not hot_path.rate_limit_enabled:
+            return 0.0
+        rate, burst = hot_path.rate_limit_per_sec, float(hot_path.rate_limit_burst)
         now = self._clock.monotonic()
-        refill = (now - self._filled_at) * self.rate_per_sec
-        self._tokens = min(float(self.burst), self._tokens + refill) - events
+        refill = (now - self._filled_at) * rate
+        self._tokens = min(burst, self._tokens + refill) - events
         self._filled_at = now
-        return max(0.0, -self._tokens / self.rate_per_sec)
+        return max(0.0, -self._tokens / rate)
 
 
 class PrioritySlot:
-    """Lets one holder in at a time, the one of the lowest priority number first."""
+    """Lets one holder in at a time, the one of the lowest priority number first.
+
+    Among equal ones the first come is the first served. Priorities are asked for when the place
+    becomes free, since they may change while somebody waits.
+    """
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
-        self._count = 0
+        # In the order in which they came.
+        self._waiting: dict[asyncio.Future[None], Callable[[], int]] = {}
         self._holder: object | None = None
 
-    async def acquire(self, holder: object, priority: int) -> None:
+    async def acquire(self, holder: object, priority: Callable[[], int]) -> None:
         """Wait until ``holder`` is let in; one that is in already stays."""
         if self._holder is holder:
             return
         if self._holder is None and not self._waiting:
             self._holder = holder
             return
-        self._count += 1
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (priority, self._count, turn))
+        self._waiting[turn] = priority
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self._pass_on()
             raise
+        finally:
+            self._waiting.pop(turn, None)
         self._holder = holder
 
     def release(self, holder: object) -> None:
@@ -67,10 +77,11 @@ class PrioritySlot:
 
     def _pass_on(self) -> None:
         self._holder = None
-        while self._waiting:
-            _, _, turn = heapq.heappop(self._waiting)
-            if not turn.done():
-                # The place is kept for whoever wakes up, so that nobody slips in between.
-                self._holder = turn
-                turn.set_result(None)
-                return
+        # Somebody who was cancelled may not have got to the end of waiting yet.
+        self._waiting = {turn: rank for turn, rank in self._waiting.items() if not turn.done()}
+        if self._waiting:
+            turn = min(self._waiting, key=lambda one: self._waiting[one]())
+            del self._waiting[turn]
+            # The place is kept for whoever wakes up, so that nobody slips in between.
+            self._holder = turn
+            turn.set_result(None)

@@ -8,6 +8,7 @@ looking one up by its labels costs more than counting.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -77,6 +78,11 @@ _HISTOGRAMS: Final[tuple[tuple[str, tuple[str, ...], tuple[float, ...], str], ..
     ("repair_cycle_duration_seconds", (), _SECONDS, "Passes of the cold path"),
 )
 
+_LABELS: Final = {
+    **{name: labels for name, labels, _ in (*_GAUGES, *_COUNTERS)},
+    **{name: labels for name, labels, _, _ in _HISTOGRAMS},
+}
+
 _families: WeakKeyDictionary[CollectorRegistry, dict[str, Any]] = WeakKeyDictionary()
 
 
@@ -123,9 +129,39 @@ class Metrics:
         """Return the children that the hot path of one peer needs."""
         return PeerMetrics(self, peer_id)
 
+    def forget_peer(self, peer_id: str) -> None:
+        """Remove everything that was counted about a peer, its link and its circuit."""
+        told = {
+            ("peer_id", peer_id),
+            ("circuit", f"peer:{peer_id}"),
+            ("machine", f"link:{peer_id}"),
+            ("machine", f"circuit:peer:{peer_id}"),
+        }
+        for key in list(self._bound):
+            if not told.isdisjoint(self._labels(key)):
+                self._remove(key)
+
+    def forget_all(self) -> None:
+        """Remove everything that this node has counted."""
+        for key in list(self._bound):
+            self._remove(key)
+
+    def _labels(self, key: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+        name, *values = key
+        return zip(_LABELS[name], values, strict=True)
+
+    def _remove(self, key: tuple[str, ...]) -> None:
+        name, *values = key
+        del self._bound[key]
+        self._families[name].remove(self.node_id, *values)
+
 
 class PeerMetrics:
-    """What one link counts, bound in advance."""
+    """What one link counts, bound in advance.
+
+    A peer that was taken out is forgotten, but some call to it may still come to its end: from
+    :meth:`detach` on, what is counted goes to a registry that nobody reads.
+    """
 
     def __init__(self, metrics: Metrics, peer_id: str) -> None:
         self._metrics = metrics
@@ -148,6 +184,14 @@ class PeerMetrics:
         self.trimmed = metrics.get("stream_trimmed", peer_id)
         self.clock_ahead = metrics.get("clock_ahead", peer_id)
         self.backpressure = metrics.get("backpressure_pauses", peer_id)
+
+    def detach(self) -> None:
+        """Let whatever is counted from now on be lost."""
+        self._metrics = Metrics(self._metrics.node_id)
+
+    def diverged(self) -> None:
+        """Count a comparison of trees that found a difference."""
+        self._metrics.get("merkle_divergence", self.peer_id).inc()
 
     def connection(self, status: str) -> None:
         """Count an attempt to connect by its outcome."""

@@ -11,6 +11,8 @@ from dataclasses import replace
 from functools import partial
 from typing import cast
 
+from fsm_replication.circuits import Circuit
+from fsm_replication.config import PeerConfig
 from fsm_replication.driver import Driver, Observer
 from fsm_replication.errors import PeerRefusedError
 from fsm_replication.health import PeerHealth
@@ -120,6 +122,46 @@ class PeerLink:
         self._reasons.add(reason)
         self.driver.request_if_legal("pause", why=why)
 
+    def decide_anew(self) -> None:
+        """Have what was decided decided again, by the settings in force now.
+
+        A link that is about to decide, or will, needs no telling.
+        """
+        self.driver.react(LinkFact.OUTDATED, why="settings changed")
+
+    def configure(self, peer: PeerConfig, new_circuit: Callable[[PeerConfig], Circuit]) -> None:
+        """Take over what is configured for the peer from now on.
+
+        A change of the way to it begins a new connection; a change of that or of the circuit's
+        settings begins a new circuit, since failures of the old one say nothing about it.
+        """
+        old, self.context = self.context.peer, replace(self.context, peer=peer)
+        moved = self._way_changed(old, peer)
+        if not moved and _circuit_settings(old) == _circuit_settings(peer):
+            return
+        self.context = replace(self.context, peer_circuit=new_circuit(peer))
+        if moved:
+            self._take_other_way()
+        elif self.state is PeerState.BACKOFF:
+            self.driver.request("retry", why="the circuit's settings changed")
+
+    def _way_changed(self, old: PeerConfig, new: PeerConfig) -> bool:
+        if (old.redis_url, old.redis_prefix) != (new.redis_url, new.redis_prefix):
+            return True
+        if old.allow_echo == new.allow_echo:
+            return False
+        # Whether it allows echoes only matters for a foreign node, and is asked when it is connected.
+        return self._lines is None or (self._lines.foreign and not new.allow_echo)
+
+    def _take_other_way(self) -> None:
+        why = f"another way to the peer is configured: {self.context.peer.display_url}"
+        connecting = self.state is PeerState.CONNECTING
+        self.driver.react(LinkFact.MOVED, why=why)
+        if connecting:
+            # The attempt under way is given up; there is nothing to wait for before the next.
+            self.driver.react(LinkFact.MOVED, why=why)
+        self._attempts = 0
+
     def force(self) -> None:
         """Let any number of deletes through for an hour, and try again what failed."""
         self.context.interlock.forgive()
@@ -154,7 +196,12 @@ class PeerLink:
         """Take the connections over and start reading."""
         lines = cast("Lines", move.payload)
         self._lines = lines
-        self._tailer = Tailer(self.context, lines, lambda: self.pause_reasons)
+        self._tailer = Tailer(
+            self.context,
+            lines,
+            reasons=lambda: self.pause_reasons,
+            priority=lambda: self.context.peer.priority,
+        )
         self._hand(Mode.DECIDE)
         self.driver.start_worker("tailer", RUNNING, self._tailer.run, stop=self._tailer.stop)
 
@@ -268,3 +315,7 @@ class PeerLink:
 
     def __repr__(self) -> str:
         return f"<PeerLink {self.peer_id} {self.state}>"
+
+
+def _circuit_settings(peer: PeerConfig) -> tuple[int, float]:
+    return peer.circuit_failure_threshold, peer.circuit_reset_timeout_sec

@@ -23,6 +23,7 @@ from fsm_replication.config import (
     Settings,
     StartupConfig,
 )
+from fsm_replication.current import Current
 from fsm_replication.engine import ReplicationEngine
 from fsm_replication.errors import ProtocolError
 from fsm_replication.items import SyncItem, content_hash
@@ -652,7 +653,7 @@ async def test_a_foreign_node_is_read_from_the_oldest_entry_of_its_stream(
 def test_the_batch_size_adapts(before: int, full: bool, empty: bool, after: int) -> None:
     """If this fails adaptive_batch_size grows or shrinks in another way than documented."""
     settings = HotPathConfig(adaptive_batch_size=True, batch_size=before)
-    reader = StreamReader("s", settings, 10_000_000)
+    reader = StreamReader("s", Current(Settings(hot_path=settings)))
     entries = [] if empty else [[b"1-1", []]]
     reader.adapt(Read(entries, at_head=not full, full=full, end=reader.position))
     assert reader.size == after
@@ -661,11 +662,11 @@ def test_the_batch_size_adapts(before: int, full: bool, empty: bool, after: int)
 async def test_one_link_copies_at_a_time_by_priority() -> None:
     """If this fails several bootstraps at once share memory and the store between them."""
     slot = PrioritySlot()
-    await slot.acquire("first", 5)
+    await slot.acquire("first", lambda: 5)
     order: list[str] = []
 
     async def copy(name: str, priority: int) -> None:
-        await slot.acquire(name, priority)
+        await slot.acquire(name, lambda: priority)
         order.append(name)
         await asyncio.sleep(0)
         slot.release(name)
@@ -789,7 +790,7 @@ def test_a_transaction_answered_in_another_shape_is_a_protocol_error(executed: o
             """Send nothing."""
 
     line: Any = Line()
-    reader = StreamReader("cdc", HotPathConfig(), 1000)
+    reader = StreamReader("cdc", Current(Settings()))
     reader.ask_bulk(line)
     with pytest.raises(ProtocolError):
         reader.take(line, [b"OK", b"QUEUED", b"QUEUED", executed])

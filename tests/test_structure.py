@@ -17,8 +17,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Bottom to top; a module may import what stands in its own line or further up in this list.
 LAYERS = (
-    ("errors", "items", "config", "metrics", "log"),
-    ("ports", "reports", "circuits", "retry", "limiter"),
+    ("errors", "items", "config", "config_change", "metrics", "log"),
+    ("ports", "reports", "circuits", "retry", "current", "limiter"),
     (
         "resolvers",
         "stream",
@@ -36,6 +36,7 @@ LAYERS = (
     ("tables",),
     ("machine", "driver", "journal", "diagram", "health"),
     ("peer_link",),
+    ("links",),
     ("engine",),
     ("servers",),
     ("testing",),

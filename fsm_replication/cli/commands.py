@@ -70,11 +70,11 @@ def run(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     log_format: Annotated[LogFormat, typer.Option(help="How log lines look.")] = LogFormat.CONSOLE,
 ) -> None:
-    """Run a node in the foreground until SIGINT or SIGTERM."""
+    """Run a node in the foreground until SIGINT or SIGTERM; SIGHUP reads the file again."""
     loaded = _load(config)
     configure_logging(log_level, log_format)
     try:
-        run_async(run_node(loaded))
+        run_async(run_node(loaded, config))
     except ReplicationError as error:
         raise _fail(error) from None
 

@@ -6,6 +6,8 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,6 +29,11 @@ from fsm_replication.transport import RedisTransport
 from fsm_replication.workers.connector import open_lines
 
 __all__ = ("check_node", "open_store", "run_node")
+
+# What open_store() gives to the store besides what no running engine can change.
+_STORE_SETTINGS: Final = frozenset(
+    {"settings.limits.payload_bytes", "settings.timeouts.store_call"}
+)
 
 
 @asynccontextmanager
@@ -63,34 +70,79 @@ async def open_store(config: ReplicationConfig) -> AsyncIterator[SyncEngine]:
         yield NoOpSyncEngine()
 
 
-async def run_node(config: ReplicationConfig) -> None:
-    """Run until SIGINT or SIGTERM, or until the engine fails.
+async def run_node(config: ReplicationConfig, path: Path) -> None:
+    """Run until SIGINT or SIGTERM, or until the engine fails; SIGHUP loads ``path`` again.
 
     :raises ReplicationError: what the engine failed of.
     """
     log = get_logger("cli", node_id=config.local_node_id)
-    for warning in config.warnings:
-        log.warning("configuration", problem=warning)
+    _log_warnings(config)
     loop = asyncio.get_running_loop()
-    asked = asyncio.Event()
+    asked, reload_asked = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, asked.set)
+    loop.add_signal_handler(signal.SIGHUP, reload_asked.set)
     async with open_store(config) as store:
         engine = ReplicationEngine(config, sync_engine=store)
         starting = asyncio.create_task(engine.start(), name="start")
         closed = asyncio.create_task(engine.wait_closed(), name="closed")
         stopping = asyncio.create_task(asked.wait(), name="signal")
+        reloading = asyncio.create_task(_keep_reloading(engine, path, reload_asked), name="reload")
         try:
-            await asyncio.wait((closed, stopping), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((closed, stopping, reloading), return_when=asyncio.FIRST_COMPLETED)
             if stopping.done():
                 log.info("stopping", why="a signal")
         finally:
             stopping.cancel()
+            reloading.cancel()
             await engine.shutdown()
             # What start() raises is the engine's kept error, which is raised below.
             await asyncio.gather(starting, closed, stopping, return_exceptions=True)
+            await asyncio.wait((reloading,))
         if engine.error is not None:
             raise engine.error
+        if not reloading.cancelled():
+            reloading.result()
+
+
+def _log_warnings(config: ReplicationConfig) -> None:
+    log = get_logger("cli", node_id=config.local_node_id)
+    for warning in config.warnings:
+        log.warning("configuration", problem=warning)
+
+
+async def _keep_reloading(engine: ReplicationEngine, path: Path, asked: asyncio.Event) -> None:
+    """Load the configuration again whenever that is asked for, until cancelled.
+
+    One that cannot be loaded, or not be put in force, is reported, and the old one stays.
+    """
+    log = get_logger("cli", node_id=engine.node_id)
+    while True:
+        await asked.wait()
+        asked.clear()
+        try:
+            config = await asyncio.to_thread(ReplicationConfig.load, path)
+            _refuse_store_settings(engine.config, config)
+            change = await engine.update_config(config)
+        except ReplicationError as error:
+            told = {"path": str(path), "error": error, "in_force": "the old one"}
+            log.error("configuration_refused", **told)  # noqa: TRY400 - it is no crash
+            continue
+        _log_warnings(config)
+        log.info("configuration_reloaded", path=str(path), change=str(change))
+
+
+def _refuse_store_settings(old: ReplicationConfig, new: ReplicationConfig) -> None:
+    """Refuse what the store alone was opened with.
+
+    :raises ConfigError: if any of it would change.
+    """
+    problems = [
+        f"{name}: the store was opened with it; stop the node and start it anew"
+        for name in sorted(_STORE_SETTINGS.intersection(old.changed_paths(new)))
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 async def check_node(config: ReplicationConfig, console: Console) -> bool:

@@ -58,6 +58,7 @@ _RUNNING: Final = (
     _S.PAUSED,
 )
 _AWAKE: Final = tuple(state for state in _RUNNING if state is not _S.PAUSED)
+_DECIDED: Final = tuple(state for state in _AWAKE if state is not _S.RESUMING)
 
 LINK: Final = Table(
     name="link",
@@ -140,7 +141,7 @@ LINK: Final = Table(
         ),
         Row(
             "reconfigured",
-            (_S.BOOTSTRAPPING, _S.CATCHING_UP, _S.TAILING, _S.STANDBY),
+            _DECIDED,
             _S.RESUMING,
             "settings of this link changed: decide again",
             effects=("decide",),
@@ -194,7 +195,12 @@ LINK: Final = Table(
         Reaction(LinkFact.NO_HOT_PATH, (_S.RESUMING,), ("stand_by",)),
         Reaction(LinkFact.BLOCKED, _AWAKE, ("pause",)),
         Reaction(LinkFact.CLEARED, (_S.PAUSED,), ("resume",)),
+        Reaction(LinkFact.OUTDATED, _DECIDED, ("reconfigured",)),
         Reaction(LinkFact.LOST, _RUNNING, ("connection_lost",)),
+        Reaction(LinkFact.MOVED, _RUNNING, ("connection_lost",)),
+        Reaction(LinkFact.MOVED, (_S.CONNECTING,), ("connect_failed",)),
+        Reaction(LinkFact.MOVED, (_S.BACKOFF,), ("retry",)),
+        Reaction(LinkFact.MOVED, (_S.FAILED,), ("connect",)),
         Reaction(LinkFact.ENDED, (_S.DISCONNECTING,), ("disconnected",)),
         Reaction(LinkFact.ENDED, (_S.SHUTTING_DOWN,), ("stopped",)),
     ),

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
-from fsm_replication.config import ColdPathConfig
+from fsm_replication.config import ColdPathConfig, Settings
+from fsm_replication.current import Current
 from fsm_replication.errors import CursorStoreError, EngineStoppedError, ReplicationError
 from fsm_replication.log import get_logger
 from fsm_replication.merkle import OWN
@@ -109,7 +110,7 @@ class ColdPath:
 
     def __init__(
         self,
-        settings: ColdPathConfig,
+        settings: Current[Settings],
         store: SyncEngine,
         ports: Ports,
         metrics: Metrics,
@@ -117,7 +118,7 @@ class ColdPath:
         start: Callable[[Callable[[], Coroutine[Any, Any, None]]], None],
     ) -> None:
         self._start = start
-        self._settings = settings
+        self._current = settings
         self._store = store
         self._ports = ports
         self._metrics = metrics
@@ -131,10 +132,17 @@ class ColdPath:
     # As a worker
 
     async def run(self) -> None:
-        """Go through a cycle every interval; until cancelled."""
+        """Go through a cycle every interval, while the cold path is enabled; until cancelled."""
+        current, clock = self._current, self._ports.clock
         while True:
-            await self._ports.clock.sleep(self._settings.interval_sec)
-            await self.cycle()
+            await current.wait_until(lambda settings: settings.cold_path.enabled)
+            await current.sleep(clock, lambda settings: settings.cold_path.interval_sec)
+            if self._settings.enabled:
+                await self.cycle()
+
+    @property
+    def _settings(self) -> ColdPathConfig:
+        return self._current.value.cold_path
 
     async def cycle(self) -> RepairStats:
         """Visit every peer that is ready for it, by priority, within the budget."""
@@ -143,7 +151,9 @@ class ColdPath:
             began = clock.monotonic()
             budget = Budget(self._settings.max_items_per_cycle)
             stats = RepairStats()
-            for target in self._targets():
+            targets = self._targets()
+            self._remember_only(targets)
+            for target in targets:
                 why = self._reason_to_skip(target)
                 if why:
                     self._metrics.get("repair_skipped", why).inc()
@@ -172,6 +182,11 @@ class ColdPath:
             return "backoff"
         peer.skipped_busy = 0
         return ""
+
+    def _remember_only(self, targets: Sequence[Target]) -> None:
+        """Forget peers that were taken out of the configuration."""
+        known = {target.context.peer_id for target in targets}
+        self._peers = {name: peer for name, peer in self._peers.items() if name in known}
 
     def _peer(self, target: Target) -> _Peer:
         return self._peers.setdefault(target.context.peer_id, _Peer())
@@ -283,7 +298,7 @@ class ColdPath:
         peer.after = result.after if budget.left == 0 else None
         context.metrics.operation("repair", clock.monotonic() - began)
         if not result.in_sync:
-            self._metrics.get("merkle_divergence", name).inc()
+            context.metrics.diverged()
             self._log.info(
                 "peer_repaired",
                 peer_id=name,

@@ -13,6 +13,7 @@ from structlog.stdlib import BoundLogger
 
 from fsm_replication.circuits import Circuit
 from fsm_replication.config import PeerConfig, Settings
+from fsm_replication.current import Current
 from fsm_replication.errors import CursorStoreError, ReplicationError, WatcherLagged
 from fsm_replication.items import SyncItem
 from fsm_replication.limiter import PrioritySlot, RateLimiter
@@ -182,11 +183,16 @@ class ChangeFeed:
 
 @dataclass(frozen=True, slots=True)
 class LinkContext:
-    """Everything a link's workers may use; one per link."""
+    """Everything a link's workers may use.
+
+    A link has one at a time, and another when its peer's configuration changes. Workers keep the
+    one they were started with: their connections and the ``peer`` in it belong together. The
+    ``settings`` are always those in force.
+    """
 
     local_node_id: str
     peer: PeerConfig
-    settings: Settings
+    current: Current[Settings]
     ports: Ports
     store: SyncEngine
     writes: Circuit
@@ -194,7 +200,7 @@ class LinkContext:
     peer_circuit: Circuit
     cursors: CursorBook
     metrics: PeerMetrics
-    limiter: RateLimiter | None
+    limiter: RateLimiter
     copy_slot: PrioritySlot
     feed: ChangeFeed
     arrivals: Arrivals
@@ -210,6 +216,11 @@ class LinkContext:
     def peer_id(self) -> str:
         """The peer's node id."""
         return self.peer.node_id
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force now; they may be others after the next await."""
+        return self.current.value
 
     async def agree(self, at_ms: int) -> None:
         """Note that everything the peer held at ``at_ms`` is held here: no gap is open any more."""

@@ -47,6 +47,11 @@ class CursorBook:
         else:
             self._cursors[peer_id] = cursor
 
+    def forget(self, peer_id: str) -> None:
+        """Forget the cursor of a peer that was taken out, unless it is not on disk yet."""
+        if peer_id not in self._dirty:
+            self._cursors.pop(peer_id, None)
+
     async def flush(self) -> int:
         """Write what is dirty in one transaction; returns how many cursors that were.
 

@@ -12,7 +12,8 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable
 from typing import Final
 
-from fsm_replication.config import RepairConfig
+from fsm_replication.config import Settings
+from fsm_replication.current import Current
 from fsm_replication.items import Stamp
 from fsm_replication.ports import Clock, WallClock
 
@@ -27,13 +28,14 @@ KEYS_KEPT: Final = 10_000
 class Interlock:
     """Counts the live items that one peer deleted within the last hour."""
 
-    def __init__(self, settings: RepairConfig, clock: Clock) -> None:
+    def __init__(self, settings: Current[Settings], clock: Clock) -> None:
         self._settings = settings
         self._clock = clock
         self._deleted: deque[tuple[float, int]] = deque()
         self._count = 0
         self._forgiven_until = 0.0
-        self._allowed = float(settings.interlock_min)
+        # Live items within the last hour, those that were deleted since included; 0 if not known.
+        self._live = 0
         self._known_until = 0.0
 
     def add(self, live_deleted: int) -> None:
@@ -56,16 +58,16 @@ class Interlock:
         if now < self._forgiven_until:
             return False
         if now > self._known_until:
-            self._allowed = float(self._settings.interlock_min)
-        return self.count + more > self._allowed
+            self._live = 0
+        bounds = self._settings.value.repair
+        return self.count + more > max(bounds.interlock_min, bounds.interlock_share * self._live)
 
     def learn(self, live: int | None) -> None:
         """Take in how many live items there are, for a minute; None where that is not known.
 
         What has been deleted within the hour was live too, and counts among all.
         """
-        share = 0.0 if live is None else self._settings.interlock_share * (live + self.count)
-        self._allowed = max(self._settings.interlock_min, share)
+        self._live = 0 if live is None else live + self.count
         self._known_until = self._clock.monotonic() + KNOWN_SEC
 
     def forgive(self) -> None:

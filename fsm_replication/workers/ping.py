@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from fsm_replication.config import PeerHealthConfig
+from fsm_replication.config import Settings
+from fsm_replication.current import Current
 from fsm_replication.errors import NetworkError, PeerError
 from fsm_replication.ports import Clock, Connection
 from fsm_replication.reports import LinkFact, Reporter
 from fsm_replication.workers.context import LinkContext, LinkProgress
 
-__all__ = ("ping_idle_peers", "ping_once")
+__all__ = ("IdlePeer", "ping_idle_peers", "ping_once")
 
 IdlePeer = tuple[LinkProgress, Callable[[], Coroutine[Any, Any, None]]]
 
@@ -36,14 +37,20 @@ async def ping_once(context: LinkContext, connection: Connection, report: Report
 
 
 async def ping_idle_peers(
-    peers: Callable[[], Sequence[IdlePeer]], settings: PeerHealthConfig, clock: Clock
+    peers: Callable[[], Sequence[IdlePeer]], current: Current[Settings], clock: Clock
 ) -> None:
-    """Ping, every interval, each peer that has been idle for the threshold; until cancelled."""
+    """Ping, every interval, each peer that has been idle for the threshold; until cancelled.
+
+    While ``peer_health`` is not enabled it waits for that.
+    """
     while True:
-        await clock.sleep(settings.ping_interval_sec)
-        now = clock.monotonic()
+        await current.wait_until(lambda settings: settings.peer_health.enabled)
+        await current.sleep(clock, lambda settings: settings.peer_health.ping_interval_sec)
+        health, now = current.value.peer_health, clock.monotonic()
+        if not health.enabled:
+            continue
         async with asyncio.TaskGroup() as pings:
             for progress, ping in peers():
                 last = progress.last_success
-                if last is None or now - last >= settings.idle_threshold_sec:
+                if last is None or now - last >= health.idle_threshold_sec:
                     pings.create_task(ping())

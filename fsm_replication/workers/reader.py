@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from fsm_replication.config import HotPathConfig
+from fsm_replication.config import HotPathConfig, Settings
+from fsm_replication.current import Current
 from fsm_replication.errors import PeerReplyError, ProtocolError
 from fsm_replication.ports import Connection, Oversize, Position, StreamId
 
@@ -149,13 +150,11 @@ class Read:
 class StreamReader:
     """Reads on from ``position``; one request at a time is under way."""
 
-    def __init__(self, stream_key: str, settings: HotPathConfig, reply_bytes: int) -> None:
-        # With a rate limit no read asks for more than may come at once.
-        self._burst = settings.rate_limit_burst if settings.rate_limit_enabled else None
+    def __init__(self, stream_key: str, current: Current[Settings]) -> None:
         self._key = stream_key
-        self._settings = settings
-        self._reply_bytes = reply_bytes
-        self._size = settings.batch_size
+        self._current = current
+        # Where it adapts; it may lie outside bounds that have changed since.
+        self._adapted = current.value.hot_path.batch_size
         self._mean_bytes = MEAN_BYTES_AT_FIRST
         self._count_max: int | None = None
         self._asked = 0
@@ -168,13 +167,26 @@ class StreamReader:
     @property
     def size(self) -> int:
         """Entries the next read at the head asks for."""
-        return self._size
+        settings = self._settings
+        if not settings.adaptive_batch_size:
+            return settings.batch_size
+        return min(settings.max_batch_size, max(settings.min_batch_size, self._adapted))
+
+    @property
+    def _settings(self) -> HotPathConfig:
+        return self._current.value.hot_path
+
+    @property
+    def _reply_bytes(self) -> int:
+        return self._current.value.limits.batch_bytes // 2
 
     def _count(self, wanted: int) -> int:
         by_bytes = int(self._reply_bytes * REPLY_SHARE / max(1.0, self._mean_bytes))
         count = max(1, min(wanted, by_bytes))
-        if self._burst is not None:
-            count = min(count, self._burst)
+        settings = self._settings
+        if settings.rate_limit_enabled:
+            # With a rate limit no read asks for more than may come at once.
+            count = min(count, settings.rate_limit_burst)
         return count if self._count_max is None else min(count, self._count_max)
 
     def shrink(self) -> bool:
@@ -190,20 +202,20 @@ class StreamReader:
             self._count_max = None
         elif self._count_max is not None:
             self._count_max *= 2
-        if not self._settings.adaptive_batch_size:
-            return
-        if read.full:
-            self._size = min(self._settings.max_batch_size, self._size * 2)
+        settings, size = self._settings, self.size
+        if not settings.adaptive_batch_size:
+            self._adapted = settings.batch_size
+        elif read.full:
+            self._adapted = min(settings.max_batch_size, size * 2)
         elif not read.entries:
-            less = max(10, self._size // 10)
-            self._size = max(self._settings.min_batch_size, self._size - less)
+            self._adapted = max(settings.min_batch_size, size - max(10, size // 10))
 
     # Asking
 
     def ask_bulk(self, connection: Connection) -> asyncio.Future[list[Any]]:
         """Send a read that returns at once, with the stream's counts."""
         settings = self._settings
-        wanted = self._size if settings.adaptive_batch_size else settings.max_batch_size
+        wanted = self.size if settings.adaptive_batch_size else settings.max_batch_size
         self._asked = self._count(wanted)
         self._bulk = True
         self._received_before = connection.received_bytes
@@ -218,7 +230,7 @@ class StreamReader:
 
     def ask_blocking(self, connection: Connection) -> asyncio.Future[list[Any]]:
         """Send a read that waits at the head for up to ``block_timeout``."""
-        self._asked = self._count(self._size)
+        self._asked = self._count(self.size)
         self._bulk = False
         self._received_before = connection.received_bytes
         connection.limit_reply(self._reply_bytes)

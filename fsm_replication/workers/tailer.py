@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from fsm_replication.batch import BatchBuilder
 from fsm_replication.circuits import CircuitState
+from fsm_replication.config import LimitsConfig, Settings
 from fsm_replication.errors import (
     ConnectionLostError,
     CursorStoreError,
@@ -49,12 +50,29 @@ from fsm_replication.workers.reader import (
     check_history,
 )
 
-__all__ = ("Mode", "Tailer")
+__all__ = ("Mode", "Tailer", "decided_by")
 
 BEHIND_MS: Final = 2000
 BEHIND_BATCHES: Final = 10
 HOLD_POLL_SEC: Final = 0.1
 HOLD_POLLS_PER_COUNT: Final = 50
+
+
+def decided_by(settings: Settings) -> tuple[object, ...]:
+    """Return what a decision rests on: where it changes, a link decides again.
+
+    All other settings are read anew whenever they are needed. The limit on the rate is among these,
+    because whoever waits for it has worked out for how long.
+    """
+    hot_path, limits = settings.hot_path, settings.limits
+    return (
+        hot_path.enabled,
+        hot_path.rate_limit_enabled,
+        hot_path.rate_limit_per_sec,
+        hot_path.rate_limit_burst,
+        limits.payload_bytes,
+        limits.batch_bytes,
+    )
 
 
 class Mode(Enum):
@@ -80,31 +98,29 @@ class _Orders:
 class Tailer:
     """Reads one peer over one pair of connections.
 
-    ``reasons`` returns the reasons to pause that hold now.
+    ``reasons`` returns the reasons to pause that hold now, ``priority`` the peer's as it is now.
     """
 
     def __init__(
-        self, context: LinkContext, lines: Lines, reasons: Callable[[], frozenset[PauseReason]]
+        self,
+        context: LinkContext,
+        lines: Lines,
+        reasons: Callable[[], frozenset[PauseReason]],
+        priority: Callable[[], int],
     ) -> None:
         self._context = context
         self._lines = lines
         self._reasons = reasons
-        limits = context.settings.limits
-        self._builder = BatchBuilder(
-            context.peer_id,
-            payload_bytes=limits.payload_bytes,
-            part_bytes=limits.batch_bytes // 4,
-            now_ms=context.ports.wall_clock.now_ms,
-            coalesce=context.store.resolver.by_stamp,
-            foreign=lines.foreign,
-        )
+        self._priority = priority
+        self._decided_by: tuple[object, ...] = ()
+        self._limits = context.settings.limits
+        self._builder = self._make_builder(self._limits)
         self._keys = Keys(context.peer.redis_prefix)
-        self._reader = StreamReader(
-            self._keys.stream, context.settings.hot_path, limits.batch_bytes // 2
-        )
+        self._reader = StreamReader(self._keys.stream, context.current)
         self._queue = ChunkQueue(context)
         self._asked_at = 0.0
         self._asked_bulk = False
+        self._asked_to_block_sec = 0.0
         self._received_when_asked = 0
         self._outstanding: asyncio.Future[list[Any]] | None = None
         self._orders: _Orders | None = None
@@ -116,6 +132,17 @@ class Tailer:
         self._gap: tuple[Gap | None, str] = (None, "")
         # The head that the last bootstrap noted, until a read has reached a head since.
         self._copied_to: Position | None = None
+
+    def _make_builder(self, limits: LimitsConfig) -> BatchBuilder:
+        context = self._context
+        return BatchBuilder(
+            context.peer_id,
+            payload_bytes=limits.payload_bytes,
+            part_bytes=limits.batch_bytes // 4,
+            now_ms=context.ports.wall_clock.now_ms,
+            coalesce=context.store.resolver.by_stamp,
+            foreign=self._lines.foreign,
+        )
 
     # What the link asks of it.
 
@@ -180,7 +207,10 @@ class Tailer:
     async def _obey(self, orders: _Orders) -> None:
         if orders.mode is not Mode.COPY:
             self._context.copy_slot.release(self)
-        if orders.mode is Mode.DECIDE:
+        if orders.mode not in (Mode.DECIDE, Mode.HOLD) and self._is_outdated():
+            # They changed while the decision was on its way from here and back.
+            orders.report(LinkFact.OUTDATED, "settings changed while it was decided")
+        elif orders.mode is Mode.DECIDE:
             await self._decide(orders)
         elif orders.mode is Mode.COPY:
             await self._copy(orders)
@@ -221,10 +251,14 @@ class Tailer:
     def _is_interrupted(self) -> bool:
         return self._orders is not self._obeyed
 
+    def _is_outdated(self) -> bool:
+        return self._decided_by != decided_by(self._context.settings)
+
     # Deciding what comes next.
 
     async def _decide(self, orders: _Orders) -> None:
         context = self._context
+        self._decided_by = decided_by(context.settings)
         reasons = sorted(self._reasons())
         if reasons:
             # The reason is known already; named again it might outlive a resume() under way.
@@ -262,6 +296,11 @@ class Tailer:
     async def _get_applier(self) -> Applier:
         """Return what applies, for the store as it is now: it may have come back as another."""
         context = self._context
+        limits = context.settings.limits
+        if limits != self._limits:
+            self._limits = limits
+            self._builder = self._make_builder(limits)
+            self._applier = None
         asking = Applier(context, self._builder, "", self._is_interrupted)
         incarnation = await asking.call(context.reads, context.store.incarnation)
         if self._applier is None or incarnation != self._incarnation:
@@ -406,7 +445,7 @@ class Tailer:
         """Wait for the turn to copy; False if the mode changed first."""
         context = self._context
         context.progress.bootstrap = "waiting for another link's bootstrap"
-        turn = asyncio.ensure_future(context.copy_slot.acquire(self, context.peer.priority))
+        turn = asyncio.ensure_future(context.copy_slot.acquire(self, self._priority))
         try:
             while not turn.done() and self._orders is orders:
                 await self._wait_for((turn,))
@@ -463,18 +502,17 @@ class Tailer:
         self._asked_bulk = bulk
         self._received_when_asked = reading.received_bytes
         if bulk:
+            self._asked_to_block_sec = 0.0
             self._outstanding = self._reader.ask_bulk(reading)
         else:
+            self._asked_to_block_sec = self._context.settings.hot_path.block_timeout
             self._outstanding = self._reader.ask_blocking(reading)
 
     async def _next_read(self, orders: _Orders) -> Read | None:
         """Wait for the outstanding reply; None if the mode changed or the read must be redone."""
         context, outstanding = self._context, self._outstanding
         assert outstanding is not None
-        settings = context.settings
-        limit = settings.timeouts.command
-        if not self._asked_bulk:
-            limit += settings.hot_path.block_timeout
+        limit = context.settings.timeouts.command + self._asked_to_block_sec
         received = self._received_when_asked
         while not outstanding.done() and self._orders is orders:
             try:
@@ -514,10 +552,9 @@ class Tailer:
         metrics.adaptive_batch_size.set(self._reader.size)
 
     async def _pace(self, orders: _Orders, events: int) -> None:
-        limiter = self._context.limiter
-        if limiter is None or not events:
+        if not events:
             return
-        wait = limiter.reserve(events)
+        wait = self._context.limiter.reserve(events)
         if wait > 0:
             await self._work_off(orders)
             await self._until_changed(orders, wait)
@@ -617,14 +654,24 @@ class Tailer:
                 orders.report(
                     LinkFact.CLEARED, "the store accepts writes", PauseReason.BACKPRESSURE
                 )
-            elif PauseReason.DEAD_LETTERS_FULL in reasons and polls % HOLD_POLLS_PER_COUNT == 0:
-                held = (await context.ports.cursor_store.load(context.peer_id)).dead_letters
-                if held < context.settings.limits.dead_letters:
-                    orders.report(
-                        LinkFact.CLEARED,
-                        "there is room for dead letters",
-                        PauseReason.DEAD_LETTERS_FULL,
-                    )
+            elif (
+                PauseReason.DEAD_LETTERS_FULL in reasons
+                and polls % HOLD_POLLS_PER_COUNT == 0
+                and await self._letters_fit()
+            ):
+                orders.report(
+                    LinkFact.CLEARED,
+                    "there is room for dead letters",
+                    PauseReason.DEAD_LETTERS_FULL,
+                )
+
+    async def _letters_fit(self) -> bool:
+        context = self._context
+        settings = context.settings
+        if settings.dead_letters.when_full != "pause":
+            return True
+        held = (await context.ports.cursor_store.load(context.peer_id)).dead_letters
+        return held < settings.limits.dead_letters
 
     # The end.
 
