@@ -322,9 +322,8 @@ def named(defect: Any) -> str:
 
 
 @pytest.fixture
-def unshrunk() -> Iterator[None]:
+def unshrunk(full: bool) -> Iterator[None]:
     """Lets hypothesis be content with the first example that fails."""
-    before = settings.get_current_profile_name()
     settings.register_profile(
         "unshrunk",
         max_examples=300,
@@ -335,7 +334,7 @@ def unshrunk() -> Iterator[None]:
     )
     settings.load_profile("unshrunk")
     yield
-    settings.load_profile(before)
+    settings.load_profile("full" if full else "quick")
 
 
 @pytest.mark.usefixtures("unshrunk")

@@ -229,7 +229,7 @@ class RedisSyncEngine(SyncEngine):
 
     async def _open(self) -> None:
         await self._check_server()
-        own = self._tree is not None
+        own = bool(self._tree_key)
         problem, value, layouts = await self._run(
             scripts.OPEN,
             [self.keys.marker],

@@ -1,7 +1,9 @@
 """For tests of the engine and of what embeds it: a simulated Redis and network, virtual time.
 
 Everything simulated is deterministic and needs no server, no socket, no thread and no file. For
-tests with real servers there is ``FaultProxy``, which stands before one and breaks connections.
+tests with real servers there is ``FaultProxy``, which stands before one and breaks connections. Beside
+it stand three modules that need test tools and are imported by name: ``contract``, the rules every
+store must keep; ``strategies`` for hypothesis; and ``fixtures`` with real Redis servers for pytest.
 """
 
 from __future__ import annotations
