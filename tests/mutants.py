@@ -328,7 +328,18 @@ def _try(mutant: Mutant, folder: Path) -> str:
     selected = _selected(copy, mutant.tests)
     if not selected or selected[0] == "-k":
         return "NO TESTS are selected"
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *selected]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        *selected,
+    ]
     environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         ended = subprocess.run(

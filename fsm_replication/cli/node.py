@@ -30,7 +30,7 @@ from fsm_replication.workers.connector import open_lines
 
 __all__ = ("check_node", "open_store", "run_node")
 
-# What open_store() gives to the store besides what no running engine can change.
+# What open_store() gives to a store on Redis besides what no running engine can change.
 _STORE_SETTINGS: Final = frozenset(
     {"settings.limits.payload_bytes", "settings.timeouts.store_call"}
 )
@@ -133,10 +133,12 @@ async def _keep_reloading(engine: ReplicationEngine, path: Path, asked: asyncio.
 
 
 def _refuse_store_settings(old: ReplicationConfig, new: ReplicationConfig) -> None:
-    """Refuse what the store alone was opened with.
+    """Refuse what the store was opened with and the engine could change.
 
     :raises ConfigError: if any of it would change.
     """
+    if old.store is None or old.store.kind != "redis":
+        return
     problems = [
         f"{name}: the store was opened with it; stop the node and start it anew"
         for name in sorted(_STORE_SETTINGS.intersection(old.changed_paths(new)))

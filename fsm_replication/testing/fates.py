@@ -143,7 +143,7 @@ _LOTTERY: Final = (
     ("kill", 3), ("start", 5), ("lose", 2), ("drop", 1), ("trim", 2), ("skew", 2), ("pause", 2),
     ("resume", 2), ("full", 1), ("roomy", 1), ("break", 2), ("work", 2), ("disk", 1),
     ("corrupt", 1), ("repair", 1), ("stranger", 1), ("long", 2), ("slow", 1), ("flood", 2),
-    ("reject", 1), ("unborn", 1), ("hasty", 1),
+    ("reject", 1), ("unborn", 1), ("hasty", 1), ("reconfigure", 2),
 )  # fmt: skip
 _KINDS: Final = tuple(kind for kind, _ in _LOTTERY)
 _TICKETS: Final = tuple(tickets for _, tickets in _LOTTERY)
@@ -186,6 +186,8 @@ def _random_step(kind: str, names: str, rng: random.Random) -> Step:
         return kind, node, rng.choice(WAITS)
     if kind == "trim":
         return kind, node, rng.randint(0, 2)
+    if kind == "reconfigure":
+        return kind, node, rng.choice(("hot", "limits", "limits"))
     if kind == "skew":
         return kind, node, rng.choice(SKEWS)
     return kind, node
@@ -371,6 +373,24 @@ class _Run:
                 await getattr(engine, what)(peer)
             except CursorStoreError:
                 continue  # The wish is in force all the same.
+
+    async def _reconfigure(self, name: str, what: str) -> None:
+        """Change something by which links decide, and change it back the next time."""
+        engine = self.mesh.nodes[name].engine
+        if engine is None:
+            return
+        settings = engine.config.settings
+        if what == "hot":
+            part: Any = settings.hot_path
+            changed = {"hot_path": part.model_copy(update={"enabled": not part.enabled})}
+        else:
+            part = settings.limits
+            changed = {"limits": part.model_copy(update={"payload_bytes": part.payload_bytes ^ 1})}
+        new = engine.config.model_copy(update={"settings": settings.model_copy(update=changed)})
+        try:
+            await engine.update_config(new)
+        except ReplicationError:
+            return  # The engine has ended, or its disk is broken: nothing has changed then.
 
     def _full(self, name: str) -> None:
         self.mesh.nodes[name].store.accepting_writes = False

@@ -84,7 +84,7 @@ class LocalNode:
 
 async def kill_engine(engine: ReplicationEngine) -> None:
     """End every task of an engine where it stands, as kill -9 ends a process."""
-    drivers = [engine._driver, *(link.driver for link in engine._links.values())]
+    drivers = [engine._driver, *(link.driver for link in engine._links.owned)]
     calm = 0
     while calm < CALM_TURNS:
         # A machine that learns of the end of one task may start another, as it would on its way
