@@ -18,6 +18,7 @@ from fsm_replication.config import (
     StoreConfig,
 )
 from fsm_replication.config_change import ConfigChange, PeerChange
+from fsm_replication.dead_letters import DeadLetters, RetryStats
 from fsm_replication.engine import ReplicationEngine
 from fsm_replication.errors import (
     AlreadyRunningError,
@@ -77,6 +78,7 @@ __all__ = (
     "CursorConfig",
     "CursorStoreError",
     "DeadLetter",
+    "DeadLetters",
     "DrainTimeoutError",
     "EngineState",
     "EngineStoppedError",
@@ -115,6 +117,7 @@ __all__ = (
     "ReplicationEngine",
     "ReplicationError",
     "Resolver",
+    "RetryStats",
     "Settings",
     "SloConfig",
     "Stamp",

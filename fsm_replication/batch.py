@@ -35,11 +35,15 @@ RawEntry = tuple[bytes, Sequence[bytes]]
 
 @dataclass(slots=True)
 class Selection:
-    """What a chunk comes to before anything is decompressed."""
+    """What a chunk comes to before anything is decompressed.
+
+    ``held_back`` are the places of old entries that wait for a person's word.
+    """
 
     entries: Sequence[Any]
     candidates: list[Entry]
     letters: list[DeadLetter] = field(default_factory=list)
+    held_back: set[int] = field(default_factory=set)
     deduped: int = 0
     clock_ahead: int = 0
 
@@ -109,7 +113,7 @@ class BatchBuilder:
                 newest[slot] = entry
                 continue
             selection.deduped += 1
-            if foreign or _newer(entry, rival):
+            if foreign or not _is_older(entry, rival):
                 newest[slot] = entry
         selection.candidates = list(newest.values())
         return selection
@@ -255,6 +259,7 @@ class BatchBuilder:
             fields=raw,
             size=sum(map(len, raw)) if raw else 0,
             at_ms=self._now_ms(),
+            foreign=self.foreign,
         )
 
 
@@ -268,10 +273,12 @@ def _order(entry: Entry) -> tuple[int, int, bool, bytes, str]:
     )
 
 
-def _newer(entry: Entry, rival: Entry) -> bool:
+def _is_older(entry: Entry, rival: Entry) -> bool:
+    # Of two with equal stamps the later is taken: should its content turn out bad, the earlier one
+    # is still looked at.
     if entry.updated_at != rival.updated_at:
-        return entry.updated_at > rival.updated_at
-    return _order(entry) > _order(rival)
+        return entry.updated_at < rival.updated_at
+    return _order(entry) < _order(rival)
 
 
 def _at_least(held: Stamp, entry: Entry) -> bool:

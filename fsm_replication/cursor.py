@@ -37,6 +37,7 @@ import msgspec
 
 from fsm_replication.errors import AlreadyRunningError, CursorStoreError
 from fsm_replication.ports import (
+    LETTERS_BYTES,
     BootstrapRow,
     Clock,
     Cursor,
@@ -46,6 +47,7 @@ from fsm_replication.ports import (
     Position,
     StreamId,
     SystemClock,
+    dropped_letters,
 )
 
 # Elsewhere SQLite's own exclusive locking mode takes the place of the lock file.
@@ -55,7 +57,6 @@ if _HAS_FLOCK:
 
 __all__ = ("SqliteCursorStore",)
 
-SCHEMA_VERSION: Final = 1
 APPLICATION_ID: Final = 0x46534D52  # "FSMR"
 MEMORY: Final = ":memory:"
 GAPS_KEPT: Final = 10_000
@@ -102,7 +103,7 @@ _HINTS: Final = {
 
 _MOVED: Final = "it was removed or replaced while in use; restart the engine"
 
-_SCHEMA: Final = (
+_SCHEMA_1: Final = (
     """CREATE TABLE peers (
         peer_id TEXT PRIMARY KEY,
         stream_id TEXT,
@@ -144,6 +145,24 @@ _SCHEMA: Final = (
     )""",
     "CREATE INDEX gaps_by_peer ON gaps (peer_id, id)",
 )
+_SCHEMA_2: Final = (
+    "ALTER TABLE gaps ADD COLUMN kind TEXT NOT NULL DEFAULT 'gap'",
+    "ALTER TABLE dead_letters ADD COLUMN from_foreign INTEGER NOT NULL DEFAULT 0",
+    # Nodes of ours name the origin in every entry, and foreign ones in none.
+    """UPDATE dead_letters SET from_foreign = 1
+    WHERE fields IS NOT NULL AND instr(fields, CAST('"origin"' AS BLOB)) = 0""",
+)
+# Each brings the schema of the number before to its own; a new file goes through all of them.
+_SCHEMAS: Final = (_SCHEMA_1, _SCHEMA_2)
+SCHEMA_VERSION: Final = len(_SCHEMAS)
+# What is only read is not migrated, but looked at as if it were: a view hides a table of its name.
+_VIEWS_OF_OLDER: Final = {
+    1: (
+        "PRAGMA temp_store = MEMORY",
+        "CREATE TEMP VIEW gaps AS SELECT *, 'gap' AS kind FROM main.gaps",
+        "CREATE TEMP VIEW dead_letters AS SELECT *, 0 AS from_foreign FROM main.dead_letters",
+    ),
+}
 _SET_CURSOR: Final = """
 INSERT INTO peers (peer_id, stream_id, entries_read, incarnation) VALUES (?, ?, ?, ?)
 ON CONFLICT (peer_id) DO UPDATE SET stream_id = excluded.stream_id,
@@ -151,33 +170,44 @@ ON CONFLICT (peer_id) DO UPDATE SET stream_id = excluded.stream_id,
 """
 # A letter that is stored again keeps its id and its time: it is the same letter.
 _ADD_LETTER: Final = """
-INSERT INTO dead_letters (peer_id, stream_id, reason, detail, key, fields, size, at_ms)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO dead_letters
+    (peer_id, stream_id, reason, detail, key, fields, size, at_ms, from_foreign)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (peer_id, stream_id) DO UPDATE SET reason = excluded.reason,
-    detail = excluded.detail, key = excluded.key, fields = excluded.fields, size = excluded.size
+    detail = excluded.detail, key = excluded.key, fields = excluded.fields, size = excluded.size,
+    from_foreign = excluded.from_foreign
 """
 _SET_BOOTSTRAP: Final = """
 INSERT OR REPLACE INTO bootstraps (peer_id, stream_id, entries_read, walk, incarnation, reason)
 VALUES (?, ?, ?, ?, ?, ?)
 """
 _ADD_GAP: Final = """
-INSERT INTO gaps (peer_id, found_at_ms, missed, reason, healed_at_ms, healed_by)
-VALUES (?, ?, ?, ?, ?, ?)
+INSERT INTO gaps (peer_id, found_at_ms, missed, reason, healed_at_ms, healed_by, kind)
+VALUES (?, ?, ?, ?, ?, ?, ?)
+"""
+_MORE_DROPPED: Final = """
+UPDATE gaps SET missed = missed + ? WHERE peer_id = ? AND kind = 'dropped' AND healed_at_ms IS NULL
 """
 _LETTERS: Final = """
-SELECT peer_id, stream_id, reason, detail, key, fields, size, at_ms, id FROM dead_letters
-WHERE id > ?1 AND (?2 IS NULL OR peer_id = ?2) ORDER BY id LIMIT ?3
+SELECT peer_id, stream_id, reason, detail, key, fields, size, at_ms, id, from_foreign
+FROM dead_letters WHERE id > ?1 AND (?2 IS NULL OR peer_id = ?2) ORDER BY id LIMIT ?3
 """
+_COUNT_LETTERS: Final = """
+SELECT peer_id, count(*) FROM dead_letters GROUP BY peer_id ORDER BY peer_id
+"""
+_PURGE_LETTERS: Final = "DELETE FROM dead_letters WHERE ?1 IS NULL OR peer_id = ?1"
+_DELETE_LETTER: Final = "DELETE FROM dead_letters WHERE id = ?"
+_STILL_BAD: Final = "UPDATE dead_letters SET reason = ?, detail = ? WHERE id = ?"
 _TRIM_LETTERS: Final = """
 DELETE FROM dead_letters WHERE peer_id = ?1 AND id <=
     (SELECT id FROM dead_letters WHERE peer_id = ?1 ORDER BY id DESC LIMIT 1 OFFSET ?2)
 """
 _GAPS: Final = """
-SELECT peer_id, found_at_ms, missed, reason, healed_at_ms, healed_by, id FROM gaps
+SELECT peer_id, found_at_ms, missed, reason, healed_at_ms, healed_by, id, kind FROM gaps
 WHERE ?1 IS NULL OR peer_id = ?1 ORDER BY id DESC LIMIT ?2
 """
 _GAPS_OPEN: Final = """
-SELECT peer_id, found_at_ms, missed, reason, healed_at_ms, healed_by, id FROM gaps
+SELECT peer_id, found_at_ms, missed, reason, healed_at_ms, healed_by, id, kind FROM gaps
 WHERE peer_id = ? AND healed_at_ms IS NULL ORDER BY id
 """
 _HEAL_GAPS: Final = """
@@ -238,13 +268,27 @@ class _UnitConnection(sqlite3.Connection):
 
     aiosqlite carries each call to its thread singly and has no public way to carry a function. A
     commit is such a call, so here it means: take the next unit, and run and commit that.
+
+    ``last_words`` is called before it is closed and ``closed`` afterwards, both on the thread: a
+    disk that hangs may let go of it long after anybody waits, and maybe after the event loop.
     """
 
     units: deque[_Unit[Any]]
+    last_words: Callable[[], None]
+    closed: Callable[[], None]
+    is_open = True
 
     def commit(self) -> None:
         """Run the next unit."""
         self.units.popleft().run(self)
+
+    def close(self) -> None:
+        """Close, once."""
+        if self.is_open:
+            self.is_open = False
+            self.last_words()
+            super().close()
+            self.closed()
 
 
 # The lock against a second engine ---------------------------------------------------------------
@@ -361,6 +405,7 @@ class SqliteCursorStore:
         self._connection: aiosqlite.Connection | None = None
         self._connecting: asyncio.Future[aiosqlite.Connection] | None = None
         self._stopping: asyncio.Task[None] | None = None
+        self._ended: asyncio.Future[None] | None = None
         self._raw: sqlite3.Connection | None = None
         self._thread: threading.Thread | None = None
         self._units: deque[_Unit[Any]] = deque()
@@ -437,11 +482,21 @@ class SqliteCursorStore:
             mode = "ro" if self._read_only else "rwc"
             address = f"file:{quote(os.fsencode(self._place))}?mode={mode}"
 
+        loop = asyncio.get_running_loop()
+
+        def closed() -> None:
+            self._unlock()
+            # A loop that was closed meanwhile needs to hear nothing.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._thread_has_closed)
+
         def build(*args: Any, **kwargs: Any) -> sqlite3.Connection:
             # This runs on the thread that is to be joined in the end.
             self._thread = threading.current_thread()
             raw = _UnitConnection(*args, **kwargs)
             raw.units = self._units
+            raw.last_words = lambda: self._empty_log(raw)
+            raw.closed = closed
             self._raw = raw
             return raw
 
@@ -453,6 +508,10 @@ class SqliteCursorStore:
             check_same_thread=False,
             factory=build,
         )
+        # A disk that hangs, or a host that forgets to stop its engine, must not keep the process from
+        # ending: what is committed is on the disk. aiosqlite has no public way to ask for that.
+        thread: Any = getattr(connection, "_thread", connection)
+        thread.daemon = True
         # A connect that is cut would leave its thread behind: close() waits for it instead.
         connecting = self._connecting = asyncio.ensure_future(connection)
         try:
@@ -490,54 +549,77 @@ class SqliteCursorStore:
         if self._read_only:
             if version == 0:
                 raise self._error("there is nothing in it yet; has a node run with it?")
+            for statement in _VIEWS_OF_OLDER.get(version, ()):
+                db.execute(statement)
         else:
             db.execute(f"PRAGMA journal_mode = {'WAL' if self._wal_mode else 'DELETE'}").fetchall()
             db.execute("PRAGMA synchronous = FULL")
-            _Unit(_create, _WRITE).run(db)
+            _Unit(_migrate, _WRITE).run(db)
         if self.path != MEMORY:
             # Without its log a database looks whole, but what was written since is lost.
             log = f"{self._place}-wal"
             places = [self._place, *([log] if _identity(log) else [])]
             self._watched = {place: _identity(place) for place in places}
 
-    async def close(self) -> None:
+    async def close(self, *, timeout_sec: float | None = None) -> None:
         """Empty the log, unlock and release everything; a second call does nothing.
 
         A caller that is cancelled gets the cancellation when all is released.
 
-        :raises CursorStoreError: if that takes longer than ``timeout_sec`` because the disk does
-            not answer; another call goes on waiting.
+        :raises CursorStoreError: if that takes longer than ``timeout_sec`` (by default that of all
+            calls) because the disk does not answer. The thread then releases everything by itself,
+            the lock too, once the disk answers; another call waits for that.
         """
         if self._in_use:
-            await _uncut(self._close())
+            await _uncut(self._close(self._timeout_sec if timeout_sec is None else timeout_sec))
 
-    async def _close(self) -> None:
-        if self._stopping is None:
+    async def _close(self, timeout_sec: float) -> None:
+        if self._ended is None:
+            self._ended = asyncio.get_running_loop().create_future()
             self._stopping = asyncio.ensure_future(self._stop())
         try:
-            async with self._clock.timeout(self._timeout_sec):
-                await asyncio.shield(self._stopping)
+            async with self._clock.timeout(timeout_sec):
+                await asyncio.shield(self._ended)
         except TimeoutError:
-            raise self._no_answer() from None
-        except sqlite3.Error as error:
-            raise self._translated(error) from error
+            await self._leave_it_to_the_thread()
+            raise self._no_answer(timeout_sec) from None
 
     async def _stop(self) -> None:
-        connection, self._connection = self._connection, None
+        self._connection = None
         connecting = self._connecting
-        try:
-            if connecting is not None:
-                await asyncio.wait((connecting,))
-            try:
-                if connection is not None and self._wal_mode and not self._read_only:
-                    # A reader beside us may keep the log from being emptied: that is no harm.
-                    with contextlib.suppress(sqlite3.Error, CursorStoreError):
-                        await self._on_thread(connection, _Unit(_checkpoint, ""))
-            finally:
-                if connecting is not None and _succeeded(connecting):
-                    await connecting.result().close()
-        finally:
+        if connecting is not None:
+            await asyncio.wait((connecting,))
+            if _succeeded(connecting):
+                await connecting.result().close()
+        self._let_go()
+
+    async def _leave_it_to_the_thread(self) -> None:
+        """End the task that waits for the thread; the close it has asked for stands in the queue.
+
+        Where not even opening has come to its end, there is nothing yet that could be closed.
+        """
+        opened = self._connecting is not None and self._connecting.done()
+        while opened and self._stopping is not None and not self._stopping.done():
+            # aiosqlite waits once more after a cancellation, for the end of its thread.
+            self._stopping.cancel()
+            await asyncio.sleep(0)
+        if opened:
+            self._stopping = None
+
+    def _thread_has_closed(self) -> None:
+        if self._stopping is None and self._in_use:
             self._let_go()
+
+    def _empty_log(self, db: sqlite3.Connection) -> None:
+        if self._wal_mode and not self._read_only and not self._moved():
+            # A reader beside us may keep the log from being emptied: that is no harm.
+            with contextlib.suppress(sqlite3.Error):
+                _checkpoint(db)
+
+    def _unlock(self) -> None:
+        handle, self._lock_handle = self._lock_handle, None
+        if handle is not None:
+            _release_lock(handle)
 
     def _let_go(self) -> None:
         if self._thread is not None:
@@ -545,13 +627,15 @@ class SqliteCursorStore:
             self._thread.join(THREAD_JOIN_SEC)
             if self._raw is not None and not self._thread.is_alive():
                 self._raw.close()
-        if self._lock_handle is not None:
-            _release_lock(self._lock_handle)
+        self._unlock()
         self._units.clear()
         self._watched = {}
         self._connecting = self._stopping = None
-        self._thread = self._raw = self._lock_handle = None
+        self._thread = self._raw = None
         self._in_use = False
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)
+        self._ended = None
 
     # Running a unit.
 
@@ -615,10 +699,10 @@ class SqliteCursorStore:
             f"{self.path} cannot be used: {what}", path=self.path, retryable=may_pass
         )
 
-    def _no_answer(self) -> CursorStoreError:
+    def _no_answer(self, timeout_sec: float | None = None) -> CursorStoreError:
+        waited = self._timeout_sec if timeout_sec is None else timeout_sec
         return self._error(
-            f"no answer within {self._timeout_sec:g} s; see what is wrong with the disk",
-            may_pass=True,
+            f"no answer within {waited:g} s; see what is wrong with the disk", may_pass=True
         )
 
     def _translated(self, error: sqlite3.Error) -> CursorStoreError:
@@ -652,8 +736,8 @@ class SqliteCursorStore:
     ) -> int:
         """Store dead letters and the cursor that passes them in one transaction (G1).
 
-        At most ``keep`` letters of this peer stay, the newest; returns how many were dropped. An
-        entry that is read again does not become a second letter.
+        At most ``keep`` letters of this peer stay, the newest; returns how many were dropped, and
+        counts them in the ledger. An entry that is read again does not become a second letter.
 
         :raises ValueError: if a letter is another peer's: its bound would not hold.
         """
@@ -662,11 +746,15 @@ class SqliteCursorStore:
         name = _text(peer_id)
         rows = [_letter_row(letter) for letter in letters]
         cursors = [] if cursor is None else [_cursor_row(peer_id, cursor)]
+        now = max((letter.at_ms for letter in letters), default=0)
 
         def work(db: sqlite3.Connection) -> int:
             db.executemany(_ADD_LETTER, rows)
             db.executemany(_SET_CURSOR, cursors)
-            return db.execute(_TRIM_LETTERS, (name, _limit(keep))).rowcount
+            dropped = db.execute(_TRIM_LETTERS, (name, _limit(keep))).rowcount
+            if dropped and not db.execute(_MORE_DROPPED, (dropped, name)).rowcount:
+                _add_gap(db, dropped_letters(peer_id, now, dropped))
+            return dropped
 
         return await self._run(work)
 
@@ -682,8 +770,7 @@ class SqliteCursorStore:
         def work(db: sqlite3.Connection) -> None:
             db.execute(_SET_BOOTSTRAP, begun + begun_texts)
             if gap is not None:
-                db.execute(_ADD_GAP, _gap_row(gap))
-                db.execute(_TRIM_GAPS, (_text(gap.peer_id), GAPS_KEPT))
+                _add_gap(db, gap)
 
         await self._run(work)
 
@@ -738,25 +825,61 @@ class SqliteCursorStore:
         await self._run(work)
 
     async def dead_letters(
-        self, peer_id: str | None = None, *, after_id: int = 0, limit: int = 1000
+        self,
+        peer_id: str | None = None,
+        *,
+        after_id: int = 0,
+        limit: int = 1000,
+        max_bytes: int = LETTERS_BYTES,
     ) -> Sequence[DeadLetter]:
         """Return letters in the order they were stored, those after ``after_id`` first.
 
-        At most ``limit`` (0 or more) are returned, of all peers unless ``peer_id`` names one.
+        At most ``limit`` (0 or more) are returned, of all peers unless ``peer_id`` names one, and
+        fewer where they hold more than ``max_bytes`` together; one at least, whatever its size.
         """
         values = (min(after_id, INTEGER_MAX), _text_or_none(peer_id), _limit(limit))
-        return await self._run(
-            lambda db: [_letter(row) for row in db.execute(_LETTERS, values)], _READ
-        )
+
+        def work(db: sqlite3.Connection) -> Sequence[DeadLetter]:
+            found: list[DeadLetter] = []
+            held = 0
+            for row in db.execute(_LETTERS, values):
+                letter = _letter(row)
+                held += letter.held_bytes
+                if found and held > max_bytes:
+                    break
+                found.append(letter)
+            return found
+
+        return await self._run(work, _READ)
+
+    async def dead_letter_counts(self) -> dict[str, int]:
+        """Return how many letters each peer has, those with none left out."""
+        rows = await self._run(lambda db: db.execute(_COUNT_LETTERS).fetchall(), _READ)
+        return {_str(peer_id): count for peer_id, count in rows}
 
     async def delete_dead_letters(self, ids: Sequence[int]) -> int:
         """Remove letters; returns how many there were."""
-        rows = [(number,) for number in ids if 0 < number <= INTEGER_MAX]
+        rows = _id_rows(ids)
+        return await self._run(lambda db: max(0, db.executemany(_DELETE_LETTER, rows).rowcount))
 
-        def work(db: sqlite3.Connection) -> int:
-            return max(0, db.executemany("DELETE FROM dead_letters WHERE id = ?", rows).rowcount)
+    async def purge_dead_letters(self, peer_id: str | None = None) -> int:
+        """Remove all letters, or all of one peer; returns how many there were."""
+        values = (_text_or_none(peer_id),)
+        return await self._run(lambda db: db.execute(_PURGE_LETTERS, values).rowcount)
 
-        return await self._run(work)
+    async def settle_retry(self, done: Sequence[int], still_bad: Sequence[DeadLetter]) -> None:
+        """Remove the letters that are settled, and note why others are not, in one transaction.
+
+        A letter that was removed meanwhile does not come back.
+        """
+        gone = _id_rows(done)
+        rows = [(_text(one.reason), _text(one.detail), one.id) for one in still_bad]
+
+        def work(db: sqlite3.Connection) -> None:
+            db.executemany(_DELETE_LETTER, gone)
+            db.executemany(_STILL_BAD, rows)
+
+        await self._run(work)
 
     async def gaps(self, peer_id: str | None = None, *, limit: int = 1000) -> Sequence[GapRow]:
         """Return the newest ``limit`` (0 or more) lines of the loss ledger, oldest first."""
@@ -777,12 +900,20 @@ def _one(db: sqlite3.Connection, query: str, *values: Any) -> int:
     return found
 
 
-def _create(db: sqlite3.Connection) -> None:
-    if _one(db, "PRAGMA user_version") == 0:
-        for statement in _SCHEMA:
+def _migrate(db: sqlite3.Connection) -> None:
+    """Bring a file of any older schema, or an empty one, to the newest."""
+    version = _one(db, "PRAGMA user_version")
+    for statements in _SCHEMAS[version:]:
+        for statement in statements:
             db.execute(statement)
+    if version < SCHEMA_VERSION:
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def _add_gap(db: sqlite3.Connection, gap: GapRow) -> None:
+    db.execute(_ADD_GAP, _gap_row(gap))
+    db.execute(_TRIM_GAPS, (_text(gap.peer_id), GAPS_KEPT))
 
 
 def _checkpoint(db: sqlite3.Connection) -> None:
@@ -839,6 +970,10 @@ def _number(value: int | None) -> int | None:
     return value if value is not None and -INTEGER_MAX <= value <= INTEGER_MAX else None
 
 
+def _id_rows(ids: Sequence[int]) -> list[tuple[int]]:
+    return [(number,) for number in ids if 0 < number <= INTEGER_MAX]
+
+
 def _limit(limit: int) -> int:
     # SQLite takes a negative limit for none at all.
     return min(max(limit, 0), INTEGER_MAX)
@@ -868,11 +1003,12 @@ def _letter_row(letter: DeadLetter) -> tuple[Any, ...]:
         None if letter.fields is None else msgspec.msgpack.encode(letter.fields),
         letter.size,
         letter.at_ms,
+        int(letter.foreign),
     )
 
 
 def _letter(row: tuple[Any, ...]) -> DeadLetter:
-    peer_id, stream_id, reason, detail, key, fields, size, at_ms, number = row
+    peer_id, stream_id, reason, detail, key, fields, size, at_ms, number, foreign = row
     return DeadLetter(
         _str(peer_id),
         _str(stream_id),
@@ -883,6 +1019,7 @@ def _letter(row: tuple[Any, ...]) -> DeadLetter:
         size,
         at_ms,
         number,
+        bool(foreign),
     )
 
 
@@ -894,13 +1031,21 @@ def _gap_row(gap: GapRow) -> tuple[Any, ...]:
         _text(gap.reason),
         gap.healed_at_ms,
         _text(gap.healed_by),
+        _text(gap.kind),
     )
 
 
 def _gap(row: tuple[Any, ...]) -> GapRow:
-    peer_id, found_at_ms, missed, reason, healed_at_ms, healed_by, number = row
+    peer_id, found_at_ms, missed, reason, healed_at_ms, healed_by, number, kind = row
     return GapRow(
-        _str(peer_id), found_at_ms, missed, _str(reason), healed_at_ms, _str(healed_by), number
+        _str(peer_id),
+        found_at_ms,
+        missed,
+        _str(reason),
+        healed_at_ms,
+        _str(healed_by),
+        number,
+        _str(kind),
     )
 
 

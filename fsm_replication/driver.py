@@ -213,10 +213,13 @@ class Driver:
         scope: str,
         work: Callable[[Reporter], Coroutine[Any, Any, None]],
         stop: Callable[[], None] | None = None,
+        release: Callable[[], None] | None = None,
     ) -> None:
         """Start a task that belongs to the present entry of ``scope``.
 
         When that is over ``stop`` is called to ask it to end; without one it is cancelled.
+        ``release`` is called when it has ended, however that came: a task that is cancelled before
+        its first step never runs, and cannot give back what it was handed.
         """
         ticket = self.machine.ticket(scope)
         task = asyncio.get_running_loop().create_task(
@@ -224,6 +227,8 @@ class Driver:
         )
         job = _Job(name, ticket, task, stop)
         self._jobs.add(job)
+        if release is not None:
+            task.add_done_callback(lambda _task: release())
         task.add_done_callback(lambda _task: self._job_ended(job))
 
     def await_end(self) -> None:

@@ -7,7 +7,8 @@ configuration and keeps the local store up to date until the block ends.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
 from types import TracebackType
@@ -20,7 +21,7 @@ from fsm_replication.config import PeerConfig, ReplicationConfig
 from fsm_replication.config_change import ConfigChange, compare_configs, refuse_what_is_fixed
 from fsm_replication.current import Current
 from fsm_replication.cursor import SqliteCursorStore
-from fsm_replication.dead_letters import DeadLetters
+from fsm_replication.dead_letters import DeadLetters, RetryStats
 from fsm_replication.driver import Driver, Observer
 from fsm_replication.errors import (
     ConnectionLostError,
@@ -55,6 +56,7 @@ from fsm_replication.workers.cursor_flush import CursorBook, flush_cursors
 from fsm_replication.workers.explain import Explanation, explain_key
 from fsm_replication.workers.foreign_walk import SettledHashes
 from fsm_replication.workers.guards import Interlock, KeyMemory, StaleGuard
+from fsm_replication.workers.letter_retry import LetterRetry
 from fsm_replication.workers.ping import ping_idle_peers
 from fsm_replication.workers.prober import probe_circuits
 from fsm_replication.workers.repair import KeyDifference, StaleVerdict, find_differences
@@ -65,6 +67,7 @@ __all__ = ("Circuits", "ReplicationEngine")
 
 # The last fifth of the drain timeout is kept for closing connections and the cursor store.
 DRAIN_SHARE: Final = 0.8
+DRAIN_TRIES_MAX: Final = 5
 _FINAL: Final = frozenset({EngineState.STOPPED, EngineState.FAILED})
 _CIRCUIT_VALUES: Final = {
     CircuitState.CLOSED: 0,
@@ -106,6 +109,7 @@ class ReplicationEngine(Observer):
         self.metrics = Metrics(config.local_node_id, registry)
         self._journal = Journal(config.settings.limits.journal)
         self._error: BaseException | None = None
+        self._drain_tries = 0
         self._feed = ChangeFeed()
         self._arrivals = Arrivals()
         self._limiter = RateLimiter(self._settings, self._ports.clock)
@@ -156,9 +160,14 @@ class ReplicationEngine(Observer):
             self._ports,
             self.metrics,
             self._links.repair_targets,
-            lambda work: self._driver.start_worker(
-                "repair", str(EngineState.RUNNING), lambda _report: work()
-            ),
+            partial(self._start_asked, "repair"),
+        )
+        self._letter_retry = LetterRetry(
+            self._ports.cursor_store,
+            lambda: {link.peer_id: link.context for link in self._links.values()},
+            lambda peer_id, reason, why: self._link(peer_id).block(reason, why),
+            self._note_room,
+            partial(self._start_asked, "letter-retry"),
         )
 
     def _circuit(self, name: str, *, failures: int, reset_sec: float, successes: int) -> Circuit:
@@ -262,8 +271,10 @@ class ReplicationEngine(Observer):
 
     @property
     def dead_letters(self) -> DeadLetters:
-        """The entries that could not be applied."""
-        return DeadLetters(self._ports.cursor_store)
+        """The entries that could not be applied: to be listed, tried again, and purged."""
+        return DeadLetters(
+            self._ports.cursor_store, retry=self._retry_letters, on_room=self._note_room
+        )
 
     def health_check(self) -> HealthCheck:
         """Return how the engine is, from memory alone."""
@@ -313,7 +324,10 @@ class ReplicationEngine(Observer):
         raise EngineStoppedError("start() was interrupted by shutdown()")
 
     async def shutdown(self) -> None:
-        """Stop within the drain timeout; safe to call in any state and more than once."""
+        """Stop within the drain timeout; safe to call in any state and more than once.
+
+        A caller that is cancelled only stops waiting: the engine goes on to its end.
+        """
         self._driver.request_if_legal("shutdown", why="shutdown() was called")
         await self._waiter(_FINAL).wait()
 
@@ -397,7 +411,10 @@ class ReplicationEngine(Observer):
         return self._feed.watch(prefix)
 
     async def ledger(self, peer_id: str | None = None) -> Sequence[GapRow]:
-        """Return the loss ledger: every gap that was found in a stream, and how it was healed."""
+        """Return the loss ledger: every gap that was found in a stream, and how it was healed.
+
+        Dead letters that were dropped stand in it too, of ``kind`` "dropped".
+        """
         return await self._ports.cursor_store.gaps(peer_id)
 
     # Operating.
@@ -433,7 +450,8 @@ class ReplicationEngine(Observer):
         self._links.wish(peer_id, paused=paused)
         await self._until_records_taken()
         if self.state is not EngineState.CREATED:
-            await self._links.write_wish(peer_id, self._ports.cursor_store)
+            with self._noting_errors():
+                await self._links.write_wish(peer_id, self._ports.cursor_store)
 
     async def update_config(self, config: ReplicationConfig) -> ConfigChange:
         """Put another configuration in force, whole or not at all; returns what changed.
@@ -618,6 +636,30 @@ class ReplicationEngine(Observer):
                 key, self._store, peers, timeout_sec=timeout.command, arrivals=self._arrivals
             )
 
+    @contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        """See that what a caller finds wrong with the cursor store is shown, and judged, by all."""
+        try:
+            yield
+        except CursorStoreError as error:
+            if self.is_running:
+                self._book.failed(error)
+            raise
+
+    async def _retry_letters(self, peer_id: str | None, ids: Sequence[int] | None) -> RetryStats:
+        self._check_running("dead_letters.retry")
+        with self._noting_errors():
+            return await self._letter_retry.retry(peer_id, ids)
+
+    async def _note_room(self) -> None:
+        """Count the letters that are left, and let links go on that were paused for too many."""
+        counts = await self._ports.cursor_store.dead_letter_counts()
+        limit = self._config.settings.limits.dead_letters
+        for link in self._links.values():
+            held = link.context.progress.dead_letters = counts.get(link.peer_id, 0)
+            if held < limit and PauseReason.DEAD_LETTERS_FULL in link.pause_reasons:
+                link.clear(PauseReason.DEAD_LETTERS_FULL, "there is room for dead letters")
+
     def stale_keys(self, peer_id: str) -> tuple[str, ...]:
         """Return the keys of a peer's old items that wait for a person's word, at most 10,000.
 
@@ -690,6 +732,10 @@ class ReplicationEngine(Observer):
 
         self._driver.start_worker(name, str(EngineState.RUNNING), supervised)
 
+    def _start_asked(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Start what somebody asked for as a worker, so that it ends with Running."""
+        self._driver.start_worker(name, str(EngineState.RUNNING), lambda _report: work())
+
     def keep_error(self, move: Move) -> None:
         """Keep the first error."""
         if self._error is None:
@@ -698,12 +744,14 @@ class ReplicationEngine(Observer):
 
     def drain(self, _move: Move) -> None:
         """Start the worker that ends everything."""
+        self._drain_tries = 1
         self._driver.start_worker("drainer", str(EngineState.SHUTTING_DOWN), self._drain)
 
     def release(self, _move: Move) -> None:
         """Tell whoever follows that nothing more will come."""
         self._feed.close()
         self._cold_path.close()
+        self._letter_retry.close()
         self._link_moved.set()
 
     # The work of starting.
@@ -773,19 +821,17 @@ class ReplicationEngine(Observer):
                 await self._all_ended()
         except TimeoutError:
             left = await self._cancel_all(timeout * (1 - DRAIN_SHARE) / 2)
-        error: ReplicationError | None = None
         rest = max(timeout * (1 - DRAIN_SHARE) / 2, timeout - (clock.monotonic() - began))
-        closing = asyncio.ensure_future(self._close_cursors())
-        try:
-            async with clock.timeout(rest):
-                await asyncio.wait((closing,))
-            error = closing.result()
-        except TimeoutError:
-            # It is released as soon as the disk answers; nobody waits for that any more.
-            left = (*left, "cursor store")
-            closing.add_done_callback(_forget)
-        if left:
-            error = DrainTimeoutError(left, timeout_sec=timeout)
+        error = await self._close_cursors(rest, left)
+        report(EngineFact.DRAINED, "everything has ended", error)
+
+    async def _drain_by_force(self, report: Reporter) -> None:
+        """Do what is left to do where the drainer died, or was cancelled by somebody else."""
+        rest = self._config.settings.timeouts.drain * (1 - DRAIN_SHARE) / 2
+        for link in self._links.values():
+            link.shutdown("the engine stops")
+        left = await self._cancel_all(rest)
+        error = await self._close_cursors(rest, left)
         report(EngineFact.DRAINED, "everything has ended", error)
 
     async def _all_ended(self) -> None:
@@ -812,16 +858,35 @@ class ReplicationEngine(Observer):
             return left
         return ()
 
-    async def _close_cursors(self) -> ReplicationError | None:
+    async def _close_cursors(
+        self, timeout_sec: float, left: tuple[str, ...]
+    ) -> ReplicationError | None:
+        """Flush and close within ``timeout_sec``; returns the error to end with.
+
+        A file that hangs is released by its thread as soon as the disk answers; no task waits.
+        """
+        clock, store = self._ports.clock, self._ports.cursor_store
+        began = clock.monotonic()
         error: ReplicationError | None = None
         try:
-            await self._book.flush()
-        except CursorStoreError as failed_flush:
-            error = failed_flush
+            async with clock.timeout(timeout_sec / 2):
+                await self._book.flush()
+        except CursorStoreError as failed:
+            error = failed
+        except TimeoutError:
+            path = self._config.cursor.sqlite_path
+            error = CursorStoreError(
+                f"{path} could not be written within {timeout_sec / 2:g} s: the entries that were"
+                " settled last are read again after the next start",
+                path=path,
+                retryable=True,
+            )
         try:
-            await self._ports.cursor_store.close()
-        except CursorStoreError as failed_close:
-            error = error or failed_close
+            await store.close(timeout_sec=timeout_sec - (clock.monotonic() - began))
+        except CursorStoreError:
+            left = (*left, "cursor store")
+        if left:
+            return DrainTimeoutError(left, timeout_sec=self._config.settings.timeouts.drain)
         return error
 
     # What circuits say.
@@ -858,9 +923,7 @@ class ReplicationEngine(Observer):
 
     def _crashed(self, worker: str, error: Exception) -> None:
         if worker == "engine:drainer":
-            # Nobody else would end the engine; what it did not close is named by the error.
-            ticket = self._driver.machine.ticket(str(EngineState.SHUTTING_DOWN))
-            self._driver.post(Report("drainer", EngineFact.DRAINED, ticket, str(error), error))
+            self._drainer_died(error)
             return
         counter = self._crashes.setdefault(worker, CrashCounter(self._ports.clock))
         verdict: BaseException | None = counter.verdict(worker, counter.add(), error)
@@ -870,6 +933,17 @@ class ReplicationEngine(Observer):
             self._driver.request_if_legal(
                 "abort", why=f"{worker} died: {error}", payload=verdict or error
             )
+
+    def _drainer_died(self, error: Exception) -> None:
+        """See that the engine ends all the same: nobody else would end it."""
+        state = str(EngineState.SHUTTING_DOWN)
+        if self._drain_tries < DRAIN_TRIES_MAX:
+            self._drain_tries += 1
+            self._driver.request_if_legal("abort", why=f"the drainer died: {error}", payload=error)
+            self._driver.start_worker("drainer", state, self._drain_by_force)
+            return
+        ticket = self._driver.machine.ticket(state)
+        self._driver.post(Report("drainer", EngineFact.DRAINED, ticket, str(error), error))
 
     def moved(self, machine: str, move: Move) -> None:
         """Log and count every move of every machine."""
@@ -926,12 +1000,6 @@ class ReplicationEngine(Observer):
 
     def __repr__(self) -> str:
         return f"<ReplicationEngine {self.node_id!r} {self.state}>"
-
-
-def _forget(task: asyncio.Future[ReplicationError | None]) -> None:
-    """Take note of how a task ended, which interests nobody."""
-    if not task.cancelled():
-        task.exception()
 
 
 def _system_ports(config: ReplicationConfig) -> Ports:

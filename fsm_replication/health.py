@@ -17,7 +17,8 @@ class PeerHealth:
     ``since`` is the wall-clock time of its last move, in milliseconds since the epoch.
     ``lag_ms`` is 0 where nothing is unsettled; ``lag_events`` is None where the peer's Redis does
     not count entries. ``millis_since_success`` is None before the first success. ``bootstrap``
-    tells how far a copy has come, "" where none runs. ``gaps_open`` counts gaps not healed yet.
+    tells how far a copy has come, "" where none runs. ``gaps_open`` counts the
+    lines of the loss ledger that are not healed yet: gaps, and dropped dead letters.
     ``stale_held_back`` counts old items that wait for ``repair(accept_stale=...)`` or
     ``reject_stale``. ``stream_too_short``: the peer's stream was trimmed faster than it was read
     after a bootstrap; raise its ``stream_maxlen``. ``layout`` is the layout in which trees are compared

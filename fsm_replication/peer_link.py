@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import Final, cast
 
 from fsm_replication.circuits import Circuit
 from fsm_replication.config import PeerConfig
@@ -28,7 +28,13 @@ from fsm_replication.workers.tailer import Mode, Tailer
 
 __all__ = ("PeerLink",)
 
-RUNNING = "group:Running"
+RUNNING: Final = "group:Running"
+# What it comes to for the link when one of its workers dies unexpectedly.
+_MEANING_OF_DEATH: Final = {
+    "tailer": LinkFact.LOST,
+    "connector": LinkFact.UNREACHABLE,
+    "timer": LinkFact.DUE,
+}
 
 
 class PeerLink:
@@ -203,7 +209,9 @@ class PeerLink:
             priority=lambda: self.context.peer.priority,
         )
         self._hand(Mode.DECIDE)
-        self.driver.start_worker("tailer", RUNNING, self._tailer.run, stop=self._tailer.stop)
+        self.driver.start_worker(
+            "tailer", RUNNING, self._tailer.run, stop=self._tailer.stop, release=lines.close
+        )
 
     def _hand(self, mode: Mode) -> None:
         assert self._tailer is not None
@@ -275,9 +283,9 @@ class PeerLink:
                 self._reasons.discard(report.payload)
 
     def _crashed(self, name: str, ticket: Ticket, error: Exception) -> None:
-        # To the link a dead worker is a lost connection; the engine counts how often it happens.
+        # The link goes on as after any other loss; the engine counts how often it happens.
         self.context.progress.last_error = f"{type(error).__name__}: {error}"
-        fact = LinkFact.LOST if name == "tailer" else LinkFact.UNREACHABLE
+        fact = _MEANING_OF_DEATH[name]
         self.driver.post(Report(name, fact, ticket, f"the {name} died: {error}"))
         self._on_crash(f"{self.driver.name}:{name}", error)
 

@@ -12,9 +12,10 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 __all__ = (
+    "LETTERS_BYTES",
     "BootstrapRow",
     "Clock",
     "Connection",
@@ -32,7 +33,11 @@ __all__ = (
     "SystemWallClock",
     "Transport",
     "WallClock",
+    "dropped_letters",
 )
+
+# What a page of dead letters may hold; their number alone bounds no memory.
+LETTERS_BYTES: Final = 16 * 1024 * 1024
 
 
 # Time -----------------------------------------------------------------------------------------
@@ -148,6 +153,7 @@ class DeadLetter:
 
     ``id`` is 0 until the store has given it one. ``fields`` is the flat list of names and values
     as received, or None where the entry was too large to keep; ``size`` is its bytes on the wire.
+    ``foreign`` says that a foreign node sent it, whose own stamps are not to be used.
     """
 
     peer_id: str
@@ -159,14 +165,22 @@ class DeadLetter:
     size: int
     at_ms: int
     id: int = 0
+    foreign: bool = False
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of raw fields that this letter holds; 0 where the entry was too large to keep."""
+        return 0 if self.fields is None else self.size
 
 
 @dataclass(frozen=True, slots=True)
 class GapRow:
-    """A line of the loss ledger: entries a stream no longer held when they were needed.
+    """A line of the loss ledger: entries that were not there when they were needed.
 
-    ``missed`` is None where their number cannot be known. ``healed_at_ms`` is None while open.
-    ``healed_by`` says how: "bootstrap", "repair" or "" while open.
+    Of ``kind`` "gap" are those that a stream no longer held, of ``kind`` "dropped" the dead letters
+    that had to make room for newer ones. ``missed`` is None where their number cannot be known.
+    ``healed_at_ms`` is None while open. ``healed_by`` says how: "bootstrap", "repair" or "" while
+    open.
     """
 
     peer_id: str
@@ -176,6 +190,12 @@ class GapRow:
     healed_at_ms: int | None = None
     healed_by: str = ""
     id: int = 0
+    kind: str = "gap"
+
+
+def dropped_letters(peer_id: str, at_ms: int, count: int) -> GapRow:
+    """Return the ledger's line of dead letters that were dropped, until the peer is compared."""
+    return GapRow(peer_id, at_ms, count, "dead letters over limits.dead_letters", kind="dropped")
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +225,12 @@ class CursorStore(Protocol):
         :raises CursorStoreError: if it cannot be used.
         """
 
-    async def close(self) -> None:
-        """Checkpoint, unlock and release everything; a second call does nothing."""
+    async def close(self, *, timeout_sec: float | None = None) -> None:
+        """Checkpoint, unlock and release everything; a second call does nothing.
+
+        :raises CursorStoreError: if it takes longer than ``timeout_sec``, by default as long as any
+            call may take. It then goes on alone, without a task.
+        """
 
     async def load(self, peer_id: str) -> PeerRecord:
         """Return what is known of a peer; an unknown peer has an empty record."""
@@ -219,8 +243,9 @@ class CursorStore(Protocol):
     ) -> int:
         """Store dead letters and the cursor that passes them in one transaction (G1).
 
-        At most ``keep`` letters of this peer stay, the newest; returns how many were dropped.
-        An entry that is read again does not become a second letter.
+        At most ``keep`` letters of this peer stay, the newest; returns how many were dropped, and
+        counts them in the ledger: its open line of them grows, or one is added. An entry that is
+        read again does not become a second letter.
         """
 
     async def begin_bootstrap(self, peer_id: str, row: BootstrapRow, gap: GapRow | None) -> None:
@@ -250,12 +275,33 @@ class CursorStore(Protocol):
         """
 
     async def dead_letters(
-        self, peer_id: str | None = None, *, after_id: int = 0, limit: int = 1000
+        self,
+        peer_id: str | None = None,
+        *,
+        after_id: int = 0,
+        limit: int = 1000,
+        max_bytes: int = LETTERS_BYTES,
     ) -> Sequence[DeadLetter]:
-        """Return letters in the order they were stored, those after ``after_id`` first."""
+        """Return letters in the order they were stored, those after ``after_id`` first.
+
+        Fewer than ``limit`` where they hold more than ``max_bytes`` together, but one at least.
+        """
+
+    async def dead_letter_counts(self) -> dict[str, int]:
+        """Return how many letters each peer has, those with none left out."""
 
     async def delete_dead_letters(self, ids: Sequence[int]) -> int:
         """Remove letters; returns how many there were."""
+
+    async def purge_dead_letters(self, peer_id: str | None = None) -> int:
+        """Remove all letters, or all of one peer; returns how many there were."""
+
+    async def settle_retry(self, done: Sequence[int], still_bad: Sequence[DeadLetter]) -> None:
+        """Remove the letters that are settled, and note why others are not, in one transaction.
+
+        Of a letter that is still bad, reason and detail are taken over. One that was removed
+        meanwhile does not come back.
+        """
 
     async def gaps(self, peer_id: str | None = None, *, limit: int = 1000) -> Sequence[GapRow]:
         """Return the newest lines of the loss ledger, oldest first."""

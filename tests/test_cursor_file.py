@@ -18,9 +18,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -40,6 +42,7 @@ from fsm_replication.ports import (
     Position,
     StreamId,
     SystemClock,
+    dropped_letters,
 )
 
 ROOT = Path(fsm_replication.__file__).parents[1]
@@ -427,7 +430,7 @@ class Model(RuleBasedStateMachine):
         self.run(self.store.open())
         self.records: dict[str, dict[str, Any]] = {}
         self.letters: dict[str, list[tuple[str, str]]] = {}
-        self.ledger: list[tuple[str, int, int | None]] = []
+        self.ledger: list[GapRow] = []
 
     def run(self, work: Any) -> Any:
         """Wait for one call."""
@@ -461,8 +464,18 @@ class Model(RuleBasedStateMachine):
         held.update({row.stream_id: row.detail for row in rows})
         assert dropped == max(0, len(held) - keep)
         self.letters[peer_id] = list(held.items())[dropped:]
+        self.drop(peer_id, max((row.at_ms for row in rows), default=0), dropped)
         if cursor is not None:
             self.known(peer_id)["cursor"] = cursor
+
+    def drop(self, peer_id: str, at_ms: int, count: int) -> None:
+        """Count dropped letters in the open line of them, or in a new one."""
+        for place, line in enumerate(self.ledger):
+            if (line.peer_id, line.kind, line.healed_at_ms) == (peer_id, "dropped", None) and count:
+                self.ledger[place] = replace(line, missed=(line.missed or 0) + count)
+                return
+        if count:
+            self.ledger.append(dropped_letters(peer_id, at_ms, count))
 
     @rule(peer_id=peers, number=numbers, with_gap=st.booleans())
     def begin(self, peer_id: str, number: int, with_gap: bool) -> None:
@@ -471,7 +484,7 @@ class Model(RuleBasedStateMachine):
         self.run(self.store.begin_bootstrap(peer_id, begun(number), found))
         self.known(peer_id)["bootstrap"] = begun(number)
         if found:
-            self.ledger.append((peer_id, number, None))
+            self.ledger.append(found)
 
     @rule(peer_id=peers, walk=texts)
     def walk(self, peer_id: str, walk: str) -> None:
@@ -487,8 +500,10 @@ class Model(RuleBasedStateMachine):
         self.known(peer_id).pop("bootstrap", None)
         self.known(peer_id)["cursor"] = at(number)
         self.ledger = [
-            (peer, found, number if peer == peer_id and healed is None else healed)
-            for peer, found, healed in self.ledger
+            replace(line, healed_at_ms=number, healed_by="bootstrap")
+            if line.peer_id == peer_id and line.healed_at_ms is None
+            else line
+            for line in self.ledger
         ]
 
     @rule(peer_id=peers, paused=st.booleans())
@@ -509,6 +524,32 @@ class Model(RuleBasedStateMachine):
             assert self.run(self.store.delete_dead_letters([chosen.id])) == 1
             self.letters[chosen.peer_id].remove((chosen.stream_id, chosen.detail))
 
+    @rule(done=st.sets(st.integers(0, 9)), bad=st.sets(st.integers(0, 9)), detail=texts)
+    def retry(self, done: set[int], bad: set[int], detail: str) -> None:
+        """Remove some letters, and change what is told of others, maybe of the same."""
+        found = self.run(self.store.dead_letters())
+        gone = [one for place, one in enumerate(found) if place in done]
+        changed = [
+            replace(one, detail=detail, fields=None)
+            for place, one in enumerate(found)
+            if place in bad
+        ]
+        self.run(self.store.settle_retry([one.id for one in gone], changed))
+        for one in found:
+            held = self.letters[one.peer_id]
+            place = held.index((one.stream_id, one.detail))
+            if one in gone:
+                del held[place]
+            elif any(each.id == one.id for each in changed):
+                held[place] = (one.stream_id, detail)
+
+    @rule(peer_id=st.none() | peers)
+    def purge(self, peer_id: str | None) -> None:
+        """Remove all letters, or those of one peer."""
+        names = list(self.letters) if peer_id is None else [peer_id]
+        count = sum(len(self.letters.pop(name, ())) for name in names)
+        assert self.run(self.store.purge_dead_letters(peer_id)) == count
+
     @rule()
     def restart(self) -> None:
         """Close and open."""
@@ -521,18 +562,22 @@ class Model(RuleBasedStateMachine):
         for peer_id in ("a", "b", "\0", "\ud800"):
             record = self.run(self.store.load(peer_id))
             held = self.letters.get(peer_id, [])
-            gaps = [line for line in self.ledger if line[0] == peer_id and line[2] is None]
+            gaps = [
+                line
+                for line in self.ledger
+                if line.peer_id == peer_id and line.healed_at_ms is None
+            ]
             expected = PeerRecord(
                 **self.records.get(peer_id, {}), gaps=record.gaps, dead_letters=len(held)
             )
             assert record == expected
-            assert [(each.peer_id, each.found_at_ms, None) for each in record.gaps] == gaps
+            assert [replace(each, id=0) for each in record.gaps] == gaps
             found = self.run(self.store.dead_letters(peer_id))
             assert [(each.stream_id, each.detail) for each in found] == held
+        counts = {name: len(held) for name, held in self.letters.items() if held}
+        assert self.run(self.store.dead_letter_counts()) == counts
         lines = self.run(self.store.gaps())
-        assert [(each.peer_id, each.found_at_ms, each.healed_at_ms) for each in lines] == (
-            self.ledger
-        )
+        assert [replace(each, id=0) for each in lines] == self.ledger
 
     def teardown(self) -> None:
         """Leave nothing behind."""
@@ -647,6 +692,71 @@ async def test_read_only_places() -> None:
         Path(f"{path}.lock").chmod(0o600)
         directory.chmod(0o500)
         await refused(path, "directory .* is read-only")
+
+
+def write_first_schema(path: str) -> None:
+    """Write a file as the first schema was, with a letter of ours, a foreign one and a gap."""
+    ours = msgspec.msgpack.encode((b"op", b"X", b"meta", b'{"origin":"a"}'))
+    theirs = msgspec.msgpack.encode((b"op", b"DEL", b"key", b"\xff"))
+    add = "INSERT INTO dead_letters VALUES (?, 'b', ?, 'op', 'd', NULL, ?, 9, 5)"
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        for statement in cursor_module._SCHEMA_1:
+            db.execute(statement)
+        db.execute("INSERT INTO peers (peer_id, stream_id, incarnation) VALUES ('b', '7-0', 'i')")
+        db.execute(add, (1, "1-0", ours))
+        db.execute(add, (2, "2-0", theirs))
+        db.execute("INSERT INTO gaps VALUES (1, 'b', 3, 4, 'trimmed', NULL, '')")
+        db.execute(f"PRAGMA application_id = {cursor_module.APPLICATION_ID}")
+        db.execute("PRAGMA user_version = 1")
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_an_older_schema_is_understood(path: str, read_only: bool) -> None:
+    """A node that is upgraded would forget its cursors, or could not start."""
+    write_first_schema(path)
+    async with opened(path, read_only=read_only) as store:
+        assert (await store.load("b")).cursor == Cursor(Position(StreamId(7, 0), None), "i")
+        assert await store.gaps() == [GapRow("b", 3, 4, "trimmed", id=1)]
+        letters = await store.dead_letters()
+        assert [one.stream_id for one in letters] == ["1-0", "2-0"]
+        if not read_only:
+            assert [one.foreign for one in letters] == [False, True]
+            await store.settle("b", None, [letter(3)], keep=1)
+            assert [line.kind for line in await store.gaps()] == ["gap", "dropped"]
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        assert version == (1 if read_only else SCHEMA_VERSION)
+
+
+def test_an_older_schema_is_upgraded_whole_or_not_at_all(path: str) -> None:
+    """A process that is killed in the middle of an upgrade would leave a file nobody can read."""
+    write_first_schema(path)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        unit = cursor_module._Unit(cursor_module._migrate, "BEGIN IMMEDIATE")
+        db.set_authorizer(
+            lambda action, *_: (
+                sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_UPDATE else sqlite3.SQLITE_OK
+            )
+        )
+        with pytest.raises(sqlite3.DatabaseError):
+            unit.run(db)
+        db.set_authorizer(None)
+        assert db.execute("PRAGMA user_version").fetchone()[0] == 1
+        assert "kind" not in [row[1] for row in db.execute("PRAGMA table_info(gaps)")]
+
+
+async def test_a_page_of_letters_is_bounded_in_bytes(path: str) -> None:
+    """A few thousand letters of 16 MiB each would end the process that lists them."""
+    async with opened(path) as store:
+        large = [
+            DeadLetter("b", f"{n}-0", "op", "", None, (bytes(1000),), 1000, 1) for n in range(1, 6)
+        ]
+        await store.settle("b", None, [*large, letter(6)], keep=10)
+        first = await store.dead_letters(max_bytes=2500)
+        assert [one.stream_id for one in first] == ["1-0", "2-0"]
+        rest = await store.dead_letters(after_id=first[-1].id, max_bytes=3010)
+        assert [one.stream_id for one in rest] == ["3-0", "4-0", "5-0", "6-0"]
+        assert len(await store.dead_letters(max_bytes=1)) == 1
 
 
 async def test_empty_file_is_new(path: str) -> None:

@@ -171,23 +171,6 @@ async def test_a_cancelled_start_leaves_nothing_behind(nodes: Nodes) -> None:
     assert open_files() <= files
 
 
-async def test_cycles_leave_nothing_behind(nodes: Nodes, peer: Peer, full: bool) -> None:
-    """If this fails each start and stop leaks a task, a socket, a file handle or a thread."""
-    peer.send("x", b"1")
-
-    async def cycle() -> None:
-        async with nodes.engine(peer_config(peer.server)) as engine:
-            await engine.wait_synced(5)
-
-    await cycle()
-    files, threads, tasks = open_files(), threading.active_count(), len(asyncio.all_tasks())
-    for _ in range(200 if full else 15):
-        await cycle()
-    await until(lambda: threading.active_count() <= threads, "all threads ended")
-    await until(lambda: open_files() <= files, "all files closed")
-    assert len(asyncio.all_tasks()) == tasks
-
-
 async def test_a_second_engine_on_the_same_cursor_file_is_refused(nodes: Nodes) -> None:
     """If this fails two engines move the same cursors."""
     async with nodes.engine():

@@ -442,7 +442,7 @@ async def test_full_dead_letters_pause_the_link(nodes: Nodes, peer: Peer) -> Non
         assert engine.health_check().peers[0].pause_reasons == {PauseReason.DEAD_LETTERS_FULL}
         letters = await engine.dead_letters.list()
         assert len(letters) == 2
-        await engine.dead_letters.delete([letter.id for letter in letters])
+        await engine.dead_letters.purge(ids=[letter.id for letter in letters])
         await caught_up(engine, peer)
         assert len(await engine.dead_letters.list()) == 1
 

@@ -209,6 +209,18 @@ def deleting(places: list[int]) -> Call:
     return call
 
 
+def retrying(done: list[int], bad: list[int], reason: str) -> Call:
+    """Return a call that settles letters by their places, and judges others anew."""
+
+    async def call(store: CursorStore) -> None:
+        held = await store.dead_letters()
+        gone = [held[at].id for at in done if at < len(held)]
+        judged = [replace(held[at], reason=reason) for at in bad if at < len(held)]
+        await store.settle_retry([-1, *gone], judged)
+
+    return call
+
+
 calls: st.SearchStrategy[Call] = st.one_of(
     st.builds(
         settling,
@@ -229,6 +241,12 @@ calls: st.SearchStrategy[Call] = st.one_of(
         *(peers, times, st.booleans()),
     ),
     st.builds(deleting, st.lists(st.integers(0, 5), max_size=3)),
+    st.builds(
+        retrying,
+        *(st.lists(st.integers(0, 5), max_size=3), st.lists(st.integers(0, 5), max_size=3)),
+        st.text("xy"),
+    ),
+    st.builds(lambda p: lambda store: store.purge_dead_letters(p), st.none() | peers),
 )
 
 
@@ -239,11 +257,13 @@ async def everything(store: CursorStore) -> list[Any]:
         for peer_id in (None, "a", "b")
         for limit in (-1, 2, 1000)
     ]
+    letters += [list(await store.dead_letters(max_bytes=most)) for most in (-1, 0, 9, 20)]
     ids = [[one.id for one in found] for found in letters]
     assert all(numbers == sorted(set(numbers)) for numbers in ids)
     gaps = [list(await store.gaps(peer_id)) for peer_id in (None, "a", "b")]
     records = [await store.load(peer_id) for peer_id in ("a", "b", "c")]
-    return [[[replace(one, id=0) for one in found] for found in letters], gaps, records]
+    counts = await store.dead_letter_counts()
+    return [[[replace(one, id=0) for one in found] for found in letters], gaps, records, counts]
 
 
 @given(made=st.lists(calls, max_size=12))

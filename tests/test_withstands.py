@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -289,6 +290,7 @@ async def test_a_slow_disk_does_not_hold_up_the_drain(
 ) -> None:
     """If this fails shutdown() outlives its drain timeout (G9)."""
     monkeypatch.setattr("fsm_replication.cursor._checkpoint", lambda _db: time.sleep(2))
+    threads = threading.active_count()
     engine = nodes.engine(settings=Settings(timeouts=TimeoutsConfig(drain=0.5)))
     await engine.start()
     began = time.monotonic()
@@ -296,7 +298,8 @@ async def test_a_slow_disk_does_not_hold_up_the_drain(
     assert time.monotonic() - began < 1.5
     assert engine.state is EngineState.FAILED
     assert "cursor store" in str(engine.error)
-    await until(lambda: len(asyncio.all_tasks()) == 1, "the disk to answer")
+    assert len(asyncio.all_tasks()) == 1
+    await until(lambda: threading.active_count() == threads, "the disk to answer")
 
 
 async def test_a_drain_that_left_nothing_ends_in_stopped(nodes: Nodes, peer: Peer) -> None:

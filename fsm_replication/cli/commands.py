@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Coroutine
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from fsm_replication.bench.report import run_bench
 from fsm_replication.bench.trees import run_tree_bench, tree_table
 from fsm_replication.bench.workload import EVENTS
+from fsm_replication.cli.letters import (
+    FIELD_WIDTH,
+    purge_letters,
+    retry_letters,
+    retry_table,
+    show_letter,
+    show_letters,
+)
 from fsm_replication.cli.node import check_node, run_node
 from fsm_replication.cli.repair import (
     explain_node,
@@ -32,8 +39,8 @@ from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.demo.mesh import NODES_MAX, Topology
 from fsm_replication.demo.screen import run_demo
 from fsm_replication.diagram import render_all
-from fsm_replication.errors import ReplicationError
-from fsm_replication.ports import DeadLetter, GapRow
+from fsm_replication.errors import ReplicationError, UsageError
+from fsm_replication.ports import GapRow
 
 __all__ = ("app",)
 
@@ -49,6 +56,8 @@ app.add_typer(letters_app, name="dead-letters")
 console = Console()
 errors = Console(stderr=True)
 
+_T = TypeVar("_T")
+LetterIds = Annotated[list[int] | None, typer.Argument(metavar="ID", help="As listed.")]
 ConfigPath = Annotated[Path, typer.Argument(help="The node's YAML configuration.")]
 
 
@@ -270,50 +279,78 @@ def list_letters(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """List dead letters; works beside a running node."""
-    letters = run_async(_read_letters(_load(config), peer, limit))
+    _run_letters(show_letters(_load(config), peer, limit, console, as_json=as_json))
+
+
+@letters_app.command("show")
+def show_one_letter(
+    config: ConfigPath,
+    letter_id: Annotated[int, typer.Argument(metavar="ID", min=1, help="As the list has it.")],
+    width: Annotated[
+        int, typer.Option(min=1, help="How much of each raw field is shown, in characters.")
+    ] = FIELD_WIDTH,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print it as JSON, with raw fields whole.")
+    ] = False,
+) -> None:
+    """Show one dead letter with its raw fields; works beside a running node."""
+    _run_letters(show_letter(_load(config), letter_id, console, width=width, as_json=as_json))
+
+
+@letters_app.command("retry")
+def retry(
+    config: ConfigPath,
+    ids: LetterIds = None,
+    peer: Annotated[str | None, typer.Option(help="All of one peer.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Try dead letters of a stopped node again; all of them unless ids or a peer are named."""
+    if ids and peer is not None:
+        raise typer.BadParameter("ids and --peer contradict each other")
+    loaded = _load(config)
+    configure_logging("error", LogFormat.CONSOLE)
+    stats = _run_letters(retry_letters(loaded, peer, ids))
     if as_json:
-        for letter in letters:
-            sys.stdout.write(json.dumps(_as_json(letter)) + "\n")
-        return
-    if not letters:
-        console.print("no dead letters")
-        return
-    table = RichTable("id", "peer", "stream id", "at (UTC)", "reason", "key", "bytes", "detail")
-    for letter in letters:
-        at = datetime.fromtimestamp(letter.at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
-        table.add_row(
-            *(
-                Text(part)
-                for part in (
-                    str(letter.id),
-                    letter.peer_id,
-                    letter.stream_id,
-                    at,
-                    letter.reason,
-                    letter.key or "",
-                    str(letter.size),
-                    letter.detail,
-                )
-            )
-        )
-    console.print(table)
+        sys.stdout.write(json.dumps(asdict(stats)) + "\n")
+    else:
+        console.print(retry_table(stats))
+    if stats.problems:
+        raise typer.Exit(1)
 
 
-async def _read_letters(
-    config: ReplicationConfig, peer: str | None, limit: int
-) -> list[DeadLetter]:
-    store = SqliteCursorStore(config.cursor.sqlite_path, read_only=True)
+@letters_app.command("purge")
+def purge(
+    config: ConfigPath,
+    ids: LetterIds = None,
+    peer: Annotated[str | None, typer.Option(help="All of one peer.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All of every peer.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Remove dead letters of a stopped node for good: by id, those of one peer, or all."""
+    if bool(ids) + (peer is not None) + everything != 1:
+        raise typer.BadParameter("name ids, or --peer, or --all: one of the three")
+    agree = (lambda _question: True) if yes else _confirm
+    purged = _run_letters(purge_letters(_load(config), peer, ids, agree))
+    if purged is None:
+        errors.print("nothing was removed")
+        raise typer.Exit(1)
+    if as_json:
+        sys.stdout.write(json.dumps({"purged": purged}) + "\n")
+    else:
+        console.print(f"{purged:,} dead letters were removed")
+
+
+def _confirm(question: str) -> bool:
+    if not sys.stdin.isatty():
+        raise UsageError(f"{question} Nobody is there to ask: say --yes")
+    return typer.confirm(question, err=True)
+
+
+def _run_letters(work: Coroutine[Any, Any, _T]) -> _T:
     try:
-        await store.open()
-        return list(await store.dead_letters(peer, limit=limit))
+        return run_async(work)
     except ReplicationError as error:
         raise _fail(error) from None
-    finally:
-        await store.close()
-
-
-def _as_json(letter: DeadLetter) -> dict[str, Any]:
-    plain = asdict(letter)
-    if letter.fields is not None:
-        plain["fields"] = [part.decode("utf-8", "backslashreplace") for part in letter.fields]
-    return plain
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None

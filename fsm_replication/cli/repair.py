@@ -39,6 +39,7 @@ __all__ = (
     "explanation_table",
     "print_ledger",
     "repair_node",
+    "repairing_engine",
     "show_differences",
     "stats_table",
 )
@@ -66,7 +67,7 @@ def _cold_only(config: ReplicationConfig, *, sqlite_path: str | None = None) -> 
 
 
 @asynccontextmanager
-async def _cold_engine(
+async def repairing_engine(
     config: ReplicationConfig, peers: Sequence[str]
 ) -> AsyncIterator[ReplicationEngine]:
     """Run an engine that only repairs, and wait until these links are up or cannot be."""
@@ -109,7 +110,7 @@ async def repair_node(
         TimeElapsedColumn(),
     )
     try:
-        async with _cold_engine(_cold_only(config), peers) as engine:
+        async with repairing_engine(_cold_only(config), peers) as engine:
             with Progress(*columns, console=console) as bars:
                 tasks = {name: bars.add_task(f"from {escape(name)}", total=None) for name in peers}
 
@@ -152,7 +153,7 @@ async def show_differences(config: ReplicationConfig, peer: str | None, *, as_js
     console, errors = Console(highlight=False), Console(stderr=True)
     # The cursor file belongs to the engine that may be running; a comparison needs none.
     quiet = _cold_only(config, sqlite_path=":memory:")
-    async with _cold_engine(quiet, _chosen(config, peer)) as engine:
+    async with repairing_engine(quiet, _chosen(config, peer)) as engine:
         for name in _chosen(config, peer):
             newer = {"peer": 0, "local": 0}
             size = 0
@@ -228,17 +229,7 @@ def print_ledger(rows: Sequence[GapRow], console: Console) -> None:
         console.print("no gap was ever found")
     for peer_id in dict.fromkeys(row.peer_id for row in rows):
         mine = [row for row in rows if row.peer_id == peer_id]
-        known = sum(row.missed or 0 for row in mine)
-        unknown = sum(row.missed is None for row in mine)
-        missed = f"{known:,}" + (f" and an unknown number in {unknown}" if unknown else "")
-        still_open = sum(row.healed_at_ms is None for row in mine)
-        if still_open:
-            end = f"{still_open} not healed"
-        else:
-            last = max(mine, key=lambda row: row.healed_at_ms or 0)
-            end = f"healed by {last.healed_by} at {_time(last.healed_at_ms or 0)}"
-        text = f"{peer_id}: gaps: {len(mine)}, entries missed by the stream: {missed}, {end}"
-        console.print(Text(text, style="bold"), soft_wrap=True)
+        console.print(Text(f"{peer_id}: {_summary(mine)}", style="bold"), soft_wrap=True)
         for row in mine:
             healed = (
                 "not healed"
@@ -246,8 +237,25 @@ def print_ledger(rows: Sequence[GapRow], console: Console) -> None:
                 else f"healed by {row.healed_by} at {_time(row.healed_at_ms)}"
             )
             count = "unknown" if row.missed is None else f"{row.missed:,}"
-            line = f"  {_time(row.found_at_ms)}  {count} entries, {healed}: {row.reason}"
+            what = "dead letters dropped" if row.kind == "dropped" else "entries"
+            line = f"  {_time(row.found_at_ms)}  {count} {what}, {healed}: {row.reason}"
             console.print(Text(line), soft_wrap=True)
+
+
+def _summary(rows: Sequence[GapRow]) -> str:
+    gaps = [row for row in rows if row.kind == "gap"]
+    dropped = sum(row.missed or 0 for row in rows if row.kind == "dropped")
+    known = sum(row.missed or 0 for row in gaps)
+    unknown = sum(row.missed is None for row in gaps)
+    missed = f"{known:,}" + (f" and an unknown number in {unknown}" if unknown else "")
+    told = f"gaps: {len(gaps)}, entries missed by the stream: {missed}"
+    if dropped:
+        told += f", dead letters dropped: {dropped:,}"
+    still_open = sum(row.healed_at_ms is None for row in rows)
+    if still_open:
+        return f"{told}, {still_open} not healed"
+    last = max(rows, key=lambda row: row.healed_at_ms or 0)
+    return f"{told}, healed by {last.healed_by} at {_time(last.healed_at_ms or 0)}"
 
 
 def _time(at_ms: int) -> str:

@@ -8,16 +8,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Final
 
 from fsm_replication.errors import AlreadyRunningError, CursorStoreError
 from fsm_replication.ports import (
+    LETTERS_BYTES,
     BootstrapRow,
     Cursor,
     DeadLetter,
     GapRow,
     PeerRecord,
     Position,
+    dropped_letters,
 )
 
 __all__ = ("CursorSnapshot", "MemoryCursorStore")
@@ -94,8 +97,8 @@ class MemoryCursorStore:
         self._is_open = True
         await asyncio.sleep(0)
 
-    async def close(self) -> None:
-        """Unlock it; a second call does nothing."""
+    async def close(self, *, timeout_sec: float | None = None) -> None:
+        """Unlock it, at once; a second call does nothing."""
         self._is_open = False
 
     def _use(self) -> _Tables:
@@ -130,8 +133,8 @@ class MemoryCursorStore:
     ) -> int:
         """Store dead letters and the cursor that passes them (G1).
 
-        At most ``keep`` letters of this peer stay, the newest; returns how many were dropped. An
-        entry that is read again does not become a second letter.
+        At most ``keep`` letters of this peer stay, the newest; returns how many were dropped, and
+        counts them in the ledger. An entry that is read again does not become a second letter.
 
         :raises ValueError: if a letter is another peer's: its bound would not hold.
         """
@@ -152,6 +155,9 @@ class MemoryCursorStore:
         surplus = list(held)[: max(0, len(held) - max(0, keep))]
         for stream_id in surplus:
             del held[stream_id]
+        if surplus:
+            now = max((letter.at_ms for letter in letters), default=0)
+            self._count_dropped(peer_id, now, len(surplus))
         await asyncio.sleep(0)
         return len(surplus)
 
@@ -160,15 +166,10 @@ class MemoryCursorStore:
 
         Of a peer's ledger the newest 10,000 lines stay.
         """
-        tables = self._use()
+        self._use()
         self._change(peer_id, bootstrap=row._replace(head=_position(row.head)))
         if gap is not None:
-            tables.last_gap += 1
-            kept = replace(gap, id=tables.last_gap, missed=_number(gap.missed))
-            tables.gaps[kept.id] = kept
-            mine = [one.id for one in tables.gaps.values() if one.peer_id == gap.peer_id]
-            for number in mine[: max(0, len(mine) - GAPS_KEPT)]:
-                del tables.gaps[number]
+            self._add_gap(gap)
         await asyncio.sleep(0)
 
     async def save_walk(self, peer_id: str, walk: str) -> None:
@@ -216,9 +217,17 @@ class MemoryCursorStore:
         await asyncio.sleep(0)
 
     async def dead_letters(
-        self, peer_id: str | None = None, *, after_id: int = 0, limit: int = 1000
+        self,
+        peer_id: str | None = None,
+        *,
+        after_id: int = 0,
+        limit: int = 1000,
+        max_bytes: int = LETTERS_BYTES,
     ) -> Sequence[DeadLetter]:
-        """Return letters in the order they were stored, those after ``after_id`` first."""
+        """Return letters in the order they were stored, those after ``after_id`` first.
+
+        Fewer than ``limit`` where they hold more than ``max_bytes`` together, but one at least.
+        """
         tables = self._use()
         names = list(tables.letters) if peer_id is None else [peer_id]
         found = [
@@ -228,19 +237,43 @@ class MemoryCursorStore:
             if letter.id > after_id
         ]
         found.sort(key=lambda letter: letter.id)
+        page = found[: max(0, limit)]
+        sizes = accumulate(letter.held_bytes for letter in page)
+        fitting = sum(size <= max_bytes for size in sizes)
         await asyncio.sleep(0)
-        return found[: max(0, limit)]
+        return page[: max(1, fitting)]
+
+    async def dead_letter_counts(self) -> dict[str, int]:
+        """Return how many letters each peer has, those with none left out."""
+        letters = self._use().letters
+        await asyncio.sleep(0)
+        return {peer_id: len(letters[peer_id]) for peer_id in sorted(letters) if letters[peer_id]}
 
     async def delete_dead_letters(self, ids: Sequence[int]) -> int:
         """Remove letters; returns how many there were."""
-        tables, doomed = self._use(), set(ids)
-        count = 0
-        for held in tables.letters.values():
-            for stream_id in [key for key, letter in held.items() if letter.id in doomed]:
-                del held[stream_id]
-                count += 1
+        self._use()
+        count = self._delete_letters(ids)
         await asyncio.sleep(0)
         return count
+
+    async def purge_dead_letters(self, peer_id: str | None = None) -> int:
+        """Remove all letters, or all of one peer; returns how many there were."""
+        letters = self._use().letters
+        names = list(letters) if peer_id is None else [peer_id]
+        count = sum(len(letters.pop(name, ())) for name in names)
+        await asyncio.sleep(0)
+        return count
+
+    async def settle_retry(self, done: Sequence[int], still_bad: Sequence[DeadLetter]) -> None:
+        """Remove the letters that are settled, and note why others are not."""
+        tables = self._use()
+        self._delete_letters(done)
+        judged = {letter.id: letter for letter in still_bad}
+        for held in tables.letters.values():
+            for stream_id, letter in held.items():
+                now = judged.get(letter.id, letter)
+                held[stream_id] = replace(letter, reason=now.reason, detail=now.detail)
+        await asyncio.sleep(0)
 
     async def gaps(self, peer_id: str | None = None, *, limit: int = 1000) -> Sequence[GapRow]:
         """Return the newest ``limit`` (0 or more) lines of the loss ledger, oldest first."""
@@ -257,6 +290,30 @@ class MemoryCursorStore:
 
     def _set_cursor(self, peer_id: str, cursor: Cursor) -> None:
         self._change(peer_id, cursor=cursor._replace(position=_position(cursor.position)))
+
+    def _delete_letters(self, ids: Sequence[int]) -> int:
+        doomed, count = set(ids), 0
+        for held in self._tables.letters.values():
+            for stream_id in [key for key, letter in held.items() if letter.id in doomed]:
+                del held[stream_id]
+                count += 1
+        return count
+
+    def _add_gap(self, gap: GapRow) -> None:
+        tables = self._tables
+        tables.last_gap += 1
+        kept = replace(gap, id=tables.last_gap, missed=_number(gap.missed))
+        tables.gaps[kept.id] = kept
+        mine = [one.id for one in tables.gaps.values() if one.peer_id == gap.peer_id]
+        for number in mine[: max(0, len(mine) - GAPS_KEPT)]:
+            del tables.gaps[number]
+
+    def _count_dropped(self, peer_id: str, at_ms: int, count: int) -> None:
+        for number, gap in self._tables.gaps.items():
+            if _is_open(gap, peer_id) and gap.kind == "dropped":
+                self._tables.gaps[number] = replace(gap, missed=(gap.missed or 0) + count)
+                return
+        self._add_gap(dropped_letters(peer_id, at_ms, count))
 
     def _heal(self, peer_id: str, at_ms: int, by: str) -> None:
         gaps = self._tables.gaps

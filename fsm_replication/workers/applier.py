@@ -112,14 +112,18 @@ class Applier:
 
     # Step one: decide and decode, while the chunk before may still be on its way to the store.
 
-    async def prepare(self, chunk: Chunk) -> Prepared:
-        """Choose what to apply, and decode the first part of it."""
+    async def prepare(self, chunk: Chunk, *, distrust_old: bool = False) -> Prepared:
+        """Choose what to apply, and decode the first part of it.
+
+        With ``distrust_old`` items older than a tombstone lasts are held back where the key is
+        absent, whatever was agreed with the peer: the chunk itself may have lain for long.
+        """
         builder = self._builder
         selection = builder.select(chunk.entries)
         if selection.candidates and (builder.foreign or (self._check_first and builder.coalesce)):
             await self._drop_current(selection)
-        if self._context.stale.active:
-            await self._hold_back(selection)
+        if self._context.stale.active or distrust_old:
+            await self._hold_back(selection, distrust_old)
         parts = builder.materialise(selection)
         first = next(parts)
         if first.items:
@@ -139,7 +143,7 @@ class Applier:
             held = await self.call(context.reads, lambda: context.store.stamps(keys))
         self._builder.drop_current(selection, held)
 
-    async def _hold_back(self, selection: Selection) -> None:
+    async def _hold_back(self, selection: Selection, distrust_old: bool) -> None:
         """Take out old items that are absent here; the trees bring them once a person agrees."""
         context = self._context
         floor = context.stale.floor_ms
@@ -149,15 +153,18 @@ class Applier:
         held = await self.call(
             context.reads, lambda: context.store.stamps([entry.key for entry in old])
         )
-        kept_back = set()
         for entry, ours in zip(old, held, strict=True):
             theirs = Stamp(
                 entry.updated_at, entry.version, False, entry.digest or b"", entry.content_type
             )
             if context.stale.holds_back(theirs, ours):
                 context.stale.note(entry.key, theirs)
-                kept_back.add(entry.index)
-        selection.candidates = [e for e in selection.candidates if e.index not in kept_back]
+                selection.held_back.add(entry.index)
+            elif distrust_old and ours is None:
+                selection.held_back.add(entry.index)
+        selection.candidates = [
+            e for e in selection.candidates if e.index not in selection.held_back
+        ]
 
     # Step two: apply.
 
@@ -167,18 +174,25 @@ class Applier:
         :raises Blocked: if the link must pause.
         :raises Unsettled: if it failed and the mode has changed meanwhile.
         """
-        chunk = prepared.chunk
+        await self.take(prepared, prepared.chunk.end)
+
+    async def take(self, prepared: Prepared, end: Position | None, path: str = "stream") -> None:
+        """Hand over all parts of a chunk; the selection's dead letters are complete afterwards.
+
+        ``end`` is the position that the store keeps with the last part. Parts are decoded once
+        only; a chunk that is tried again is prepared again.
+        """
         part: Part | None = prepared.first
         while part is not None:
             following = next(prepared.rest, None)
-            position = chunk.end if following is None else None
-            result = await self.hand_over(part, position)
+            position = end if following is None else None
+            result = await self.hand_over(part, position, path)
             prepared.applied += result.applied
             prepared.superseded += result.superseded
             prepared.selection.letters.extend(self._refused(prepared, part, result))
             part = following
 
-    # Step three: settle. Parts are decoded once only; a chunk that is tried again is prepared again.
+    # Step three: settle.
 
     async def keep_letters(self, prepared: Prepared) -> None:
         """Keep the dead letters of an applied chunk, and with them the cursor that passes them.
@@ -204,7 +218,7 @@ class Applier:
     ) -> ApplyResult:
         """Hand one part to the store, again and again until it takes it.
 
-        ``path`` tells how it came: "stream", "bootstrap" or "repair".
+        ``path`` tells how it came: "stream", "bootstrap", "repair" or "dead letter".
         """
         context = self._context
         received = Received(context.peer_id, position, part.wire, part.encoded)
@@ -350,13 +364,16 @@ class Applier:
                 if dropped:
                     context.metrics.dead_letters("dropped", dropped)
                     context.log.warning("dead_letters_dropped", count=dropped, limit=limit)
-                progress.dead_letters = (await store.load(context.peer_id)).dead_letters
+                record = await store.load(context.peer_id)
+                progress.dead_letters = record.dead_letters
+                progress.gaps_open = len(record.gaps)
                 break
             except CursorStoreError as error:
                 # Without the letters on disk the cursor must not pass them.
                 if not error.may_pass:
                     raise
                 progress.failed(error)
+                context.cursors.failed(error)
                 context.log.warning("dead_letters_not_kept", error=error, path=error.path)
                 if self._interrupted():
                     raise Unsettled from error

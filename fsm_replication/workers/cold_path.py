@@ -291,6 +291,7 @@ class ColdPath:
         except CursorStoreError as error:
             if not error.may_pass:
                 raise
+            context.cursors.failed(error)
             return self._gave_up(peer, context, stats, error)
         except ReplicationError as error:
             return self._gave_up(peer, context, stats, error)

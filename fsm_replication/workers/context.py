@@ -230,6 +230,7 @@ class LinkContext:
             await self.ports.cursor_store.set_agreed(self.peer_id, at_ms, heal_gaps=True)
         except CursorStoreError as error:
             # It is found out again by the next comparison.
+            self.cursors.failed(error)
             self.log.warning("agreement_not_kept", error=error)
         else:
             self.progress.gaps_open = 0
@@ -245,6 +246,7 @@ class LinkContext:
             await self.ports.cursor_store.set_synced(self.peer_id)
         except CursorStoreError as error:
             # It is found out again after the next start.
+            self.cursors.failed(error)
             self.log.warning("synced_not_kept", error=error)
 
 

@@ -7,6 +7,7 @@ behind it, and what was read since is read again after a crash.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from fsm_replication.errors import CursorStoreError
@@ -30,6 +31,10 @@ class CursorBook:
         self._dirty: set[str] = set()
         self.last_error: CursorStoreError | None = None
 
+    def failed(self, error: CursorStoreError) -> None:
+        """Note that the cursor store failed somebody; health tells it until it was written to."""
+        self.last_error = error
+
     def get(self, peer_id: str) -> Cursor | None:
         """Return the newest cursor of a peer known to this process."""
         return self._cursors.get(peer_id)
@@ -41,6 +46,7 @@ class CursorBook:
 
     def saved(self, peer_id: str, cursor: Cursor | None) -> None:
         """Note that this cursor is on disk already, or that there is none any more."""
+        self.last_error = None
         self._dirty.discard(peer_id)
         if cursor is None:
             self._cursors.pop(peer_id, None)
@@ -57,10 +63,20 @@ class CursorBook:
 
         :raises CursorStoreError: if it cannot be written; it stays dirty.
         """
-        dirty = sorted(self._dirty)
-        if not dirty:
-            return 0
-        written = [(peer_id, self._cursors[peer_id]) for peer_id in dirty]
+        return await self._write(sorted(self._dirty)) if self._dirty else 0
+
+    async def look_after(self) -> None:
+        """Flush; with nothing dirty see that the file is there and can be written.
+
+        A file that was removed is noticed although nobody needs it. After an error everything is
+        written anew, so that the error is forgotten as soon as it is over.
+
+        :raises CursorStoreError: if it cannot be written.
+        """
+        await self._write(sorted(self._dirty if self.last_error is None else self._cursors))
+
+    async def _write(self, peer_ids: Sequence[str]) -> int:
+        written = [(peer_id, self._cursors[peer_id]) for peer_id in peer_ids]
         try:
             await self._store.save(written)
         except CursorStoreError as error:
@@ -70,20 +86,28 @@ class CursorBook:
         self.last_error = None
         # A cursor that was settled anew in the meantime is dirty still.
         self._dirty -= {peer for peer, cursor in written if self._cursors.get(peer) is cursor}
+        if not written:
+            return 0
         self._metrics.get("cursor_flushes").inc()
         self._metrics.get("cursor_persists").inc(len(written))
         return len(written)
 
 
 async def flush_cursors(book: CursorBook, clock: Clock, report: Reporter) -> None:
-    """Flush every five seconds until cancelled; reports BROKEN where the file is gone for good."""
+    """Flush every five seconds until cancelled; reports BROKEN where the file is gone for good.
+
+    An error that somebody else has met, and that nothing mends, is reported here too.
+    """
     log = get_logger("cursor")
     while True:
         await clock.sleep(FLUSH_INTERVAL_SEC)
-        try:
-            await book.flush()
-        except CursorStoreError as error:
-            if not error.may_pass:
-                report(EngineFact.BROKEN, str(error), error)
-                return
-            log.warning("cursor_flush_failed", path=error.path, error=error)
+        error = book.last_error
+        if error is None or error.may_pass:
+            try:
+                await book.look_after()
+            except CursorStoreError as failed:
+                error = failed
+                log.warning("cursor_flush_failed", path=error.path, error=error)
+        if error is not None and not error.may_pass:
+            report(EngineFact.BROKEN, str(error), error)
+            return

@@ -40,10 +40,12 @@ class CrashCounter:
         """Return the error to abort with, once a worker has crashed too often."""
         if crashes <= CRASHES_MAX:
             return None
-        return WorkerCrashedError(
+        verdict = WorkerCrashedError(
             f"worker {worker} died {crashes} times within a minute, the last time of"
             f" {type(error).__name__}: {error}"
         )
+        verdict.__cause__ = error
+        return verdict
 
 
 async def supervise(

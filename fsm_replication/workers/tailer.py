@@ -169,8 +169,10 @@ class Tailer:
             try:
                 await self._live()
             except (NetworkError, PeerError, CursorStoreError, StoreReopenedError) as error:
-                if isinstance(error, CursorStoreError) and not error.may_pass:
-                    raise
+                if isinstance(error, CursorStoreError):
+                    if not error.may_pass:
+                        raise
+                    self._context.cursors.failed(error)
                 # A full or locked disk ends no engine: the link comes back and tries again.
                 self._context.progress.failed(error)
                 self._context.metrics.error(type(error).__name__)
