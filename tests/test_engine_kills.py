@@ -167,7 +167,10 @@ async def test_a_killed_engine_loses_nothing_and_reads_little_again(
                 site.check(disk, applied)
                 disk, applied = await site.on_disk(), site.applied()
         wrote_sec = time.monotonic() - began
+        commands = site.commands
         node = await spawn(config)
+        # All may be there already; until it has come so far SIGTERM would just kill it.
+        await until(lambda: site.commands > commands, "the node to connect")
 
         async def complete() -> bool:
             return not books.losses(await books.holdings({"b": target}))
