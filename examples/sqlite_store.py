@@ -24,6 +24,7 @@ import msgspec
 from fsm_replication import (
     ApplyResult,
     LastWriterWins,
+    MergeError,
     OutboxPublisher,
     OutboxRow,
     Outcome,
@@ -146,11 +147,17 @@ class SqliteStore(SyncEngine):
 
     def _apply(self, changes: Sequence[SyncItem], received: Received | None) -> ApplyResult:
         outcomes: list[Outcome] = []
+        reasons: dict[int, str] = {}
         live_deleted = 0
         with self._transaction():
             for change in changes:
                 held = self._held(change.key)
-                made = resolve(self._resolver, held, change)
+                try:
+                    made = resolve(self._resolver, held, change)
+                except MergeError as error:
+                    reasons[len(outcomes)] = str(error)
+                    outcomes.append(Outcome.REFUSED)
+                    continue
                 if made is None or (held is None and self._is_expired(change)):
                     outcomes.append(Outcome.SUPERSEDED)
                     continue
@@ -162,7 +169,7 @@ class SqliteStore(SyncEngine):
                 row = (received.peer_id, str(at), entries)
                 self._db.execute("INSERT OR REPLACE INTO positions VALUES (?, ?, ?)", row)
             self._forget_old_tombstones()
-        return ApplyResult(outcomes, live_deleted=live_deleted)
+        return ApplyResult(outcomes, reasons, live_deleted)
 
     async def get_many(self, keys: Sequence[str]) -> list[SyncItem | None]:
         """Return what is held, tombstones included."""

@@ -31,10 +31,12 @@ __all__ = (
     "EngineStoppedError",
     "InvalidKeyError",
     "InvalidStateError",
+    "MergeError",
     "NetworkError",
     "NoPeerError",
     "PeerError",
     "PeerRefusedError",
+    "PeerReplacedError",
     "PeerReplyError",
     "ProtocolError",
     "ReplicationError",
@@ -210,6 +212,10 @@ class ConnectionLostError(NetworkError):
     """A connection was refused, reset, closed by the other side, or gave no answer in time."""
 
 
+class PeerReplacedError(NetworkError):
+    """Over a connection that lives on another store is found than when it was made."""
+
+
 # What this node owns --------------------------------------------------------------------------
 
 
@@ -217,6 +223,12 @@ class StoreError(ReplicationError):
     """The local sync engine failed."""
 
     retryable = True
+
+
+class MergeError(StoreError):
+    """A resolver could not make one item of two: the one that arrives is refused."""
+
+    retryable = False
 
 
 class StoreTimeoutError(StoreError):

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
-from fsm_replication.errors import InvalidKeyError
+from fsm_replication.errors import InvalidKeyError, MergeError
 
 __all__ = (
     "CONTENT_TYPES",
@@ -80,8 +80,8 @@ class Resolver(Protocol):
     """Decides between two live items of one key; tombstones never reach it.
 
     ``merge`` must be associative, commutative and idempotent, or nodes will not agree, and it must
-    take any content, since a peer may send anything: one that raises stops the link it came from.
-    Where ``by_stamp`` is true the winner is always the item of the larger stamp, which allows the
+    take any content, since a peer may send anything: where it raises the item that arrives is refused,
+    and becomes a dead letter. Where ``by_stamp`` is true the winner is always the item of the larger stamp, which allows the
     hot path to drop events without looking at their content.
     """
 
@@ -122,18 +122,25 @@ def resolve(resolver: Resolver, held: SyncItem | None, change: SyncItem) -> Sync
 
     The order tuple decides, unless both are live and the resolver looks at contents: then what it
     makes of them gets the larger of the two stamps.
+
+    :raises MergeError: if the resolver fails; a store should refuse the change then.
     """
     if held is None:
         return change
     if resolver.by_stamp or held.deleted or change.deleted:
         return change if change.stamp > held.stamp else None
-    merged = resolver.merge(held, change)
+    try:
+        merged = resolver.merge(held, change)
+        digest = content_hash(merged.content)
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        raise MergeError(f"resolver {resolver.name!r} cannot merge {held.key!r}: {told}") from error
     top = held if held.stamp >= change.stamp else change
     made = SyncItem(
         held.key,
         merged.content,
         merged.content_type,
-        content_hash(merged.content),
+        digest,
         top.version,
         top.updated_at,
         False,

@@ -128,6 +128,11 @@ class PeerLink:
         self._reasons.add(reason)
         self.driver.request_if_legal("pause", why=why)
 
+    def lost(self, lines: Lines, why: str) -> None:
+        """Take in that somebody else than the tailer has found connections to be of no use."""
+        if self._lines is lines:
+            self.driver.react(LinkFact.LOST, why=why)
+
     def decide_anew(self) -> None:
         """Have what was decided decided again, by the settings in force now.
 

@@ -21,7 +21,22 @@ from fsm_replication.merkle import (
 )
 from fsm_replication.redis_dotted import DottedReader, Pipeline
 
-__all__ = ("RedisTree",)
+__all__ = ("RedisTree", "parse_root", "root_command")
+
+
+def root_command(tree_key: str) -> tuple[str, str, int, int]:
+    """Return the command that reads the root of our own layout."""
+    return ("GETRANGE", tree_key, 0, DIGEST_BYTES - 1)
+
+
+def parse_root(reply: object) -> bytes:
+    """Return the digest that was read.
+
+    :raises ProtocolError: if it is none.
+    """
+    if not isinstance(reply, bytes) or len(reply) not in (0, DIGEST_BYTES):
+        raise ProtocolError("the root of a tree is 8 bytes")
+    return reply or EMPTY_ROOT
 
 
 async def _nothing() -> None:
@@ -54,10 +69,8 @@ class RedisTree:
         if layout == DOTTED:
             return await self._dotted.root() or interior_hash(())
         await self._sweep()
-        (raw,) = await self._ask([("GETRANGE", self._key, 0, DIGEST_BYTES - 1)])
-        if not isinstance(raw, bytes) or len(raw) not in (0, DIGEST_BYTES):
-            raise ProtocolError("the root of a tree is 8 bytes")
-        return raw or EMPTY_ROOT
+        (raw,) = await self._ask([root_command(self._key)])
+        return parse_root(raw)
 
     async def children(self, layout: str, paths: Sequence[str]) -> list[dict[str, bytes] | None]:
         """Return the children of several nodes in one round trip; None for one that is no node."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from conftest import DEADLINE_SEC, Nodes, until, until_async
+from conftest import DEADLINE_SEC, Nodes, held, until, until_async
 
 from fsm_replication import (
     EngineStoppedError,
@@ -163,7 +163,9 @@ async def test_equal_trees_cost_one_round_trip(
         stats = await engine.repair()
         assert stats.peers_in_sync == 1
         assert transport.flights - before == 1
-        assert transport.received - received < 100
+        size = transport.received - received
+        assert size < 100
+        sys.stdout.write(f"\nequal trees: one round trip, {size} bytes received\n")
 
 
 @pytest.mark.timeout(120)
@@ -211,6 +213,8 @@ async def test_a_store_without_a_tree_is_repaired_too(
         assert (await engine.repair()).items_submitted == 500
         await peer_store.put("k1", b"y")
         assert (await engine.repair()).items_fetched == 1
+        stats = await engine.repair()
+        assert (stats.items_fetched, stats.peers_in_sync) == (0, 1)
 
 
 # The budget, and what cannot be fetched.
@@ -574,6 +578,49 @@ async def test_a_peer_without_a_tree_is_named(nodes: Nodes, redis_server: RedisS
         assert stats.problems == ("peer 'a' publishes no tree that could be compared",)
         with pytest.raises(UsageError, match="no tree"):
             _ = [one async for one in engine.differences("a")]
+
+
+async def test_a_tree_that_is_built_later_is_found(nodes: Nodes, redis_server: RedisServer) -> None:
+    """If this fails a peer that gets its tree while we read it is never compared."""
+    store = MemorySyncEngine(node_id="b")
+    async with (
+        RedisSyncEngine(redis_server.url, node_id="a", layouts=()) as treeless,
+        nodes.engine(a_at(redis_server), store=store, settings=COLD_ONLY) as engine,
+    ):
+        await treeless.put("k", b"x")
+        assert (await engine.repair()).errors == 1
+        assert engine.health_check().peers[0].layout == ""
+        async with RedisSyncEngine(redis_server.url, node_id="a"):
+            assert (await engine.repair()).items_submitted == 1
+        assert engine.health_check().peers[0].layout == OWN
+        assert await store.get("k") == await treeless.get("k")
+
+
+@pytest.mark.parametrize("becomes", ["empty", "another", "treeless"])
+async def test_another_store_behind_a_living_connection_is_noticed(
+    nodes: Nodes, redis_server: RedisServer, peer_store: RedisSyncEngine, becomes: str
+) -> None:
+    """If this fails a peer that lost everything passes for one we agree with."""
+    store = MemorySyncEngine(node_id="b")
+    await peer_store.put("k", b"x")
+    async with nodes.engine(a_at(redis_server), store=store, settings=COLD_ONLY) as engine:
+        assert (await engine.repair()).items_submitted == 1
+        if becomes == "treeless":
+            async with RedisSyncEngine(redis_server.url, node_id="a", layouts=()):
+                pass
+        else:
+            await peer_store._call("FLUSHALL")
+        if becomes == "another":
+            async with RedisSyncEngine(redis_server.url, node_id="a") as other:
+                await other.put("l", b"y")
+        stats = await engine.repair()
+        assert (stats.peers_in_sync, stats.errors) == (0, 1)
+        assert "another store" in stats.problems[0]
+        await engine.wait_for_state(PeerState.BACKOFF, peer_id="a", timeout=DEADLINE_SEC)
+        if becomes == "another":
+            await engine.wait_for_state(PeerState.STANDBY, peer_id="a", timeout=DEADLINE_SEC)
+            assert (await engine.repair()).items_submitted == 1
+            assert await held(store, "k", "l") == {"k": b"x", "l": b"y"}
 
 
 async def test_a_busy_peer_is_repaired_all_the_same(

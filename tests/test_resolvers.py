@@ -6,13 +6,16 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from conftest import DEADLINE_SEC, Nodes, until_async
+from conftest import DEADLINE_SEC, Nodes, peer_config, until_async
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlite_store import SqliteStore
 from test_repair import same
 
 from fsm_replication import PeerConfig, PeerState
@@ -95,6 +98,77 @@ async def store(
         return
     async with RedisSyncEngine(redis_servers().url, node_id="n", resolver=GrowOnlySet()) as made:
         yield made
+
+
+class Picky(GrowOnlySet):
+    """A set that fails on one content, which no resolver should."""
+
+    def merge(self, a: SyncItem, b: SyncItem) -> SyncItem:
+        """Merge unless one of them is a poison."""
+        if b'"poison"' in a.content + b.content:
+            raise ValueError("poison")
+        return super().merge(a, b)
+
+
+@pytest_asyncio.fixture(params=["memory", "redis", "sqlite"])
+async def picky(
+    request: pytest.FixtureRequest, redis_servers: Callable[[], RedisServer], tmp_path: Path
+) -> AsyncIterator[SyncEngine]:
+    """A store whose resolver fails on one content."""
+    if request.param == "memory":
+        yield MemorySyncEngine(node_id="n", resolver=Picky())
+        return
+    store: RedisSyncEngine | SqliteStore = (
+        RedisSyncEngine(redis_servers().url, node_id="n", resolver=Picky())
+        if request.param == "redis"
+        else SqliteStore(tmp_path / "n.db", node_id="n", resolver=Picky())
+    )
+    async with store:
+        yield store
+
+
+async def test_what_a_resolver_cannot_merge_is_refused(picky: SyncEngine) -> None:
+    """If this fails one item holds its link for ever, for it is tried again and again."""
+    other = SyncItem("l", b"[7]", "json", content_hash(b"[7]"), 1, NOW, False, "o")
+    result = await picky.apply_many(
+        [item_of(b"[1]"), item_of(b'["poison"]', NOW + 1), item_of(b"[2]", NOW + 2), other]
+    )
+    assert [int(outcome) for outcome in result.outcomes] == [0, 2, 0, 0]
+    assert result.reasons[1].endswith("cannot merge 'k': ValueError: poison")
+    held, aside = await picky.get_many(["k", "l"])
+    assert held is not None
+    assert held.content == b"[1,2]"
+    assert aside is not None
+    assert aside.content == b"[7]"
+    assert await picky.submit(item_of(b"[3]", NOW + 3)), "an item that is fine is taken again"
+
+
+async def test_what_cannot_be_merged_becomes_a_dead_letter(
+    nodes: Nodes, redis_server: RedisServer
+) -> None:
+    """If this fails all that comes after it in the stream waits for ever."""
+    store = MemorySyncEngine(node_id="b", resolver=Picky())
+    await store.put("k", b"[1]", "json")
+    async with (
+        RedisSyncEngine(redis_server.url, node_id="a", resolver=GrowOnlySet()) as source,
+        nodes.engine(peer_config(redis_server), store=store) as engine,
+    ):
+        await engine.wait_for_state(PeerState.TAILING, peer_id="a", timeout=DEADLINE_SEC)
+        await source.put("k", b'["poison"]', "json")
+        await source.put("after", b"[3]", "json")
+        await until_async(partial(has, store, "after"), "what came after it")
+        (letter,) = await engine.dead_letters.list()
+        assert (letter.reason, letter.key) == ("refused", "k")
+        assert "poison" in letter.detail
+    held = await store.get("k")
+    assert held is not None
+    assert held.content == b"[1]"
+
+
+async def has(store: SyncEngine, key: str) -> bool:
+    """Say whether a store has a live item."""
+    held = await store.get(key)
+    return held is not None and not held.deleted
 
 
 async def test_a_store_merges_what_arrives(store: MemorySyncEngine | RedisSyncEngine) -> None:

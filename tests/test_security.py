@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import redis
 from conftest import Nodes, Peer, held, until
+from foreign_node import AT, ForeignNode
 
 from fsm_replication.config import (
     ColdPathConfig,
@@ -153,9 +154,11 @@ def _free_port() -> int:
         return server.port
 
 
-def documented_acl() -> list[str]:
-    """Return the command of the docs that makes the user."""
-    (line,) = re.findall(r"^ACL SETUSER .*$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+def documented_acl(name: str = "reader") -> list[str]:
+    """Return the command of the docs that makes a user."""
+    (line,) = re.findall(
+        rf"^ACL SETUSER {name} .*$", DOCS.read_text(encoding="utf-8"), re.MULTILINE
+    )
     return str(line).replace("PASSWORD", SECRET).split()
 
 
@@ -300,7 +303,7 @@ async def test_tls_files_that_cannot_be_used_are_named(certificates: Certificate
 def name_of(args: Sequence[bytes]) -> str:
     """Return a command's name as users are granted it."""
     name = args[0].decode().lower()
-    return f"{name}|{args[1].decode().lower()}" if name in ("client", "xinfo") else name
+    return f"{name}|{args[1].decode().lower()}" if name in ("client", "xinfo", "memory") else name
 
 
 async def use_everything(
@@ -348,6 +351,48 @@ async def test_the_documented_user_is_enough_and_not_too_much(
     granted = {rule[1:] for rule in rules if rule.startswith("+")}
     assert used - {"auth"} == granted
     client.close()
+
+
+@pytest.mark.parametrize("prefix", ["", "site-a:"])
+async def test_the_documented_user_is_enough_for_a_foreign_node(
+    nodes: Nodes, new_redis_server: Callable[[], RedisServer], prefix: str
+) -> None:
+    """If this fails the docs grant too little, or too much, for a foreign node to be read."""
+    server = new_redis_server()
+    foreign = ForeignNode(server, prefix)
+    # The server here has no RedisJSON, which makes it refuse a user that may use it.
+    rules = [rule for rule in documented_acl("foreign-reader") if rule != "+json.get"]
+    foreign.client.execute_command(*rules)
+    foreign.put("a.b", b"x")
+    foreign.put("a.c", b"y")
+    foreign.write_tree()
+    foreign.publish("trimmed", b"0")
+    foreign.client.xtrim(f"{prefix}cdc", maxlen=0, approximate=False)
+    foreign.publish("in.the.stream", b"z")
+    used: set[str] = set()
+    store = MemorySyncEngine()
+    async with FaultProxy(server.port, on_request=lambda args: used.add(name_of(args))) as proxy:
+        url = proxy.url.replace("redis://", f"redis://foreign-reader:{SECRET}@")
+        peer = link_to(url, prefix=prefix)
+        async with nodes.engine(peer, settings=QUICK, store=store) as engine:
+            await engine.wait_synced(15)
+            foreign.put("a.c", b"newer", version=2, at=AT + 1)
+            foreign.write_tree()
+            await engine.repair("a")
+            await engine.explain("a.c")
+            assert [found async for found in engine.differences("a")] == []
+            await proxy.refuse()
+            await reaches(engine, PeerState.BACKOFF)
+            await proxy.heal()
+            await reaches(engine, PeerState.TAILING)
+            foreign.publish("tailed", b"1")
+            await until(lambda: len(store) == 4)
+    assert await held(store, "a.b", "a.c") == {"a.b": b"x", "a.c": b"newer"}
+    log = [entry["object"] for entry in foreign.client.execute_command("ACL", "LOG")]
+    assert set(log) <= {b"json.get", "json.get"}
+    granted = {rule[1:] for rule in rules if rule.startswith("+")}
+    assert used - {"auth", "json.get"} == granted
+    foreign.client.close()
 
 
 async def test_the_documented_user_can_harm_nothing(

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
+from fsm_replication.errors import MergeError
 from fsm_replication.items import (
     CONTENT_TYPES,
     EMPTY_HASH,
@@ -90,9 +91,10 @@ class MemorySyncEngine(SyncEngine):
     async def apply_many(
         self, changes: Sequence[SyncItem], received: Received | None = None
     ) -> ApplyResult:
-        """Keep what is newer; nothing here can fail or be refused."""
+        """Keep what is newer; only what the resolver cannot merge is refused."""
         items, applied, superseded = self._items, Outcome.APPLIED, Outcome.SUPERSEDED
         outcomes: list[Outcome] = []
+        reasons: dict[int, str] = {}
         live = live_deleted = 0
         now = self._wall_clock.now_ms()
         self._forget(now)
@@ -103,7 +105,12 @@ class MemorySyncEngine(SyncEngine):
             if held is None:
                 pass
             elif not by_stamp:
-                made = resolve(resolver, held, change)
+                try:
+                    made = resolve(resolver, held, change)
+                except MergeError as error:
+                    reasons[len(outcomes)] = str(error)
+                    outcomes.append(Outcome.REFUSED)
+                    continue
                 if made is None:
                     outcomes.append(superseded)
                     continue
@@ -126,7 +133,7 @@ class MemorySyncEngine(SyncEngine):
             outcomes.append(applied)
         self._live += live
         self._tree.touch(changes)
-        return ApplyResult(outcomes, live_deleted=live_deleted)
+        return ApplyResult(outcomes, reasons, live_deleted)
 
     def _remember(self, tombstone: SyncItem, now: int) -> None:
         until = max(tombstone.updated_at + self._ttl_ms, now) + self._grace_ms

@@ -331,9 +331,9 @@ class OutboxPublisher:
         # Two numbers that are kept in the same transaction as the items: a position's form will do.
         position = Position(StreamId(mark, before), None) if mark else None
         result = await self._redis.apply_many(fine, Received(LANE, position))
-        for item, outcome in zip(fine, result.outcomes, strict=True):
+        for index, (item, outcome) in enumerate(zip(fine, result.outcomes, strict=True)):
             if outcome is Outcome.REFUSED:
-                self._refuse(item, "its key in Redis holds something that is no item")
+                self._refuse(item, result.reasons[index])
 
     def _is_publishable(self, item: SyncItem) -> bool:
         """Whether every reader will take it; a row that nobody can read must not stop the others."""

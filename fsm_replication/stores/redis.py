@@ -32,6 +32,7 @@ from fsm_replication.errors import (
     BadEntryError,
     ConfigError,
     InvalidKeyError,
+    MergeError,
     PeerReplyError,
     ReplicationError,
     StoreError,
@@ -459,6 +460,7 @@ class RedisSyncEngine(SyncEngine):
     ) -> ApplyResult:
         """Merge each change with what is held, in rounds: what changed meanwhile is made anew."""
         outcomes: list[Outcome | None] = [None] * len(changes)
+        unmerged: dict[int, str] = {}
         live_deleted = 0
         # A key that comes twice in one call is taken in turn, so that the second sees the first.
         while None in outcomes:
@@ -466,12 +468,12 @@ class RedisSyncEngine(SyncEngine):
             for index, change in enumerate(changes):
                 if outcomes[index] is None and len(turn) < ITEMS_PER_CALL:
                     turn.setdefault(change.key, index)
-            live_deleted += await self._merge_round(lane, changes, turn, outcomes)
+            live_deleted += await self._merge_round(lane, changes, turn, outcomes, unmerged)
         peer, position = _position_args(received)
         if position:
             await self._apply(lane, scripts.APPLY, peer, position, _NO_ARGUMENTS)
         done = [outcome for outcome in outcomes if outcome is not None]
-        reasons = self._why_refused(changes, done)
+        reasons = self._why_refused(changes, done) | unmerged
         return ApplyResult(done, reasons, live_deleted)
 
     async def _merge_round(
@@ -480,12 +482,18 @@ class RedisSyncEngine(SyncEngine):
         changes: Sequence[SyncItem],
         turn: Mapping[str, int],
         outcomes: list[Outcome | None],
+        unmerged: dict[int, str],
     ) -> int:
         keys, args, filled = list(turn), list[bytes | str | int](), 0
         tried: list[int] = []
         held_items = await self._fetch(keys)
         for key, held in zip(keys, held_items, strict=False):
-            made = resolve(self._resolver, held, changes[turn[key]])
+            try:
+                made = resolve(self._resolver, held, changes[turn[key]])
+            except MergeError as error:
+                unmerged[turn[key]] = str(error)
+                outcomes[turn[key]] = Outcome.REFUSED
+                continue
             if made is None:
                 outcomes[turn[key]] = Outcome.SUPERSEDED
                 continue
@@ -778,7 +786,7 @@ class RedisSyncEngine(SyncEngine):
             await self.open()
             result = await self.apply_many([item])
         if result.refused:
-            raise StoreError(f"{self._where}: {key!r}: {_NO_ITEM}")
+            raise StoreError(f"{self._where}: {key!r}: {result.reasons[0]}")
         made = (await self._fetch([key]))[0]
         # Where somebody has deleted it since, the write did happen before that.
         return item if made is None or made.deleted else made

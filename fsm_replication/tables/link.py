@@ -164,7 +164,7 @@ LINK: Final = Table(
             "give_up",
             (_S.CONNECTING, _S.BACKOFF),
             _S.FAILED,
-            "an unusable URL, rejected credentials (tried again every 5 minutes all the same), our"
+            "an unusable URL, rejected credentials (tried again every ``reconnect.rejected`` s), our"
             " own node id, a newer format, another tombstone ttl or resolver",
             effects=("wait_for_mending",),
         ),

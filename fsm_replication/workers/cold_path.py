@@ -16,7 +16,12 @@ from typing import Any, Final
 
 from fsm_replication.config import ColdPathConfig, Settings
 from fsm_replication.current import Current
-from fsm_replication.errors import CursorStoreError, EngineStoppedError, ReplicationError
+from fsm_replication.errors import (
+    CursorStoreError,
+    EngineStoppedError,
+    NetworkError,
+    ReplicationError,
+)
 from fsm_replication.log import get_logger
 from fsm_replication.merkle import OWN
 from fsm_replication.metrics import Metrics
@@ -26,6 +31,7 @@ from fsm_replication.stores.protocol import SyncEngine
 from fsm_replication.workers.applier import Blocked, Unsettled
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import LinkContext
+from fsm_replication.workers.peer_tree import look_for_tree
 from fsm_replication.workers.repair import (
     Budget,
     PeerRepair,
@@ -45,12 +51,13 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A peer that may be repaired: its link's state, its connections, and how to pause it."""
+    """A peer that may be repaired: its link's state and connections, and what to tell the link."""
 
     context: LinkContext
     state: str
     lines: Lines | None
     block: Callable[[PauseReason, str], None]
+    lost: Callable[[Lines, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +162,8 @@ class ColdPath:
             self._remember_only(targets)
             for target in targets:
                 why = self._reason_to_skip(target)
+                if not why and not await self._has_tree(target):
+                    why = "no tree"
                 if why:
                     self._metrics.get("repair_skipped", why).inc()
                     continue
@@ -176,8 +185,6 @@ class ColdPath:
             return "not connected" if lines is None else "not at rest"
         if lines is None:
             return "not connected"
-        if not lines.layout:
-            return "no tree"
         if self._ports.clock.monotonic() < peer.not_before:
             return "backoff"
         peer.skipped_busy = 0
@@ -249,7 +256,7 @@ class ColdPath:
                 continue
             if target.lines is None or target.state not in (*_READY, _BUSY):
                 stats = stats.failed(f"peer {name!r} is {target.state}: it cannot be compared now")
-            elif not target.lines.layout:
+            elif not await self._has_tree(target):
                 stats = stats.failed(f"peer {name!r} publishes no tree that could be compared")
             else:
                 stats = await self._visit(target, stats, Budget(), verdict, on_progress)
@@ -257,6 +264,18 @@ class ColdPath:
         return stats
 
     # One peer
+
+    async def _has_tree(self, target: Target) -> bool:
+        """Say whether there is anything to compare; a peer may have built a tree by now."""
+        context, lines = target.context, target.lines
+        assert lines is not None
+        try:
+            await look_for_tree(context, lines)
+        except NetworkError as error:
+            target.lost(lines, str(error))
+        except ReplicationError as error:
+            self._log.warning("peer_not_asked_for_tree", peer_id=context.peer_id, error=error)
+        return bool(lines.layout)
 
     async def _visit(
         self, target: Target, stats: RepairStats, budget: Budget,
@@ -292,6 +311,9 @@ class ColdPath:
             if not error.may_pass:
                 raise
             context.cursors.failed(error)
+            return self._gave_up(peer, context, stats, error)
+        except NetworkError as error:
+            target.lost(lines, str(error))
             return self._gave_up(peer, context, stats, error)
         except ReplicationError as error:
             return self._gave_up(peer, context, stats, error)

@@ -104,9 +104,10 @@ class Comparer:
         Buckets that are empty at the peer are left out, unless ``both`` sides are looked into.
         """
         layout, ours = self._layout, self._ours
+        their_root = await self._theirs.root(layout)
         if ours is not None:
             mine = await ours.root(layout) if our_root is None else our_root
-            if mine == await self._theirs.root(layout):
+            if mine == their_root:
                 return []
         paths = [""]
         for _ in range(2):

@@ -30,7 +30,6 @@ from fsm_replication.layout import STAMP_BYTES, Keys, decode_stamp
 from fsm_replication.merkle import Tree
 from fsm_replication.ports import BootstrapRow, Cursor, GapRow, Position
 from fsm_replication.redis_dotted import DottedReader
-from fsm_replication.redis_tree import RedisTree
 from fsm_replication.stream import DataDecoder
 from fsm_replication.workers.applier import Applier
 from fsm_replication.workers.comparer import Comparer, Difference, is_wanted
@@ -45,6 +44,7 @@ from fsm_replication.workers.fetcher import (
 )
 from fsm_replication.workers.foreign_items import ForeignItems
 from fsm_replication.workers.foreign_walk import ForeignWalk
+from fsm_replication.workers.peer_tree import PeerTree
 from fsm_replication.workers.reader import Gap, ask_info
 
 __all__ = ("Copier", "GuardedTree", "make_comparer", "make_source", "make_walk")
@@ -76,14 +76,10 @@ class GuardedTree:
 
 def make_comparer(context: LinkContext, lines: Lines, applier: Applier) -> Comparer:
     """Return what compares a peer's tree with the one of the local store."""
-    timeout = context.settings.timeouts.command
     ours = context.store.tree
     return Comparer(
         None if ours is None else GuardedTree(context, applier, ours),
-        RedisTree(
-            lambda commands: lines.asking.pipeline(commands, timeout_sec=timeout),
-            Keys(context.peer.redis_prefix),
-        ),
+        PeerTree(context, lines),
         lambda keys: applier.call(context.reads, lambda: context.store.stamps(keys)),
         by_stamp=context.store.resolver.by_stamp,
     )

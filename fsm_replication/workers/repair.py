@@ -162,7 +162,6 @@ class _Pass:
         comparer = make_comparer(context, self._lines, self._applier)
         buckets = await comparer.differing_buckets(our_root)
         result.skipped = comparer.skipped
-        result.in_sync = not buckets and not comparer.skipped
         # The part before the last key of the pass before comes last: the walk wraps.
         begin = after[0] if after is not None else ""
         ordered = [path for path in buckets if path >= begin]
@@ -172,6 +171,7 @@ class _Pass:
             await self._take(group, after if first else None)
             first = False
             self._on_progress(result)
+        result.in_sync = not (result.differing or result.skipped)
         result.complete = not (result.deferred or result.held_back or result.skipped)
         result.complete = result.complete and not result.fetched.failed
         if result.complete:

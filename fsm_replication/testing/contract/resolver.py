@@ -50,7 +50,7 @@ class ResolverRules(StoreRules):
         self.for_all(st.tuples(one, one), check)
 
     def test_merging_takes_any_content(self) -> None:
-        """If this fails one item of a peer stops the link it came from, each time it is read."""
+        """If this fails an item of a peer is refused, and two nodes that write it never agree."""
         resolver = self._resolver()
         one = strategies.items(keys=st.just("k"), bodies=strategies.contents() | self.contents())
 
