@@ -8,6 +8,7 @@ code is not found any more. Prints a line for each; ends with 1 if any survived.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,12 +36,11 @@ MUTANTS: Final = (
     Mutant(
         "the cursor is advanced before the batch is in the store",
         "workers/applier.py",
-        "        chunk = prepared.chunk\n        part: Part | None = prepared.first\n",
-        "        chunk = prepared.chunk\n"
+        "        await self.take(prepared, prepared.chunk.end)\n",
         "        self._context.cursors.settle(\n"
-        "            self._context.peer_id, Cursor(chunk.end, self._incarnation)\n"
+        "            self._context.peer_id, Cursor(prepared.chunk.end, self._incarnation)\n"
         "        )\n"
-        "        part: Part | None = prepared.first\n",
+        "        await self.take(prepared, prepared.chunk.end)\n",
         "tests/test_hot_path.py tests/test_faults.py tests/test_withstands.py",
     ),
     Mutant(
@@ -231,8 +231,8 @@ MUTANTS: Final = (
     Mutant(
         "of two entries of a key in one batch the older wins",
         "batch.py",
-        "        return entry.updated_at > rival.updated_at\n    return _order(entry)",
         "        return entry.updated_at < rival.updated_at\n    return _order(entry)",
+        "        return entry.updated_at > rival.updated_at\n    return _order(entry)",
         "tests/test_hot_path.py",
     ),
     Mutant(
@@ -353,7 +353,8 @@ def _try(mutant: Mutant, folder: Path) -> str:
         return "killed (it is refused when it is imported)"
     if ended.returncode != 1:
         return f"BROKEN: {ended.stdout.decode()[-300:]}{ended.stderr.decode()[-300:]}"
-    return "killed"
+    failed = re.search(r"^(?:FAILED|ERROR) \S*?(\w+\.py::\S+)", ended.stdout.decode(), re.MULTILINE)
+    return f"killed by {failed[1]}" if failed else "killed"
 
 
 def main(names: list[str]) -> int:
@@ -366,7 +367,7 @@ def main(names: list[str]) -> int:
             result = _try(mutant, Path(folder))
         away += not result.startswith("killed")
         took = time.monotonic() - began
-        sys.stdout.write(f"{result:9} {took:6.1f} s  {mutant.name}\n")
+        sys.stdout.write(f"{took:6.1f} s  {mutant.name}: {result}\n")
         sys.stdout.flush()
     sys.stdout.write(f"{len(chosen) - away} of {len(chosen)} mutants were killed\n")
     return 1 if away else 0

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mutants import MUTANTS, Mutant
 
 import fsm_replication
 
@@ -128,3 +129,10 @@ def test_every_error_says_whether_trying_again_helps() -> None:
         if isinstance(thing, type):
             assert issubclass(thing, fsm_replication.ReplicationError)
             assert isinstance(thing.retryable, bool)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_each_mutant_has_its_place(mutant: Mutant) -> None:
+    """If this fails a defect that the suite must notice can no longer be put in."""
+    assert (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old) == 1
+    assert mutant.old != mutant.new
