@@ -4,7 +4,7 @@ Theory of operation. Workers *post* reports; the driver handles them in a callba
 the event loop, never in the worker's stack, so that a worker cannot be stopped in the middle of
 its own report. The mailbox holds at most one unhandled report per worker: a newer fact replaces an
 older one of the same sender, which nobody has acted on yet and which is no longer true. It
-therefore cannot fill.
+therefore cannot fill. A report whose entry is over when it comes is dropped at once.
 
 The driver also owns the machine's tasks (:class:`Crew`). A task belongs to a state or group entry
 and is asked to stop when that is over; when none of the tasks of entries that are over is left,
@@ -171,6 +171,10 @@ class Driver:
 
     def post(self, report: Report) -> None:
         """Put a report into the mailbox; it is handled in the loop's next turn."""
+        if not self.machine.is_current(report.ticket):
+            # It must not take the place of one that counts, from a later worker of that name.
+            self._drop(report)
+            return
         replaced = self._mailbox.pop(report.sender, None)
         if replaced is not None:
             self._drop(replaced)

@@ -63,7 +63,7 @@ from fsm_replication.workers.repair import KeyDifference, StaleVerdict, find_dif
 from fsm_replication.workers.supervisor import CrashCounter, supervise
 from fsm_replication.workers.tailer import decided_by
 
-__all__ = ("Circuits", "ReplicationEngine")
+__all__ = ("Circuits", "ReplicationEngine", "startup_verdict")
 
 # The last fifth of the drain timeout is kept for closing connections and the cursor store.
 DRAIN_SHARE: Final = 0.8
@@ -171,6 +171,7 @@ class ReplicationEngine(Observer):
         )
 
     def _circuit(self, name: str, *, failures: int, reset_sec: float, successes: int) -> Circuit:
+        self.metrics.get("circuit_state", name).set(_CIRCUIT_VALUES[CircuitState.CLOSED])
         return Circuit(
             name,
             failures=failures,
@@ -181,14 +182,12 @@ class ReplicationEngine(Observer):
         )
 
     def _peer_circuit(self, peer: PeerConfig) -> Circuit:
-        circuit = self._circuit(
+        return self._circuit(
             f"peer:{peer.node_id}",
             failures=peer.circuit_failure_threshold,
             reset_sec=peer.circuit_reset_timeout_sec,
             successes=1,
         )
-        self.metrics.get("circuit_state", circuit.name).set(_CIRCUIT_VALUES[circuit.state])
-        return circuit
 
     def _make_links(self) -> None:
         """Make the links of an engine that was not started, or give them everything anew."""
@@ -201,6 +200,7 @@ class ReplicationEngine(Observer):
         self._show_state()
 
     def _link_context(self, peer: PeerConfig) -> LinkContext:
+        self.metrics.get("peer_state", peer.node_id, PeerState.CREATED).set(1)
         return LinkContext(
             local_node_id=self._config.local_node_id,
             peer=peer,
@@ -784,10 +784,11 @@ class ReplicationEngine(Observer):
         while True:
             startup = self._settings.value.startup
             states = [link.state for link in self._links.values()]
-            if not states or startup.when_no_peer == "run" or any(s.is_running for s in states):
+            if not states or startup.when_no_peer == "run":
                 return None
-            if all(state is PeerState.FAILED for state in states):
-                return self._no_peer("and waiting will not help")
+            verdict = startup_verdict(states)
+            if verdict is not None:
+                return None if verdict else self._no_peer("and waiting will not help")
             rest = began + startup.timeout - clock.monotonic()
             if rest <= 0:
                 return self._no_peer(f"within {startup.timeout:g} s")
@@ -919,7 +920,11 @@ class ReplicationEngine(Observer):
 
     def _on_fact(self, report: Report) -> None:
         if report.fact is EngineFact.DRAINED and isinstance(report.payload, BaseException):
-            self._error = self._error or report.payload
+            if self._error is None:
+                self._error = report.payload
+            else:
+                # The first error is the one that is kept, but what was left behind must be named.
+                self._error.add_note(str(report.payload))
 
     def _crashed(self, worker: str, error: Exception) -> None:
         if worker == "engine:drainer":
@@ -1000,6 +1005,13 @@ class ReplicationEngine(Observer):
 
     def __repr__(self) -> str:
         return f"<ReplicationEngine {self.node_id!r} {self.state}>"
+
+
+def startup_verdict(states: Sequence[PeerState]) -> bool | None:
+    """Say whether a start has come to an end: well, as a link is up, or badly, as none will be."""
+    if any(state.is_running for state in states):
+        return True
+    return False if all(state is PeerState.FAILED for state in states) else None
 
 
 def _system_ports(config: ReplicationConfig) -> Ports:

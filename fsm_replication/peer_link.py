@@ -30,7 +30,7 @@ __all__ = ("PeerLink",)
 
 RUNNING: Final = "group:Running"
 # What it comes to for the link when one of its workers dies unexpectedly.
-_MEANING_OF_DEATH: Final = {
+DEATHS: Final = {
     "tailer": LinkFact.LOST,
     "connector": LinkFact.UNREACHABLE,
     "timer": LinkFact.DUE,
@@ -290,8 +290,7 @@ class PeerLink:
     def _crashed(self, name: str, ticket: Ticket, error: Exception) -> None:
         # The link goes on as after any other loss; the engine counts how often it happens.
         self.context.progress.last_error = f"{type(error).__name__}: {error}"
-        fact = _MEANING_OF_DEATH[name]
-        self.driver.post(Report(name, fact, ticket, f"the {name} died: {error}"))
+        self.driver.post(Report(name, DEATHS[name], ticket, f"the {name} died: {error}"))
         self._on_crash(f"{self.driver.name}:{name}", error)
 
     def health(self) -> PeerHealth:

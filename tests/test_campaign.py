@@ -13,17 +13,17 @@ from fsm_replication.items import SyncItem
 from fsm_replication.stores.protocol import ApplyResult, Received
 from fsm_replication.tables import LINK
 from fsm_replication.testing import campaign, fates
-from fsm_replication.testing.campaign import EXEMPT, Campaign, main, run_seeds
+from fsm_replication.testing.campaign import Campaign, main, run_seeds
 from fsm_replication.testing.fates import (
     BrokenPromiseError,
     Fate,
     Tally,
-    moves_of_the_tables,
     random_fate,
     run_fate,
     shrink,
 )
 from fsm_replication.testing.local_mesh import START_MS, LocalMesh, topology
+from fsm_replication.testing.moves import EXEMPT, moves_of_the_tables
 from fsm_replication.testing.sim_store import SimStore
 from fsm_replication.testing.virtual_time import VirtualTimeLoop, run
 

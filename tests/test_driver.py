@@ -188,6 +188,21 @@ async def test_a_newer_report_replaces_an_unhandled_one() -> None:
     assert len(books.drops) == 1000
 
 
+async def test_a_late_report_takes_the_place_of_no_other() -> None:
+    """If this fails a worker that was slow to end silences the one that came after it."""
+    driver, books = make(LINK)
+    walk_to(driver, PeerState.BACKOFF)
+    earlier = driver.machine.ticket("Backoff")
+    for trigger in ("retry", "connect_failed"):
+        driver.request(trigger, why="on the way")
+    driver.post(Report("timer", LinkFact.DUE, driver.machine.ticket("Backoff")))
+    late = Report("timer", LinkFact.DUE, earlier)
+    driver.post(late)
+    await settle()
+    assert driver.state is PeerState.CONNECTING
+    assert books.drops == [late]
+
+
 async def test_what_nobody_takes_over_is_closed() -> None:
     """If this fails connections in a report that comes too late stay open."""
 

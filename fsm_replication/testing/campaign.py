@@ -24,24 +24,17 @@ from rich.progress import Progress
 
 from fsm_replication.testing.fates import (
     Fate,
-    Move,
     Tally,
     random_fate,
     run_fate,
     shrink,
 )
+from fsm_replication.testing.moves import EXEMPT, Move
 
-__all__ = ("EXEMPT", "Campaign", "Failure", "main", "run_campaign", "run_seeds")
+__all__ = ("Campaign", "Failure", "main", "run_campaign", "run_seeds")
 
 SEEDS_PER_JOB: Final = 50
 SHRUNK_MAX: Final = 5
-
-EXEMPT: Final[dict[Move, str]] = {
-    ("link", "give_up", "Backoff", "Failed"): (
-        "the design allows it, but nothing that waits in Backoff finds out anything hopeless"
-    ),
-}
-"""Moves that no simulated run can take, and why."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from fsm_replication.engine import ReplicationEngine
 from fsm_replication.errors import CursorStoreError, ReplicationError, StoreError
 from fsm_replication.items import Stamp, SyncItem
 from fsm_replication.journal import Transition
-from fsm_replication.tables import TABLES, EngineState, PeerState
+from fsm_replication.tables import EngineState, PeerState
 from fsm_replication.testing.local_mesh import (
     BLOCK_SEC,
     COLD_INTERVAL_SEC,
@@ -42,6 +42,7 @@ from fsm_replication.testing.local_mesh import (
     LocalMesh,
     topology,
 )
+from fsm_replication.testing.moves import Move, moves_of_the_tables
 from fsm_replication.testing.virtual_time import run
 
 __all__ = (
@@ -51,11 +52,9 @@ __all__ = (
     "SHAPES",
     "BrokenPromiseError",
     "Fate",
-    "Move",
     "Step",
     "Tally",
     "carry_out",
-    "moves_of_the_tables",
     "random_fate",
     "run_fate",
     "shrink",
@@ -74,8 +73,6 @@ FLOOD: Final = 80
 # Longer than a link waits before it tries rejected credentials, or a circuit of the store, again.
 LONG_SEC: Final = 400.0
 Step = tuple[Any, ...]
-Move = tuple[str, str, str, str]
-"""A kind of machine, a trigger, the state before and the one after."""
 
 
 class BrokenPromiseError(AssertionError):
@@ -123,16 +120,6 @@ class Tally:
     def never_taken(self) -> list[Move]:
         """Return the moves of the tables that no run has taken."""
         return sorted(moves_of_the_tables() - self.moves.keys())
-
-
-def moves_of_the_tables() -> set[Move]:
-    """Return every move that the tables allow."""
-    return {
-        (table.name, row.trigger, str(source), str(row.dest))
-        for table in TABLES
-        for row in table.rows
-        for source in row.sources
-    }
 
 
 # Making fates

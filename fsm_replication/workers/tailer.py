@@ -16,7 +16,7 @@ Memory: at most one reply being worked on and one arriving, each of at most half
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Final
@@ -50,7 +50,7 @@ from fsm_replication.workers.reader import (
     check_history,
 )
 
-__all__ = ("Mode", "Tailer", "decided_by")
+__all__ = ("Mode", "Tailer", "decided_by", "passed_reason")
 
 BEHIND_MS: Final = 2000
 BEHIND_BATCHES: Final = 10
@@ -73,6 +73,29 @@ def decided_by(settings: Settings) -> tuple[object, ...]:
         limits.payload_bytes,
         limits.batch_bytes,
     )
+
+
+def passed_reason(
+    reasons: frozenset[PauseReason],
+    circuits: Sequence[CircuitState],
+    *,
+    accepts: bool,
+    room: bool,
+) -> tuple[PauseReason | None, str] | None:
+    """Return a reason to pause that has gone by itself, and why; None where all still hold.
+
+    The reason is None where there is none left at all. ``circuits`` are the store's, ``accepts``
+    says whether it takes writes, ``room`` whether dead letters are known to have room again.
+    """
+    if not reasons:
+        return None, "no reason to pause is left"
+    if PauseReason.CIRCUIT in reasons and set(circuits) == {CircuitState.CLOSED}:
+        return PauseReason.CIRCUIT, "the store's circuits are closed"
+    if PauseReason.BACKPRESSURE in reasons and accepts:
+        return PauseReason.BACKPRESSURE, "the store accepts writes"
+    if PauseReason.DEAD_LETTERS_FULL in reasons and room:
+        return PauseReason.DEAD_LETTERS_FULL, "there is room for dead letters"
+    return None
 
 
 class Mode(Enum):
@@ -645,27 +668,20 @@ class Tailer:
             await self._until_changed(orders, HOLD_POLL_SEC)
             polls += 1
             reasons = self._reasons()
-            circuits = (context.writes.state, context.reads.state)
-            if not reasons:
-                orders.report(LinkFact.CLEARED, "no reason to pause is left")
-            elif PauseReason.CIRCUIT in reasons and set(circuits) == {CircuitState.CLOSED}:
-                orders.report(
-                    LinkFact.CLEARED, "the store's circuits are closed", PauseReason.CIRCUIT
-                )
-            elif PauseReason.BACKPRESSURE in reasons and context.store.should_accept_writes():
-                orders.report(
-                    LinkFact.CLEARED, "the store accepts writes", PauseReason.BACKPRESSURE
-                )
-            elif (
+            room = (
                 PauseReason.DEAD_LETTERS_FULL in reasons
                 and polls % HOLD_POLLS_PER_COUNT == 0
                 and await self._letters_fit()
-            ):
-                orders.report(
-                    LinkFact.CLEARED,
-                    "there is room for dead letters",
-                    PauseReason.DEAD_LETTERS_FULL,
-                )
+            )
+            passed = passed_reason(
+                reasons,
+                (context.writes.state, context.reads.state),
+                accepts=context.store.should_accept_writes(),
+                room=room,
+            )
+            if passed is not None:
+                reason, why = passed
+                orders.report(LinkFact.CLEARED, why, reason)
 
     async def _letters_fit(self) -> bool:
         context = self._context
