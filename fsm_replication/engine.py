@@ -588,6 +588,8 @@ class ReplicationEngine(Observer):
                 if peer_id in (None, link.peer_id):
                     link.force()
         await self._decided(peer_id)
+        if not self.is_running:
+            raise EngineStoppedError("the engine ended before the repair began")
         verdict = StaleVerdict(accept=accept_stale) if accept_stale or reject_stale else None
         return await self._cold_path.repair(peer_id, verdict, on_progress)
 

@@ -538,6 +538,23 @@ async def test_a_second_call_joins_the_first(
         await engine.repair()
 
 
+async def test_an_engine_that_ends_before_a_repair_begins_says_so(
+    nodes: Nodes, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails a caller gets a KeyError from inside the library."""
+    async with (
+        RedisSyncEngine(redis_server.url, node_id="a"),
+        nodes.engine(a_at(redis_server), settings=COLD_ONLY) as engine,
+    ):
+
+        async def end_meanwhile(_peer_id: str | None) -> None:
+            await engine.shutdown()
+
+        monkeypatch.setattr(engine, "_decided", end_meanwhile)
+        with pytest.raises(EngineStoppedError, match="before the repair"):
+            await engine.repair()
+
+
 async def test_differences_are_shown_and_nothing_is_changed(
     nodes: Nodes, redis_server: RedisServer, peer_store: RedisSyncEngine
 ) -> None:
