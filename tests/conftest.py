@@ -86,9 +86,9 @@ class Peer:
         self.client = redis.Redis(port=server.port)
         self.sent = 0
 
-    def write_marker(self, **changes: str | int) -> None:
-        """Write the marker key of a node of ours."""
-        marker: dict[str, str | int] = {
+    def marker(self) -> dict[str, str | int]:
+        """Return the fields of the marker key of a node of ours without a tree."""
+        return {
             "node_id": self.node_id,
             "format": FORMAT,
             "layouts": "",
@@ -97,7 +97,10 @@ class Peer:
             "partitions": 0,
             "incarnation": "by hand",
         }
-        self.client.hset(Keys().marker, mapping=marker | changes)  # type: ignore[arg-type]
+
+    def write_marker(self, **changes: str | int) -> None:
+        """Write the marker key."""
+        self.client.hset(Keys().marker, mapping=self.marker() | changes)  # type: ignore[arg-type]
 
     def item(self, key: str, content: bytes | None, at_ms: int | None = None) -> SyncItem:
         """Return an item, or with None a tombstone, newer than all before it."""
