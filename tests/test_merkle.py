@@ -164,6 +164,39 @@ async def test_many_writers_at_once_keep_the_tree_true(redis_server: RedisServer
         assert root == made_of(leaves)
 
 
+async def test_a_reading_ends_however_much_is_written() -> None:
+    """If this fails a node that is flooded by one peer compares itself with none."""
+    store = MemorySyncEngine()
+    tree = store.tree
+    assert tree is not None
+    await tree.root(OWN)
+
+    async def flood() -> None:
+        at = 0
+        while True:
+            at += 1
+            await store.apply_many([put_of(f"k{n}", at) for n in range(3000)])
+            await asyncio.sleep(0)
+
+    flooding = asyncio.create_task(flood())
+    await asyncio.sleep(0)
+    async with asyncio.timeout(20):
+        roots = await asyncio.gather(*(tree.root(OWN) for _ in range(5)))
+        found = await tree.children(OWN, [""])
+    flooding.cancel()
+    assert EMPTY_ROOT not in roots
+    assert found[0]
+    # What was written meanwhile is in the next.
+    assert await everything(store) == await everything_anew(store)
+
+
+async def everything_anew(store: MemorySyncEngine) -> tuple[bytes, dict[str, bytes]]:
+    """Return the tree that a store with the same items has which never was read before."""
+    other = MemorySyncEngine()
+    await other.apply_many([item async for item in store.scan()])
+    return await everything(other)
+
+
 async def test_tombstones_leave_the_tree_when_they_expire(redis_server: RedisServer) -> None:
     """If this fails the trees of two nodes differ for as long as one was not asked."""
     async with RedisSyncEngine(

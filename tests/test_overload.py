@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import DEADLINE_SEC, Nodes, Peer, until
 
+from fsm_replication.bench.fairness import fairness_table, run_fairness_bench
 from fsm_replication.circuits import CircuitState
 from fsm_replication.config import (
     HotPathConfig,
@@ -317,3 +318,16 @@ async def test_a_slow_line_slows_nobody_else(
             took.append(time.monotonic() - began)
         await until(lambda: "s.1999" in store._items, "the slow peer's")
         assert all(later < 4 * earlier for earlier, later in pairwise(took)), took
+
+
+async def test_the_bench_shows_what_each_peer_gets() -> None:
+    """If this fails the command that shows the shares does not work, or shows nothing."""
+    shares = await run_fairness_bench(5000, 0.2)
+    assert [one.peer for one in shares] == ["flood", "steady", "slow line"]
+    assert sum(one.share for one in shares) == pytest.approx(1)
+    assert all(one.events > 0 for one in shares)
+    _, steady, slow = shares
+    assert slow.p50_alone_ms is not None
+    assert steady.p50_alone_ms is not None
+    assert slow.p50_alone_ms > 25 > steady.p50_alone_ms
+    assert "slow line" in fairness_table(shares).columns[0]._cells

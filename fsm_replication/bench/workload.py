@@ -55,10 +55,10 @@ _WORDS: Final = [
 ]
 
 
-def make_event(number: int, rng: random.Random, at_ms: int) -> SyncItem:
+def make_event(number: int, rng: random.Random, at_ms: int, *, deletes: bool = True) -> SyncItem:
     """Return one change: nine puts of about 300 bytes of JSON to one delete."""
     key = f"site.patient.{rng.randrange(KEYS)}"
-    if number % (PUTS_PER_DELETE + 1) == PUTS_PER_DELETE:
+    if deletes and number % (PUTS_PER_DELETE + 1) == PUTS_PER_DELETE:
         return SyncItem(key, b"", "binary", EMPTY_HASH, number + 1, at_ms, True, PEER_ID)
     text = " ".join(rng.choices(_WORDS, k=24))
     content = json.dumps(
@@ -68,19 +68,22 @@ def make_event(number: int, rng: random.Random, at_ms: int) -> SyncItem:
     return SyncItem(key, content, "json", content_hash(content), number + 1, at_ms, False, PEER_ID)
 
 
-def _commands(events: int) -> Iterator[tuple[bytes, ...]]:
+def _commands(events: int, *, deletes: bool) -> Iterator[tuple[bytes, ...]]:
     rng = random.Random(20)  # noqa: S311 - the same stream in every run is the point
     compressor = zstandard.ZstdCompressor(level=3)
     for number in range(events):
-        item = make_event(number, rng, 1_700_000_000_000 + number)
+        item = make_event(number, rng, 1_700_000_000_000 + number, deletes=deletes)
         data = None if item.deleted else encode_data(item.content, compressor)
         fields = encode_fields(item, data)
         stream_id = f"{item.updated_at}-0".encode()
         yield (b"XADD", Keys().stream.encode(), stream_id, *fields)
 
 
-async def fill(connection: Connection, events: int = EVENTS) -> None:
-    """Write the marker of a node and its stream of events."""
+async def fill(connection: Connection, events: int = EVENTS, *, deletes: bool = True) -> None:
+    """Write the marker of a node and its stream of events.
+
+    Without ``deletes`` these are puts alone, of which the interlock has nothing to say.
+    """
     await connection.call("FLUSHALL", timeout_sec=TIMEOUT_SEC)
     marker: dict[str, str | int] = {
         "node_id": PEER_ID,
@@ -93,6 +96,6 @@ async def fill(connection: Connection, events: int = EVENTS) -> None:
     }
     flat = [part for pair in marker.items() for part in pair]
     await connection.call("HSET", Keys().marker, *flat, timeout_sec=TIMEOUT_SEC)
-    commands = _commands(events)
+    commands = _commands(events, deletes=deletes)
     while flight := list(islice(commands, ENTRIES_PER_FLIGHT)):
         await connection.pipeline(flight, timeout_sec=TIMEOUT_SEC)

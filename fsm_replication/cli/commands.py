@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from fsm_replication.bench.fairness import fairness_table, run_fairness_bench
 from fsm_replication.bench.report import run_bench
 from fsm_replication.bench.trees import run_tree_bench, tree_table
 from fsm_replication.bench.workload import EVENTS
@@ -152,10 +153,15 @@ def bench(
     trees: Annotated[
         bool, typer.Option("--trees", help="Measure what the tree costs instead; about a minute.")
     ] = False,
+    fairness: Annotated[
+        bool, typer.Option("--fairness", help="Measure who gets how much beside a flood instead.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Measure the hot path against what this machine can do at best; about 30 s a round."""
     configure_logging("error", LogFormat.CONSOLE)
+    if trees and fairness:
+        raise typer.BadParameter("--trees and --fairness are two different measurements")
     try:
         with errors.status("starting") as status:
             if trees:
@@ -164,6 +170,13 @@ def bench(
                     sys.stdout.write(json.dumps([cost.as_json() for cost in costs]) + "\n")
                 else:
                     console.print(tree_table(costs))
+                return
+            if fairness:
+                shares = run_async(run_fairness_bench(note=status.update))
+                if as_json:
+                    sys.stdout.write(json.dumps([share.as_json() for share in shares]) + "\n")
+                else:
+                    console.print(fairness_table(shares))
                 return
             report = run_async(run_bench(rounds, events, note=status.update))
     except ReplicationError as error:

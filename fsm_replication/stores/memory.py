@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
@@ -234,6 +235,10 @@ class _LazyTree:
         self._wall_clock = wall_clock
         self._tree = MerkleTree()
         self._touched: set[str] | None = None
+        # What readings wait for, in order: each for what was touched before it, and no more, so that
+        # it ends however much is being written.
+        self._due: deque[set[str]] = deque()
+        self._asked = self._planted = 0
         self._expiring: list[tuple[int, str]] = []
 
     def touch(self, changes: Sequence[SyncItem]) -> None:
@@ -244,9 +249,18 @@ class _LazyTree:
     async def _refresh(self) -> None:
         if self._touched is None:
             self._touched = set(self._items)
-        while self._touched:
-            for _ in range(min(LEAVES_PER_TURN, len(self._touched))):
-                self._plant(self._touched.pop())
+        if self._touched:
+            self._due.append(self._touched)
+            self._touched = set()
+            self._asked += 1
+        mine = self._asked
+        while self._planted < mine:
+            due = self._due[0]
+            for _ in range(min(LEAVES_PER_TURN, len(due))):
+                self._plant(due.pop())
+            if not due:
+                self._due.popleft()
+                self._planted += 1
             await asyncio.sleep(0)
         now = self._wall_clock.now_ms()
         while self._expiring and self._expiring[0][0] <= now:
