@@ -156,10 +156,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     done = Campaign()
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("runs", total=chosen.runs)
+        told = 0
         for so_far in run_campaign(chosen.first, chosen.runs, chosen.processes):
             done = so_far
             failed = len(done.failures)
             bar.update(task, completed=done.tally.runs + failed, description=f"{failed} failed")
+            # At once: making them shorter, at the end, may take long.
+            for failure in done.failures[told:]:
+                bar.console.print(f"FAILED seed {failure.seed}: {failure.error}", markup=False)
+            told = failed
     done.failures[:SHRUNK_MAX] = map(_shrunk, done.failures[:SHRUNK_MAX])
     if chosen.json:
         say(json.dumps(_as_json(done), indent=2))
