@@ -40,13 +40,35 @@ def test_seeds_keep_every_promise(full: bool) -> None:
 @pytest.mark.parametrize(
     "seed",
     [
-        575,  # Apart for longer than the ttl: nobody gave a word on what was held back.
         1159,  # A link gave up just after its peer was mended.
+        6950,  # A repair waited for a link to decide while its engine ended: KeyError.
     ],
 )
 def test_seeds_that_have_failed_before(seed: int) -> None:
     """If this fails something that was mended is broken again."""
     run_fate(random_fate(seed))
+
+
+APART = (("cut", "a", "b"), ("cut", "b", "a"))
+LONG = ("wait", 400.0)
+
+
+# Nodes apart for longer than the ttl: somebody must give a word on what is held back.
+@pytest.mark.parametrize(
+    "fate",
+    [
+        Fate("mesh", 2, 0, (*APART, ("put", "a", "k", b"x"), LONG, LONG, LONG)),
+        Fate("mesh", 2, 4862, (*APART, LONG, LONG, ("put", "a", "k", b"y"), LONG, LONG)),
+        Fate(
+            "chain", 3, 1328,
+            (("stop", "c"), ("cut", "b", "a"), ("flood", "a"), LONG, ("hang", "a", "b"), LONG),
+            strict=True,
+        ),
+    ],
+)  # fmt: skip
+def test_what_was_apart_for_too_long_agrees_once_somebody_said_so(fate: Fate) -> None:
+    """If this fails nodes that were apart for longer than the ttl never agree again."""
+    run_fate(fate)
 
 
 def test_a_seed_gives_the_same_run() -> None:

@@ -72,6 +72,10 @@ GIVE_UP_SEC: Final = 10.0
 FLOOD: Final = 80
 # Longer than a link waits before it tries rejected credentials, or a circuit of the store, again.
 LONG_SEC: Final = 400.0
+BACKOFF_MAX_SEC: Final = 300.0
+# What is promised of deletes holds while changes reach every node within the ttl (G5); once all is
+# mended a link may still wait for as long as it ever does.
+CHAOS_MAX_SEC: Final = TTL_SEC - BACKOFF_MAX_SEC - 50.0
 Step = tuple[Any, ...]
 
 
@@ -142,8 +146,15 @@ def random_fate(seed: int) -> Fate:
     rng = random.Random(seed)  # noqa: S311 - a seed must give the same run
     names = NAMES[: rng.randint(2, len(NAMES))]
     steps: list[Step] = []
+    waited = 0.0
     for kind in rng.choices(_KINDS, _TICKETS, k=rng.randint(5, 30)):
-        steps.append(_random_step(kind, names, rng))
+        step = _random_step(kind, names, rng)
+        if step[0] == "wait":
+            waited += step[1]
+            if waited > CHAOS_MAX_SEC:
+                waited -= step[1]
+                continue
+        steps.append(step)
         if rng.random() < EXPIRE_SHARE:
             steps.append(("expire",))
     return Fate(
@@ -446,6 +457,9 @@ class _Run:
 
     async def _take_what_is_old(self) -> None:
         """Give a person's word on items of nodes that were apart for longer than the ttl (G5)."""
+        if asyncio.get_running_loop().time() > CHAOS_MAX_SEC:
+            # A link that has waited for long is not even connected yet.
+            await asyncio.sleep(BACKOFF_MAX_SEC)
         for _ in self.mesh.nodes:
             # What one node takes is as old for the next, which learns of it by then.
             await asyncio.sleep(2 * COLD_INTERVAL_SEC)
