@@ -22,11 +22,11 @@ from fsm_replication.config_change import ConfigChange, compare_configs, refuse_
 from fsm_replication.current import Current
 from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.dead_letters import DeadLetters, RetryStats
+from fsm_replication.drain import DRAINER, Drainer
 from fsm_replication.driver import Driver, Observer
 from fsm_replication.errors import (
     ConnectionLostError,
     CursorStoreError,
-    DrainTimeoutError,
     EngineStoppedError,
     InvalidStateError,
     NoPeerError,
@@ -65,8 +65,6 @@ from fsm_replication.workers.tailer import decided_by
 
 __all__ = ("Circuits", "ReplicationEngine", "startup_verdict")
 
-# The last fifth of the drain timeout is kept for closing connections and the cursor store.
-DRAIN_SHARE: Final = 0.8
 DRAIN_TRIES_MAX: Final = 5
 _FINAL: Final = frozenset({EngineState.STOPPED, EngineState.FAILED})
 _CIRCUIT_VALUES: Final = {
@@ -154,6 +152,14 @@ class ReplicationEngine(Observer):
         config = self._config
         self._log = get_logger("engine", node_id=config.local_node_id)
         self._book = CursorBook(self._ports.cursor_store, self.metrics)
+        self._drainer = Drainer(
+            driver=self._driver,
+            links=self._links,
+            book=self._book,
+            store=self._ports.cursor_store,
+            clock=self._ports.clock,
+            config=lambda: self._config,
+        )
         self._cold_path = ColdPath(
             self._settings,
             self._store,
@@ -747,7 +753,7 @@ class ReplicationEngine(Observer):
     def drain(self, _move: Move) -> None:
         """Start the worker that ends everything."""
         self._drain_tries = 1
-        self._driver.start_worker("drainer", str(EngineState.SHUTTING_DOWN), self._drain)
+        self._driver.start_worker(DRAINER, str(EngineState.SHUTTING_DOWN), self._drainer.run)
 
     def release(self, _move: Move) -> None:
         """Tell whoever follows that nothing more will come."""
@@ -811,87 +817,6 @@ class ReplicationEngine(Observer):
             " without"
         )
 
-    # The work of stopping.
-
-    async def _drain(self, report: Reporter) -> None:
-        clock, timeout = self._ports.clock, self._config.settings.timeouts.drain
-        left: tuple[str, ...] = ()
-        began = clock.monotonic()
-        for link in self._links.owned:
-            link.shutdown("the engine stops")
-        try:
-            async with clock.timeout(timeout * DRAIN_SHARE):
-                await self._all_ended()
-        except TimeoutError:
-            left = await self._cancel_all(timeout * (1 - DRAIN_SHARE) / 2)
-        rest = max(timeout * (1 - DRAIN_SHARE) / 2, timeout - (clock.monotonic() - began))
-        error = await self._close_cursors(rest, left)
-        report(EngineFact.DRAINED, "everything has ended", error)
-
-    async def _drain_by_force(self, report: Reporter) -> None:
-        """Do what is left to do where the drainer died, or was cancelled by somebody else."""
-        rest = self._config.settings.timeouts.drain * (1 - DRAIN_SHARE) / 2
-        for link in self._links.values():
-            link.shutdown("the engine stops")
-        left = await self._cancel_all(rest)
-        error = await self._close_cursors(rest, left)
-        report(EngineFact.DRAINED, "everything has ended", error)
-
-    async def _all_ended(self) -> None:
-        for link in self._links.owned:
-            await link.waiter(PeerState.STOPPED).wait()
-        await self._driver.wait_ended(but="drainer")
-
-    def _unfinished(self) -> tuple[str, ...]:
-        names = [name for link in self._links.owned for name in link.driver.workers]
-        names += [name for name in self._driver.workers if name != "engine:drainer"]
-        return tuple(sorted(names))
-
-    async def _cancel_all(self, timeout_sec: float) -> tuple[str, ...]:
-        """Cancel every worker; returns the names of those that do not end all the same."""
-        for link in self._links.owned:
-            link.driver.cancel_all()
-        self._driver.cancel_all(but="drainer")
-        try:
-            async with self._ports.clock.timeout(timeout_sec):
-                await self._all_ended()
-        except TimeoutError:
-            left = self._unfinished()
-            self._log.error("drain_incomplete", left=left)
-            return left
-        return ()
-
-    async def _close_cursors(
-        self, timeout_sec: float, left: tuple[str, ...]
-    ) -> ReplicationError | None:
-        """Flush and close within ``timeout_sec``; returns the error to end with.
-
-        A file that hangs is released by its thread as soon as the disk answers; no task waits.
-        """
-        clock, store = self._ports.clock, self._ports.cursor_store
-        began = clock.monotonic()
-        error: ReplicationError | None = None
-        try:
-            async with clock.timeout(timeout_sec / 2):
-                await self._book.flush()
-        except CursorStoreError as failed:
-            error = failed
-        except TimeoutError:
-            path = self._config.cursor.sqlite_path
-            error = CursorStoreError(
-                f"{path} could not be written within {timeout_sec / 2:g} s: the entries that were"
-                " settled last are read again after the next start",
-                path=path,
-                retryable=True,
-            )
-        try:
-            await store.close(timeout_sec=timeout_sec - (clock.monotonic() - began))
-        except CursorStoreError:
-            left = (*left, "cursor store")
-        if left:
-            return DrainTimeoutError(left, timeout_sec=self._config.settings.timeouts.drain)
-        return error
-
     # What circuits say.
 
     def _circuit_changed(self, circuit: Circuit, old: CircuitState, new: CircuitState) -> None:
@@ -947,7 +872,7 @@ class ReplicationEngine(Observer):
         if self._drain_tries < DRAIN_TRIES_MAX:
             self._drain_tries += 1
             self._driver.request_if_legal("abort", why=f"the drainer died: {error}", payload=error)
-            self._driver.start_worker("drainer", state, self._drain_by_force)
+            self._driver.start_worker(DRAINER, state, self._drainer.by_force)
             return
         ticket = self._driver.machine.ticket(state)
         self._driver.post(Report("drainer", EngineFact.DRAINED, ticket, str(error), error))

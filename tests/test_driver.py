@@ -188,6 +188,20 @@ async def test_a_newer_report_replaces_an_unhandled_one() -> None:
     assert len(books.drops) == 1000
 
 
+async def test_a_report_is_late_that_was_overtaken_on_its_way() -> None:
+    """If this fails what was true when it was said is obeyed when it no longer is."""
+    driver, books = make(LINK)
+    walk_to(driver, PeerState.BACKOFF)
+    said = Report("timer", LinkFact.DUE, driver.machine.ticket("Backoff"))
+    driver.post(said)
+    # Before it is handled the link goes on, and comes back to the same state.
+    for trigger in ("retry", "connect_failed"):
+        driver.request(trigger, why="a request overtakes it")
+    await settle()
+    assert driver.state is PeerState.BACKOFF
+    assert books.drops == [said]
+
+
 async def test_a_late_report_takes_the_place_of_no_other() -> None:
     """If this fails a worker that was slow to end silences the one that came after it."""
     driver, books = make(LINK)

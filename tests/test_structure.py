@@ -38,6 +38,7 @@ LAYERS = (
     ("machine", "driver", "journal", "diagram", "health"),
     ("peer_link",),
     ("links",),
+    ("drain",),
     ("engine",),
     ("servers",),
     ("testing",),
