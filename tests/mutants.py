@@ -290,6 +290,56 @@ MUTANTS: Final = (
         "",
         "tests/test_dotted.py",
     ),
+    Mutant(
+        "another store behind a living connection passes for the peer",
+        "workers/peer_tree.py",
+        "if marker != [known.get(_INCARNATION), known.get(_LAYOUTS)]:",
+        "if False:",
+        "tests/test_repair.py",
+    ),
+    Mutant(
+        "a late report takes the place of one that counts",
+        "driver.py",
+        "        if not self.machine.is_current(report.ticket):\n            # It must not",
+        "        if False:\n            # It must not",
+        "tests/test_driver.py",
+    ),
+    Mutant(
+        "a running engine takes what it cannot change",
+        "engine.py",
+        "            if not created:\n                refuse_what_is_fixed(change)\n",
+        "",
+        "tests/test_reconfigure.py",
+    ),
+    Mutant(
+        "cursors are not flushed at the end",
+        "drain.py",
+        "                await self._book.flush()\n",
+        "                pass\n",
+        "tests/test_faults.py tests/test_stops.py tests/test_engine.py",
+    ),
+    Mutant(
+        "what a resolver cannot merge is tried for ever",
+        "stores/memory.py",
+        "                except MergeError as error:\n",
+        "                except ZeroDivisionError as error:\n",
+        "tests/test_resolvers.py",
+    ),
+    Mutant(
+        "a dead letter that is still bad is thrown away by a retry",
+        "workers/letter_retry.py",
+        "if one.stream_id not in bad.keys() | held_back]",
+        "if one.stream_id not in held_back]",
+        "tests/test_dead_letters.py",
+    ),
+    Mutant(
+        "a reading of the tree waits for what is written meanwhile",
+        "stores/memory.py",
+        "            if not due:\n                self._due.popleft()",
+        "            due |= self._touched\n            self._touched = set()\n"
+        "            if not due:\n                self._due.popleft()",
+        "tests/test_merkle.py",
+    ),
 )
 
 
