@@ -171,7 +171,7 @@ class ReplicationEngine(Observer):
         self._letter_retry = LetterRetry(
             self._ports.cursor_store,
             lambda: {link.peer_id: link.context for link in self._links.values()},
-            lambda peer_id, reason, why: self._link(peer_id).block(reason, why),
+            self._links.block,
             self._note_room,
             partial(self._start_asked, "letter-retry"),
         )

@@ -204,6 +204,11 @@ class Links(Mapping[str, PeerLink]):
                 return True
         return False
 
+    def block(self, peer_id: str, reason: PauseReason, why: str) -> None:
+        """Pause a link, unless its peer was taken out meanwhile."""
+        if peer_id in self._links:
+            self._links[peer_id].block(reason, why)
+
     # What changes about them.
 
     def configure(self, peer: PeerConfig) -> None:

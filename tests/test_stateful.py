@@ -466,8 +466,10 @@ class Fates(RuleBasedStateMachine):
             # Where the disk is closed or full, the wish is in force all the same.
             with suppress(CursorStoreError):
                 await ask(peer)
-            operator = PauseReason.OPERATOR in self.engine._links[peer].pause_reasons
-            assert operator == paused
+            # The peer may have been taken out meanwhile.
+            if peer in self.engine._links:
+                reasons = self.engine._links[peer].pause_reasons
+                assert (PauseReason.OPERATOR in reasons) == paused
 
         self.then(do())
 
