@@ -103,6 +103,11 @@ class Keys:
         return f"{self.prefix}fsm:dotted:out"
 
     @property
+    def clearing(self) -> str:
+        """There as long as the dotted layout is being removed."""
+        return f"{self.prefix}fsm:dotted:clearing"
+
+    @property
     def lease(self) -> str:
         """Which process of the node publishes the dotted layout."""
         return f"{self.prefix}fsm:dotted:lease"

@@ -161,6 +161,14 @@ class DottedPublisher:
         args = (self._token, round(LEASE_SEC * 1000))
         return bool(await self._run(scripts.LEASE, [self._keys.lease], args))
 
+    async def _renew(self) -> None:
+        """Keep the lease.
+
+        :raises StoreError: also if another process holds it, or nobody does any more.
+        """
+        args = (self._token, round(LEASE_SEC * 1000))
+        await self._run(scripts.RENEW, [self._keys.lease], args)
+
     async def round(self) -> bool:
         """Publish a bounded number of keys and fold; returns whether there was anything to do."""
         done = 0
@@ -238,7 +246,7 @@ class DottedPublisher:
                 for begin in range(0, sizes[place], CHILDREN_PER_PAGE):
                     page = ("ZRANGE", name, begin, begin + CHILDREN_PER_PAGE - 1)
                     hasher.add((await self._ask([page]))[0])
-                    await self._lease()
+                    await self._renew()
             digests.append(await hasher.digest())
         return digests
 

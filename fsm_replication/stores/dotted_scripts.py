@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ("FOLD", "LEASE", "NOT_MINE", "PUBLISH", "RELEASE")
+__all__ = ("FOLD", "LEASE", "NOT_MINE", "PUBLISH", "RELEASE", "RENEW")
 
 NOT_MINE: Final = "NOLEASE"
 
@@ -18,6 +18,13 @@ local held = redis.call('GET', KEYS[1])
 if held and held ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
+"""
+
+# KEYS: lease. ARGV: token, milliseconds. Unlike LEASE it never takes the lease anew: what was read
+# before it was lost may be out of date.
+RENEW: Final = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return redis.error_reply('NOLEASE') end
+return redis.call('PEXPIRE', KEYS[1], ARGV[2])
 """
 
 # KEYS: lease. ARGV: token.
@@ -45,6 +52,11 @@ local function depth(path)
   return dots + 1
 end
 local function unfold(path) call('ZADD', unfolded, depth(path), path) end
+-- Where a live key is a node from now on, the tree cannot hold it.
+local function keep_out(path)
+  local deleted = redis.pcall('GETRANGE', prefix .. 'item:' .. path, 16, 16)
+  if deleted == '\\0' then call('SADD', out, path) end
+end
 local function replace(path, old, new)
   local parent, segment = split(path)
   if old then call('ZREM', children .. parent, segment .. ':' .. old) end
@@ -75,7 +87,7 @@ for i = 3, #ARGV, 4 do
         -- What was a leaf above this one is a node from now on.
         local above = split(key)
         while above ~= '' and call('ZCARD', children .. above) == 0 do
-          if call('EXISTS', hashes .. above) == 1 then call('SADD', out, above) end
+          keep_out(above)
           above = split(above)
         end
         replace(key, old, leaf)
@@ -109,6 +121,9 @@ for i = 3, #ARGV, 2 do
     -- A key that this node kept out may come in now.
     if call('SISMEMBER', out, path) == 1 then call('ZADD', dirty, 0, path) end
   elseif old ~= digest then
+    -- A key above may have been published since the one below was, and before this node was there.
+    local above = split(path)
+    if above ~= '' and call('ZCARD', children .. above) == 0 then keep_out(above) end
     replace(path, old, digest)
   end
 end

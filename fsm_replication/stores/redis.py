@@ -151,6 +151,8 @@ class RedisSyncEngine(SyncEngine):
         unknown = sorted(set(layouts) - {OWN, DOTTED})
         if unknown:
             raise ConfigError([f"store.layouts: there is no layout {', '.join(unknown)}"])
+        if DOTTED in layouts and OWN not in layouts:
+            raise ConfigError(['store.layouts: "own" is to be named beside "dotted"'])
         self._resolver = resolver or LastWriterWins()
         self._closed = False
         self.keys = Keys(redis_prefix)
@@ -209,6 +211,7 @@ class RedisSyncEngine(SyncEngine):
                 scripts.BUILD,
                 scripts.CLEAR,
                 dotted_scripts.LEASE,
+                dotted_scripts.RENEW,
                 dotted_scripts.RELEASE,
                 dotted_scripts.PUBLISH,
                 dotted_scripts.FOLD,
@@ -252,7 +255,13 @@ class RedisSyncEngine(SyncEngine):
             )
         self._incarnation = value.decode()
         published = {name for name in layouts.decode().split(",") if name}
-        for layout in sorted(published - self._layouts):
+        unwanted = published - self._layouts
+        if await self._call("EXISTS", self.keys.clearing):
+            # Whoever began to remove the dotted layout was killed before its end.
+            unwanted.add(DOTTED)
+        for layout in sorted(unwanted):
+            if layout == DOTTED:
+                await self._call("SET", self.keys.clearing, "1")
             published.discard(layout)
             await self._announce(published)
             await (self._clear_tree() if layout == OWN else self._clear_dotted())
@@ -299,9 +308,8 @@ class RedisSyncEngine(SyncEngine):
             if raws:
                 await self._run(scripts.CLEAR, raws, [])
         keys_of = self.keys
-        await self._run(
-            scripts.CLEAR, [keys_of.dirty, keys_of.unfolded, keys_of.kept_out, keys_of.lease], []
-        )
+        names = [keys_of.dirty, keys_of.unfolded, keys_of.kept_out, keys_of.lease, keys_of.clearing]
+        await self._run(scripts.CLEAR, names, [])
 
     async def _clear_tree(self) -> None:
         """Forget a tree in which nobody plants any more."""

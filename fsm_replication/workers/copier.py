@@ -264,7 +264,10 @@ class Copier:
         self._differing = self._fetched.items
         async for flight in walk.flights():
             self._differing += len(flight.leaves)
-            self._unreadable += flight.skipped
+            if flight.skipped:
+                self._unreadable += flight.skipped
+                context.metrics.error("bad_node")
+                context.log.warning("tree_nodes_skipped", count=flight.skipped)
             for begin in range(0, len(flight.leaves), FETCH_KEYS):
                 if self._interrupted():
                     return False

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from dataclasses import dataclass
 from typing import Final
 
-from fsm_replication.errors import InvalidKeyError
+from fsm_replication.errors import InvalidKeyError, ProtocolError
 from fsm_replication.foreign import DOTTED, SEGMENTS_MAX, leaf_hash, reserved
 from fsm_replication.items import Stamp, check_key
 from fsm_replication.redis_dotted import CHILDREN_MAX, DottedNode, DottedReader, child_path
@@ -106,11 +106,17 @@ class ForeignWalk:
         self._settled = settled
         # Nodes that were looked into, to be settled once the whole walk is.
         self._seen = SettledHashes()
+        # None where there is no tree, b"" where what stands there is no hash.
         self._root: bytes | None = None
 
     async def begin(self) -> bool:
         """Read the root; returns whether there is anything to look into."""
-        self._root = await self._theirs.root()
+        try:
+            self._root = await self._theirs.root()
+        except ProtocolError:
+            # Only whether anything differs is not known then: what is below can be read all the same.
+            self._root = b""
+            return True
         if self._root is None or self._settled.holds("", self._root):
             return False
         return self._ours is None or await self._ours.root(DOTTED) != self._root
@@ -123,6 +129,8 @@ class ForeignWalk:
     async def flights(self) -> AsyncIterator[ForeignFlight]:
         """Yield the keys that differ, a bounded number at a time."""
         assert self._root is not None
+        if not self._root:
+            yield ForeignFlight([], 1)
         # What is next is on top: nodes to be counted, or, once counted, nodes to be read.
         stack: list[_ToCount | _ToRead] = [_ToCount([("", self._root)])]
         while stack:
