@@ -56,13 +56,19 @@ class DottedReader:
             raise ProtocolError("the root of the dotted tree is not 64 hexadecimal characters")
         return digest
 
-    async def sizes(self, paths: Sequence[str]) -> list[int | None]:
-        """Return how many children several nodes have, 0 for a leaf; None for one that is no node.
+    async def sizes(self, paths: Sequence[str]) -> list[tuple[int, int] | None]:
+        """Return how many children several nodes have, 0 for a leaf, and about how many bytes.
 
-        One round trip. It comes before reading them, because a node may have any number.
+        None stands for one that is no node. One round trip. It comes before reading them, because a
+        node may have any number of children, of any length.
         """
-        replies = await self._ask([("ZCARD", children_key(self._prefix, path)) for path in paths])
-        return [reply if isinstance(reply, int) else None for reply in replies]
+        names = [children_key(self._prefix, path) for path in paths]
+        counts = [("ZCARD", name) for name in names]
+        replies = await self._ask([*counts, *(("MEMORY", "USAGE", name) for name in names)])
+        return [
+            (count, size if isinstance(size, int) else 0) if isinstance(count, int) else None
+            for count, size in zip(replies[: len(names)], replies[len(names) :], strict=True)
+        ]
 
     async def children(self, paths: Sequence[str]) -> list[DottedNode | None]:
         """Return the children of several nodes, none for a leaf; None for one that is no node.

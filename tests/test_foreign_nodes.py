@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEADLINE_SEC, Nodes, held, until
+from conftest import DEADLINE_SEC, Nodes, held, peer_config, until
 from foreign_node import AT, ForeignNode, sha
 
 from fsm_replication import (
@@ -18,7 +18,7 @@ from fsm_replication import (
     ReplicationEngine,
     SyncEngine,
 )
-from fsm_replication.config import ColdPathConfig, HotPathConfig, Settings
+from fsm_replication.config import ColdPathConfig, HotPathConfig, LimitsConfig, Settings
 from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.errors import PeerReplyError
 from fsm_replication.items import SyncItem, content_hash
@@ -91,6 +91,34 @@ def engine_over(
     config = nodes.config(at(server, **more), settings=settings)
     ports = Ports(transport=transport, cursor_store=SqliteCursorStore(str(tmp_path / "c.db")))
     return ReplicationEngine(config, store, ports=ports)
+
+
+async def test_a_node_of_any_size_is_passed_over(
+    nodes: Nodes, foreign: ForeignNode, redis_server: RedisServer
+) -> None:
+    """If this fails one wide node takes more memory than is allowed, or breaks its link each time."""
+    foreign.put("small.item", b"1")
+    foreign.put("after", b"2")
+    foreign.write_tree()
+    pipe = foreign.client.pipeline(transaction=False)
+    for number in range(4000):
+        pipe.zadd("merkle:children:wide", {f"{number}{'x' * 1000}:{'0' * 64}": 0})
+    pipe.zadd("merkle:children:", {"wide:" + "1" * 64: 0})
+    pipe.set("merkle:hash:", "2" * 64)
+    pipe.execute()
+    foreign.publish("in.the.stream", b"3")
+    store = MemorySyncEngine(node_id="b")
+    settings = Settings(limits=LimitsConfig(batch_bytes=2**20, payload_bytes=2**18))
+    link = peer_config(redis_server)
+    async with nodes.engine(link, store=store, settings=settings) as engine:
+        await engine.wait_for_state(PeerState.TAILING, peer_id="a", timeout=DEADLINE_SEC)
+        await until(lambda: len(store) == 3)
+        for number in range(3, 6):
+            foreign.client.set("merkle:hash:", f"{number}" * 64)
+            stats = await engine.repair()
+            assert (stats.errors, stats.peers_in_sync) == (0, 0)
+        assert engine.peers["a"] is PeerState.TAILING
+        assert "connection_lost" not in [record.trigger for record in engine.journal]
 
 
 @pytest.mark.parametrize("bare", [False, True], ids=["segment:hash", "segment"])

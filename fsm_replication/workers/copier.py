@@ -87,7 +87,9 @@ def make_comparer(context: LinkContext, lines: Lines, applier: Applier) -> Compa
 
 def make_walk(context: LinkContext, lines: Lines, applier: Applier) -> ForeignWalk:
     """Return what walks a foreign node's tree."""
-    timeout = context.settings.timeouts.command
+    timeout, limits = context.settings.timeouts.command, context.settings.limits
+    # Sizes are estimates of the peer's: this is what holds whatever they are.
+    lines.asking.limit_reply(limits.batch_bytes * 2)
     tree = context.store.tree
     ours = None
     if tree is not None and DOTTED in tree.layouts:
@@ -100,6 +102,7 @@ def make_walk(context: LinkContext, lines: Lines, applier: Applier) -> ForeignWa
         ours,
         lambda keys: applier.call(context.reads, lambda: context.store.stamps(keys)),
         context.settled,
+        flight_bytes=limits.batch_bytes,
     )
 
 

@@ -90,7 +90,8 @@ class _ToRead:
 class ForeignWalk:
     """One walk over a foreign tree, depth first, so that what it keeps in memory is bounded.
 
-    ``stamps`` returns what is held here; ``ours`` is this node's tree where it has a dotted one.
+    ``stamps`` returns what is held here; ``ours`` is this node's tree where it has a dotted one. What
+    is read in one flight takes about ``flight_bytes`` at the peer; a larger node is passed over.
     """
 
     def __init__(
@@ -99,7 +100,10 @@ class ForeignWalk:
         ours: ReadableTree | None,
         stamps: Callable[[Sequence[str]], Awaitable[Sequence[Stamp | None]]],
         settled: SettledHashes,
+        *,
+        flight_bytes: int,
     ) -> None:
+        self._flight_bytes = flight_bytes
         self._theirs = theirs
         self._ours = ours
         self._stamps = stamps
@@ -155,16 +159,18 @@ class ForeignWalk:
         sizes = await self._theirs.sizes([path for path, _ in nodes])
         leaves: list[tuple[str, bytes]] = []
         inner: list[_ToRead] = []
-        skipped, filled = 0, CHILDREN_PER_FLIGHT
-        for (path, digest), size in zip(nodes, sizes, strict=True):
-            if size is None or size > CHILDREN_MAX:
+        skipped, filled, held = 0, CHILDREN_PER_FLIGHT, 0
+        for (path, digest), found in zip(nodes, sizes, strict=True):
+            size, in_bytes = found or (0, 0)
+            if found is None or size > CHILDREN_MAX or in_bytes > self._flight_bytes:
                 skipped += 1
             elif size:
-                if filled + size > CHILDREN_PER_FLIGHT:
+                if filled + size > CHILDREN_PER_FLIGHT or held + in_bytes > self._flight_bytes:
                     inner.append(_ToRead([]))
-                    filled = 0
+                    filled = held = 0
                 inner[-1].nodes.append((path, digest))
                 filled += size
+                held += in_bytes
             elif path and is_fetchable(path):
                 leaves.append((path, digest))
             elif path:
