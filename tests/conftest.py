@@ -44,6 +44,23 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("full" if config.getoption("--full") else "quick")
 
 
+# The longest first: what is left at the end is short then, and no core waits for another.
+LONGEST = (
+    "test_nodes_converge_whatever_happens",
+    "test_a_killed_engine_loses_nothing_and_reads_little_again",
+    "test_nothing_is_wrong_in_any_state_that_can_be_reached",
+    "test_seeds_keep_every_promise",
+    "test_all_views_agree_whatever_happens",
+    "test_real_nodes_converge_whatever_happens",
+    "test_a_defect_on_two_links_is_told_with_both",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest tests first."""
+    items.sort(key=lambda item: not item.name.startswith(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether --full was given."""

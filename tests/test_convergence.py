@@ -49,7 +49,7 @@ def steps_of(names: str) -> st.SearchStrategy[list[Step]]:
         st.tuples(st.just("skew"), node, st.sampled_from([-5000, -500, 0, 500, 5000])),
         st.tuples(st.just("expire")),
     )
-    return st.lists(kinds, max_size=20)
+    return st.lists(kinds, max_size=16)
 
 
 @st.composite
