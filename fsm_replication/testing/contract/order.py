@@ -230,13 +230,20 @@ class OrderRules(StoreRules):
             at = now_ms()
             await store.apply_many([live(f"k{i}", b"[]", at + 1) for i in range(0, 1000, 3)])
             result = await store.apply_many([live(f"k{i}", b"[]", at) for i in range(1000)])
-            assert list(result.outcomes) == [
-                Outcome.APPLIED if i % 3 else Outcome.SUPERSEDED for i in range(1000)
-            ]
+            # Not compared as lists: where CI is set pytest takes minutes to tell two such lists apart.
+            told = dict(enumerate(result.outcomes))
+            wrong = {
+                i: told.get(i)
+                for i in range(1000)
+                if told.get(i) is not (Outcome.APPLIED if i % 3 else Outcome.SUPERSEDED)
+            }
+            assert not wrong
+            assert len(told) == 1000
             held = await store.stamps([f"k{i}" for i in range(1000)])
-            assert [None if h is None else h.updated_at - at for h in held] == [
-                0 if i % 3 else 1 for i in range(1000)
-            ]
+            times = [None if h is None else h.updated_at - at for h in held]
+            lost = [i for i, time in enumerate(times) if time != (0 if i % 3 else 1)]
+            assert not lost
+            assert len(times) == 1000
 
         self.with_store(scenario)
 
