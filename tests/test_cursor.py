@@ -19,7 +19,8 @@ from conftest import until
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fsm_replication.cursor import SCHEMA_VERSION, SqliteCursorStore
+from fsm_replication.cursor import SqliteCursorStore
+from fsm_replication.cursor.schema import SCHEMA_VERSION
 from fsm_replication.errors import AlreadyRunningError, CursorStoreError
 from fsm_replication.ports import (
     BootstrapRow,
@@ -220,20 +221,20 @@ async def test_locked_is_waited_for_and_may_pass(store: SqliteCursorStore, tmp_p
     await waiting
     assert (await store.load("a")).synced
     other.execute("BEGIN IMMEDIATE")
-    store._timeout_sec = 0.2
+    store._file._timeout_sec = 0.2
     with pytest.raises(CursorStoreError) as raised:
         await store.save([("a", cursor(1))])
     assert raised.value.may_pass
     other.execute("ROLLBACK")
     other.close()
-    store._timeout_sec = 5.0
+    store._file._timeout_sec = 5.0
     await store.save([("a", cursor(2))])
     assert (await store.load("a")).cursor == cursor(2)
 
 
 async def test_a_full_disk_passes(store: SqliteCursorStore) -> None:
     """If this fails a full disk ends the engine, or leaves a transaction open."""
-    connection = store._connection
+    connection = store._file._connection
     assert connection is not None
     (pages,) = next(iter(await connection.execute_fetchall("PRAGMA page_count")))
     await connection.execute_fetchall(f"PRAGMA max_page_count = {pages}")

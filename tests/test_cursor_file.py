@@ -29,8 +29,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import fsm_replication
-from fsm_replication import cursor as cursor_module
-from fsm_replication.cursor import GAPS_KEPT, SCHEMA_VERSION, SqliteCursorStore
+from fsm_replication.cursor import SqliteCursorStore, schema
+from fsm_replication.cursor import file as file_module
+from fsm_replication.cursor import store as store_module
+from fsm_replication.cursor.schema import SCHEMA_VERSION
+from fsm_replication.cursor.store import GAPS_KEPT
 from fsm_replication.errors import AlreadyRunningError, CursorStoreError
 from fsm_replication.ports import (
     BootstrapRow,
@@ -254,7 +257,7 @@ async def test_ledger_keeps_the_newest(path: str) -> None:
         await store.begin_bootstrap("c", begun(), gap(1, "c"))
         await store.begin_bootstrap("b", begun(), gap(0))
         filler = [("b", n, "r", "") for n in range(1, GAPS_KEPT + 3)]
-        await store._run(
+        await store._file.run(
             lambda db: db.executemany(
                 "INSERT INTO gaps (peer_id, found_at_ms, reason, healed_by) VALUES (?, ?, ?, ?)",
                 filler,
@@ -327,7 +330,7 @@ async def test_opening_is_fast(path: str) -> None:
 async def test_every_transaction_reaches_the_disk(path: str, wal_mode: bool) -> None:
     """A loss of power could set cursors back by an hour, and forget an operator's wish."""
     async with opened(path, wal_mode=wal_mode) as store:
-        asked = await store._run(
+        asked = await store._file.run(
             lambda db: [
                 db.execute(f"PRAGMA {name}").fetchone()[0]
                 for name in ("journal_mode", "synchronous")
@@ -700,13 +703,13 @@ def write_first_schema(path: str) -> None:
     theirs = msgspec.msgpack.encode((b"op", b"DEL", b"key", b"\xff"))
     add = "INSERT INTO dead_letters VALUES (?, 'b', ?, 'op', 'd', NULL, ?, 9, 5)"
     with contextlib.closing(sqlite3.connect(path)) as db, db:
-        for statement in cursor_module._SCHEMA_1:
+        for statement in schema._SCHEMA_1:
             db.execute(statement)
         db.execute("INSERT INTO peers (peer_id, stream_id, incarnation) VALUES ('b', '7-0', 'i')")
         db.execute(add, (1, "1-0", ours))
         db.execute(add, (2, "2-0", theirs))
         db.execute("INSERT INTO gaps VALUES (1, 'b', 3, 4, 'trimmed', NULL, '')")
-        db.execute(f"PRAGMA application_id = {cursor_module.APPLICATION_ID}")
+        db.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
         db.execute("PRAGMA user_version = 1")
 
 
@@ -732,7 +735,7 @@ def test_an_older_schema_is_upgraded_whole_or_not_at_all(path: str) -> None:
     """A process that is killed in the middle of an upgrade would leave a file nobody can read."""
     write_first_schema(path)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        unit = cursor_module._Unit(cursor_module._migrate, "BEGIN IMMEDIATE")
+        unit = file_module.Unit(schema.migrate, "BEGIN IMMEDIATE")
         db.set_authorizer(
             lambda action, *_: (
                 sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_UPDATE else sqlite3.SQLITE_OK
@@ -783,7 +786,7 @@ async def test_corrupt_pages(path: str) -> None:
 async def test_missing_table(path: str) -> None:
     """The engine would go on for ever without a table to write to."""
     async with opened(path) as store:
-        await store._run(lambda db: db.execute("DROP TABLE gaps"))
+        await store._file.run(lambda db: db.execute("DROP TABLE gaps"))
         with pytest.raises(CursorStoreError, match="no such table") as caught:
             await store.gaps()
         assert not caught.value.may_pass
@@ -793,8 +796,8 @@ async def test_values_nobody_wrote(path: str) -> None:
     """An edited value would end in an error of no kind that the engine knows."""
     async with opened(path) as store:
         await store.settle("b", at(1), [letter(1)], keep=5)
-        await store._run(lambda db: db.execute("UPDATE peers SET stream_id = 'x'"))
-        await store._run(lambda db: db.execute("UPDATE dead_letters SET fields = x'c1'"))
+        await store._file.run(lambda db: db.execute("UPDATE peers SET stream_id = 'x'"))
+        await store._file.run(lambda db: db.execute("UPDATE dead_letters SET fields = x'c1'"))
         for call in (store.load("b"), store.dead_letters()):
             with pytest.raises(CursorStoreError, match="no node wrote") as caught:
                 await call
@@ -805,8 +808,10 @@ async def test_full_disk_passes(path: str) -> None:
     """A full disk would end the engine, lose a letter, or leave half of a flush behind."""
     async with opened(path) as store:
         await store.save([("b", at(1))])
-        pages = await store._run(lambda db: db.execute("PRAGMA page_count").fetchone()[0])
-        await store._run(lambda db: db.execute(f"PRAGMA max_page_count = {pages}").fetchall(), "")
+        pages = await store._file.run(lambda db: db.execute("PRAGMA page_count").fetchone()[0])
+        await store._file.run(
+            lambda db: db.execute(f"PRAGMA max_page_count = {pages}").fetchall(), ""
+        )
         many = [(f"peer-{n}", at(n)) for n in range(5_000)]
         letters = [letter(n) for n in range(5_000)]
         for call in (store.save(many), store.settle("b", at(2), letters, keep=10_000)):
@@ -816,7 +821,9 @@ async def test_full_disk_passes(path: str) -> None:
         assert (await store.load("b")).cursor == at(1)
         assert (await store.load("peer-0")).cursor is None
         assert await store.dead_letters() == []
-        await store._run(lambda db: db.execute("PRAGMA max_page_count = 100000").fetchall(), "")
+        await store._file.run(
+            lambda db: db.execute("PRAGMA max_page_count = 100000").fetchall(), ""
+        )
         await store.save(many)
         assert (await store.load("peer-4999")).cursor == at(4_999)
 
@@ -824,11 +831,11 @@ async def test_full_disk_passes(path: str) -> None:
 async def test_read_only_for_now_passes(path: str) -> None:
     """A file system that is remounted read-only for a while would end the engine."""
     async with opened(path) as store:
-        await store._run(lambda db: db.execute("PRAGMA query_only = 1"), "")
+        await store._file.run(lambda db: db.execute("PRAGMA query_only = 1"), "")
         with pytest.raises(CursorStoreError, match=r"readonly.*writable") as caught:
             await store.save([("b", at(1))])
         assert caught.value.may_pass
-        await store._run(lambda db: db.execute("PRAGMA query_only = 0"), "")
+        await store._file.run(lambda db: db.execute("PRAGMA query_only = 0"), "")
         await store.save([("b", at(1))])
 
 
@@ -1012,7 +1019,7 @@ async def test_lock_file_stays_and_is_not_followed(path: str, tmp_path: Path) ->
 @pytest.mark.parametrize("wal_mode", [True, False])
 async def test_without_flock(path: str, monkeypatch: pytest.MonkeyPatch, wal_mode: bool) -> None:
     """Where there is no flock two engines would share a file."""
-    monkeypatch.setattr(cursor_module, "_HAS_FLOCK", False)
+    monkeypatch.setattr(file_module, "HAS_FLOCK", False)
     async with opened(path, wal_mode=wal_mode) as store:
         assert isinstance(
             await denied(path, "in use", wal_mode=wal_mode, timeout_sec=0.3), AlreadyRunningError
@@ -1070,7 +1077,7 @@ async def test_kill_loses_nothing_acknowledged(path: str, mode: str, rounds: int
             assert reached >= last
             letters = await store.dead_letters("b", limit=10**6)
             assert [each.stream_id for each in letters] == [f"{n}-0" for n in range(1, reached + 1)]
-            whole = await store._run(
+            whole = await store._file.run(
                 lambda db: db.execute("PRAGMA integrity_check").fetchall(), "BEGIN"
             )
             assert whole == [("ok",)]
@@ -1093,8 +1100,8 @@ async def test_cancelled_calls_do_it_all_or_nothing(path: str) -> None:
             with contextlib.suppress(asyncio.CancelledError):
                 await call
             record = await store.load("b")
-            assert store._raw is not None
-            assert not store._raw.in_transaction
+            assert store._file._raw is not None
+            assert not store._file._raw.in_transaction
             letters = {each.stream_id for each in await store.dead_letters("b", limit=10**6)}
             done = f"{number}-0" in letters
             assert (record.cursor == at(number)) == done
@@ -1211,8 +1218,8 @@ async def test_hanging_disk(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     store = SqliteCursorStore(path)
     await store.open()
-    monkeypatch.setattr(store, "_timeout_sec", 0.05)
-    monkeypatch.setattr(cursor_module, "_load", hang)
+    monkeypatch.setattr(store._file, "_timeout_sec", 0.05)
+    monkeypatch.setattr(store_module, "_load", hang)
     begin = time.monotonic()
     try:
         for call in (store.load("b"), store.save([("b", at(1))]), store.close()):
@@ -1235,16 +1242,16 @@ async def test_hanging_disk(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_waiting_units_are_bounded(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that hangs for days would fill the memory with flushes."""
     answer = threading.Event()
-    monkeypatch.setattr(cursor_module, "_load", lambda *_: answer.wait())
-    monkeypatch.setattr(cursor_module, "UNITS_WAITING_MAX", 5)
+    monkeypatch.setattr(store_module, "_load", lambda *_: answer.wait())
+    monkeypatch.setattr(file_module, "UNITS_WAITING_MAX", 5)
     async with opened(path) as store:
         # Only what hangs is to be short: to open a file may take longer on a busy machine.
-        monkeypatch.setattr(store, "_timeout_sec", 0.05)
+        monkeypatch.setattr(store._file, "_timeout_sec", 0.05)
         try:
             for call in (store.load("b"), *(store.save([]) for _ in range(9))):
                 with pytest.raises(CursorStoreError):
                     await call
-            assert len(store._units) == 5
+            assert len(store._file._units) == 5
         finally:
             answer.set()
             monkeypatch.undo()

@@ -795,7 +795,7 @@ class HungDisk:
 def hung_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[HungDisk]:
     """A disk that hangs from the next checkpoint on, and answers in the end."""
     disk = HungDisk()
-    monkeypatch.setattr("fsm_replication.cursor._checkpoint", disk.checkpoint)
+    monkeypatch.setattr("fsm_replication.cursor.file._checkpoint", disk.checkpoint)
     yield disk
     disk.answer.set()
 
@@ -948,10 +948,10 @@ async def test_a_frozen_server_holds_up_no_stop(
 FORGETFUL = """
 import asyncio, sys, threading
 from fsm_replication import CursorConfig, MemorySyncEngine, ReplicationConfig, ReplicationEngine
-from fsm_replication import cursor
+from fsm_replication.cursor import file
 
 if sys.argv[2] == "hung disk":
-    cursor._checkpoint = lambda _db: threading.Event().wait()
+    file._checkpoint = lambda _db: threading.Event().wait()
 
 async def main():
     global kept

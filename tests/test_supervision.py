@@ -284,11 +284,11 @@ async def test_a_full_database_takes_no_letter_and_loses_none(nodes: Nodes, peer
         assert isinstance(store, SqliteCursorStore)
 
         async def set_pages(count: int) -> None:
-            await store._run(
+            await store._file.run(
                 lambda db: db.execute(f"PRAGMA max_page_count = {count}").fetchall(), ""
             )
 
-        pages = await store._run(lambda db: db.execute("PRAGMA page_count").fetchone()[0])
+        pages = await store._file.run(lambda db: db.execute("PRAGMA page_count").fetchone()[0])
         await set_pages(pages)
         stuck = settled(engine)
         for number in range(20):
@@ -490,11 +490,11 @@ async def test_a_corrupt_database_ends_the_engine(nodes: Nodes, peer: Peer, foun
         # What is read stands in SQLite's cache, so the file must be larger than that.
         store = engine._ports.cursor_store
         assert isinstance(store, SqliteCursorStore)
-        await store._run(lambda db: db.execute("PRAGMA cache_size = 1").fetchall(), "")
+        await store._file.run(lambda db: db.execute("PRAGMA cache_size = 1").fetchall(), "")
         for number in range(30):
             peer.send_fields([b"op", b"X", b"key", b"bad.%d" % number, b"x", bytes(9000)])
         await until(lambda: engine.health_check().peers[0].dead_letters == 30)
-        await store._run(lambda db: db.execute("PRAGMA wal_checkpoint").fetchall(), "")
+        await store._file.run(lambda db: db.execute("PRAGMA wal_checkpoint").fetchall(), "")
         spoil(nodes.folder / "b.db")
         if found_by == "flush":
             peer.send("more", b"1")

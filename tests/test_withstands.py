@@ -290,7 +290,7 @@ async def test_a_slow_disk_does_not_hold_up_the_drain(
     nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If this fails shutdown() outlives its drain timeout (G9)."""
-    monkeypatch.setattr("fsm_replication.cursor._checkpoint", lambda _db: time.sleep(2))
+    monkeypatch.setattr("fsm_replication.cursor.file._checkpoint", lambda _db: time.sleep(2))
     threads = threading.active_count()
     engine = nodes.engine(settings=Settings(timeouts=TimeoutsConfig(drain=0.5)))
     await engine.start()

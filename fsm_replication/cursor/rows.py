@@ -1,0 +1,149 @@
+"""What the rows of the cursor database stand for.
+
+Texts may hold anything a ``str`` can, also NUL and lone surrogates: they come back as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from fsm_replication.ports import Cursor, DeadLetter, GapRow, Position, StreamId
+
+__all__ = (
+    "INTEGER_MAX",
+    "cursor_row",
+    "from_text",
+    "gap_of",
+    "gap_row",
+    "id_rows",
+    "letter_of",
+    "letter_row",
+    "position_of",
+    "to_limit",
+    "to_number",
+    "to_text",
+    "to_text_or_none",
+)
+
+INTEGER_MAX: Final = 2**63 - 1
+
+
+def to_text(text: str) -> str | bytes:
+    """Return what stands for ``text``: SQLite's texts are UTF-8, which knows no lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+    return text
+
+
+def to_text_or_none(text: str | None) -> str | bytes | None:
+    """Return what stands for a text, if there is one."""
+    return None if text is None else to_text(text)
+
+
+def from_text(value: Any) -> str:
+    """Return the text that a value of the database stands for."""
+    return value if isinstance(value, str) else bytes(value).decode("utf-8", "surrogatepass")
+
+
+def to_number(value: int | None) -> int | None:
+    """Return a count, or None where the database cannot hold it."""
+    # A peer may claim any count. "Not known" is what makes a reader look for a gap himself.
+    return value if value is not None and -INTEGER_MAX <= value <= INTEGER_MAX else None
+
+
+def id_rows(ids: Sequence[int]) -> list[tuple[int]]:
+    """Return those numbers that may be ids, a row each."""
+    return [(number,) for number in ids if 0 < number <= INTEGER_MAX]
+
+
+def to_limit(limit: int) -> int:
+    """Return a limit on rows that the database takes for one."""
+    # SQLite takes a negative limit for none at all.
+    return min(max(limit, 0), INTEGER_MAX)
+
+
+def position_of(stream_id: str, entries_read: int | None) -> Position:
+    """Return a position in a stream.
+
+    :raises ValueError: if ``stream_id`` is none.
+    """
+    return Position(StreamId.parse(stream_id), entries_read)
+
+
+def cursor_row(peer_id: str, cursor: Cursor) -> tuple[Any, ...]:
+    """Return the row of a peer's cursor."""
+    stream_id, entries_read = cursor.position
+    return to_text(peer_id), str(stream_id), to_number(entries_read), to_text(cursor.incarnation)
+
+
+_decode_fields: Final[Callable[[bytes], tuple[bytes, ...]]] = msgspec.msgpack.Decoder(
+    tuple[bytes, ...]
+).decode
+
+
+def letter_row(letter: DeadLetter) -> tuple[Any, ...]:
+    """Return the row of a dead letter, without its id."""
+    return (
+        to_text(letter.peer_id),
+        to_text(letter.stream_id),
+        to_text(letter.reason),
+        to_text(letter.detail),
+        to_text_or_none(letter.key),
+        None if letter.fields is None else msgspec.msgpack.encode(letter.fields),
+        letter.size,
+        letter.at_ms,
+        int(letter.foreign),
+    )
+
+
+def letter_of(row: tuple[Any, ...]) -> DeadLetter:
+    """Return the dead letter of a row, its id among the columns.
+
+    :raises msgspec.MsgspecError: if its fields are not what a node wrote.
+    """
+    peer_id, stream_id, reason, detail, key, fields, size, at_ms, number, foreign = row
+    return DeadLetter(
+        from_text(peer_id),
+        from_text(stream_id),
+        from_text(reason),
+        from_text(detail),
+        None if key is None else from_text(key),
+        None if fields is None else _decode_fields(fields),
+        size,
+        at_ms,
+        number,
+        bool(foreign),
+    )
+
+
+def gap_row(gap: GapRow) -> tuple[Any, ...]:
+    """Return the row of a line of the ledger, without its id."""
+    return (
+        to_text(gap.peer_id),
+        gap.found_at_ms,
+        to_number(gap.missed),
+        to_text(gap.reason),
+        gap.healed_at_ms,
+        to_text(gap.healed_by),
+        to_text(gap.kind),
+    )
+
+
+def gap_of(row: tuple[Any, ...]) -> GapRow:
+    """Return the line of the ledger of a row, its id among the columns."""
+    peer_id, found_at_ms, missed, reason, healed_at_ms, healed_by, number, kind = row
+    return GapRow(
+        from_text(peer_id),
+        found_at_ms,
+        missed,
+        from_text(reason),
+        healed_at_ms,
+        from_text(healed_by),
+        number,
+        from_text(kind),
+    )

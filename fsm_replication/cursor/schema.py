@@ -1,0 +1,94 @@
+"""The schema of the cursor database, every version of it, and the way from one to the next."""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import Any, Final
+
+__all__ = ("APPLICATION_ID", "SCHEMA_VERSION", "migrate", "one_number", "view_as_newest")
+
+APPLICATION_ID: Final = 0x46534D52  # "FSMR"
+
+_SCHEMA_1: Final = (
+    """CREATE TABLE peers (
+        peer_id TEXT PRIMARY KEY,
+        stream_id TEXT,
+        entries_read INTEGER,
+        incarnation TEXT,
+        operator_pause INTEGER NOT NULL DEFAULT 0,
+        synced INTEGER NOT NULL DEFAULT 0,
+        agreed_at_ms INTEGER
+    )""",
+    """CREATE TABLE bootstraps (
+        peer_id TEXT PRIMARY KEY,
+        stream_id TEXT NOT NULL,
+        entries_read INTEGER,
+        walk TEXT NOT NULL,
+        incarnation TEXT NOT NULL,
+        reason TEXT NOT NULL
+    )""",
+    """CREATE TABLE dead_letters (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        peer_id TEXT NOT NULL,
+        stream_id TEXT NOT NULL,
+        reason TEXT NOT NULL,
+        detail TEXT NOT NULL,
+        key TEXT,
+        fields BLOB,
+        size INTEGER NOT NULL,
+        at_ms INTEGER NOT NULL,
+        UNIQUE (peer_id, stream_id)
+    )""",
+    "CREATE INDEX dead_letters_by_peer ON dead_letters (peer_id, id)",
+    """CREATE TABLE gaps (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        peer_id TEXT NOT NULL,
+        found_at_ms INTEGER NOT NULL,
+        missed INTEGER,
+        reason TEXT NOT NULL,
+        healed_at_ms INTEGER,
+        healed_by TEXT NOT NULL
+    )""",
+    "CREATE INDEX gaps_by_peer ON gaps (peer_id, id)",
+)
+_SCHEMA_2: Final = (
+    "ALTER TABLE gaps ADD COLUMN kind TEXT NOT NULL DEFAULT 'gap'",
+    "ALTER TABLE dead_letters ADD COLUMN from_foreign INTEGER NOT NULL DEFAULT 0",
+    # Nodes of ours name the origin in every entry, and foreign ones in none.
+    """UPDATE dead_letters SET from_foreign = 1
+    WHERE fields IS NOT NULL AND instr(fields, CAST('"origin"' AS BLOB)) = 0""",
+)
+# Each brings the schema of the number before to its own; a new file goes through all of them.
+_SCHEMAS: Final = (_SCHEMA_1, _SCHEMA_2)
+SCHEMA_VERSION: Final = len(_SCHEMAS)
+# What is only read is not migrated, but looked at as if it were: a view hides a table of its name.
+_VIEWS_OF_OLDER: Final = {
+    1: (
+        "PRAGMA temp_store = MEMORY",
+        "CREATE TEMP VIEW gaps AS SELECT *, 'gap' AS kind FROM main.gaps",
+        "CREATE TEMP VIEW dead_letters AS SELECT *, 0 AS from_foreign FROM main.dead_letters",
+    ),
+}
+
+
+def one_number(db: sqlite3.Connection, query: str, *values: Any) -> int:
+    """Return the one number that a query asks for."""
+    found: int = db.execute(query, values).fetchone()[0]
+    return found
+
+
+def migrate(db: sqlite3.Connection) -> None:
+    """Bring a file of any older schema, or an empty one, to the newest."""
+    version = one_number(db, "PRAGMA user_version")
+    for statements in _SCHEMAS[version:]:
+        for statement in statements:
+            db.execute(statement)
+    if version < SCHEMA_VERSION:
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def view_as_newest(db: sqlite3.Connection, version: int) -> None:
+    """Show a file of an older schema, that is only read, as if it were of the newest."""
+    for statement in _VIEWS_OF_OLDER.get(version, ()):
+        db.execute(statement)

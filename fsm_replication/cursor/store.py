@@ -1,0 +1,366 @@
+"""The cursor store's calls: what is written to and read from the file, each in one transaction."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from typing import Any, Final
+
+from fsm_replication.cursor.file import READ, CursorFile
+from fsm_replication.cursor.rows import (
+    INTEGER_MAX,
+    cursor_row,
+    from_text,
+    gap_of,
+    gap_row,
+    id_rows,
+    letter_of,
+    letter_row,
+    position_of,
+    to_limit,
+    to_number,
+    to_text,
+    to_text_or_none,
+)
+from fsm_replication.cursor.schema import one_number
+from fsm_replication.ports import (
+    LETTERS_BYTES,
+    BootstrapRow,
+    Clock,
+    Cursor,
+    DeadLetter,
+    GapRow,
+    PeerRecord,
+    SystemClock,
+    dropped_letters,
+)
+
+__all__ = ("SqliteCursorStore",)
+
+GAPS_KEPT: Final = 10_000
+
+_SET_CURSOR: Final = """
+INSERT INTO peers (peer_id, stream_id, entries_read, incarnation) VALUES (?, ?, ?, ?)
+ON CONFLICT (peer_id) DO UPDATE SET stream_id = excluded.stream_id,
+    entries_read = excluded.entries_read, incarnation = excluded.incarnation
+"""
+# A letter that is stored again keeps its id and its time: it is the same letter.
+_ADD_LETTER: Final = """
+INSERT INTO dead_letters
+    (peer_id, stream_id, reason, detail, key, fields, size, at_ms, from_foreign)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (peer_id, stream_id) DO UPDATE SET reason = excluded.reason,
+    detail = excluded.detail, key = excluded.key, fields = excluded.fields, size = excluded.size,
+    from_foreign = excluded.from_foreign
+"""
+_SET_BOOTSTRAP: Final = """
+INSERT OR REPLACE INTO bootstraps (peer_id, stream_id, entries_read, walk, incarnation, reason)
+VALUES (?, ?, ?, ?, ?, ?)
+"""
+_ADD_GAP: Final = """
+INSERT INTO gaps (peer_id, found_at_ms, missed, reason, healed_at_ms, healed_by, kind)
+VALUES (?, ?, ?, ?, ?, ?, ?)
+"""
+_MORE_DROPPED: Final = """
+UPDATE gaps SET missed = missed + ? WHERE peer_id = ? AND kind = 'dropped' AND healed_at_ms IS NULL
+"""
+_LETTERS: Final = """
+SELECT peer_id, stream_id, reason, detail, key, fields, size, at_ms, id, from_foreign
+FROM dead_letters WHERE id > ?1 AND (?2 IS NULL OR peer_id = ?2) ORDER BY id LIMIT ?3
+"""
+_COUNT_LETTERS: Final = """
+SELECT peer_id, count(*) FROM dead_letters GROUP BY peer_id ORDER BY peer_id
+"""
+_PURGE_LETTERS: Final = "DELETE FROM dead_letters WHERE ?1 IS NULL OR peer_id = ?1"
+_DELETE_LETTER: Final = "DELETE FROM dead_letters WHERE id = ?"
+_STILL_BAD: Final = "UPDATE dead_letters SET reason = ?, detail = ? WHERE id = ?"
+_TRIM_LETTERS: Final = """
+DELETE FROM dead_letters WHERE peer_id = ?1 AND id <=
+    (SELECT id FROM dead_letters WHERE peer_id = ?1 ORDER BY id DESC LIMIT 1 OFFSET ?2)
+"""
+_GAPS: Final = """
+SELECT peer_id, found_at_ms, missed, reason, healed_at_ms, healed_by, id, kind FROM gaps
+WHERE ?1 IS NULL OR peer_id = ?1 ORDER BY id DESC LIMIT ?2
+"""
+_GAPS_OPEN: Final = """
+SELECT peer_id, found_at_ms, missed, reason, healed_at_ms, healed_by, id, kind FROM gaps
+WHERE peer_id = ? AND healed_at_ms IS NULL ORDER BY id
+"""
+_HEAL_GAPS: Final = """
+UPDATE gaps SET healed_at_ms = ?, healed_by = ?
+WHERE peer_id = ? AND healed_at_ms IS NULL
+"""
+_TRIM_GAPS: Final = """
+DELETE FROM gaps WHERE peer_id = ?1 AND id <=
+    (SELECT id FROM gaps WHERE peer_id = ?1 ORDER BY id DESC LIMIT 1 OFFSET ?2)
+"""
+_SET_PAUSE: Final = """
+INSERT INTO peers (peer_id, operator_pause) VALUES (?, ?)
+ON CONFLICT (peer_id) DO UPDATE SET operator_pause = excluded.operator_pause
+"""
+_SET_SYNCED: Final = """
+INSERT INTO peers (peer_id, synced) VALUES (?, 1) ON CONFLICT (peer_id) DO UPDATE SET synced = 1
+"""
+_SET_AGREED: Final = """
+INSERT INTO peers (peer_id, agreed_at_ms) VALUES (?1, ?2)
+ON CONFLICT (peer_id) DO UPDATE SET agreed_at_ms = ?2
+"""
+
+
+class SqliteCursorStore:
+    """Keeps cursors, dead letters and the loss ledger in the file at ``path``.
+
+    ``timeout_sec`` (over 0) bounds every call; a database that another process has locked is tried
+    again within it. ":memory:" keeps nothing. ``read_only`` opens an existing file beside a
+    running engine, without the lock. The directory is not created.
+
+    Every call but ``close`` raises CursorStoreError if the file cannot be used; ``may_pass`` tells
+    whether trying again makes sense.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        wal_mode: bool = True,
+        timeout_sec: float = 5.0,
+        clock: Clock | None = None,
+        read_only: bool = False,
+    ) -> None:
+        self.path = path
+        self._file = CursorFile(
+            path,
+            wal_mode=wal_mode,
+            timeout_sec=timeout_sec,
+            clock=clock or SystemClock(),
+            read_only=read_only,
+        )
+
+    async def open(self) -> None:
+        """Lock and open the file, and bring its schema up to date.
+
+        :raises AlreadyRunningError: if another engine holds it.
+        :raises CursorStoreError: if it cannot be used; the message says what to do.
+        """
+        await self._file.open()
+
+    async def close(self, *, timeout_sec: float | None = None) -> None:
+        """Empty the log, unlock and release everything; a second call does nothing.
+
+        A caller that is cancelled gets the cancellation when all is released.
+
+        :raises CursorStoreError: if that takes longer than ``timeout_sec`` (by default that of all
+            calls) because the disk does not answer. The thread then releases everything by itself,
+            the lock too, once the disk answers; another call waits for that.
+        """
+        await self._file.close(timeout_sec=timeout_sec)
+
+    async def load(self, peer_id: str) -> PeerRecord:
+        """Return what is known of a peer; an unknown peer has an empty record."""
+        name = to_text(peer_id)
+        return await self._file.run(lambda db: _load(db, name), READ)
+
+    async def save(self, cursors: Sequence[tuple[str, Cursor]]) -> None:
+        """Store the settled cursors of several peers in one transaction."""
+        rows = [cursor_row(peer_id, cursor) for peer_id, cursor in cursors]
+
+        def work(db: sqlite3.Connection) -> None:
+            db.executemany(_SET_CURSOR, rows)
+
+        await self._file.run(work)
+
+    async def settle(
+        self, peer_id: str, cursor: Cursor | None, letters: Sequence[DeadLetter], *, keep: int
+    ) -> int:
+        """Store dead letters and the cursor that passes them in one transaction (G1).
+
+        At most ``keep`` letters of this peer stay, the newest; returns how many were dropped, and
+        counts them in the ledger. An entry that is read again does not become a second letter.
+
+        :raises ValueError: if a letter is another peer's: its bound would not hold.
+        """
+        if any(letter.peer_id != peer_id for letter in letters):
+            raise ValueError(f"letters of other peers than {peer_id!r}")
+        name = to_text(peer_id)
+        rows = [letter_row(letter) for letter in letters]
+        cursors = [] if cursor is None else [cursor_row(peer_id, cursor)]
+        now = max((letter.at_ms for letter in letters), default=0)
+
+        def work(db: sqlite3.Connection) -> int:
+            db.executemany(_ADD_LETTER, rows)
+            db.executemany(_SET_CURSOR, cursors)
+            dropped = db.execute(_TRIM_LETTERS, (name, to_limit(keep))).rowcount
+            if dropped and not db.execute(_MORE_DROPPED, (dropped, name)).rowcount:
+                _add_gap(db, dropped_letters(peer_id, now, dropped))
+            return dropped
+
+        return await self._file.run(work)
+
+    async def begin_bootstrap(self, peer_id: str, row: BootstrapRow, gap: GapRow | None) -> None:
+        """Note that copying starts, with the gap that made it necessary, in one transaction.
+
+        Of a peer's ledger the newest 10,000 lines stay.
+        """
+        name, head = to_text(peer_id), row.head
+        begun = (name, str(head.stream_id), to_number(head.entries_read))
+        begun_texts = (to_text(row.walk), to_text(row.incarnation), to_text(row.reason))
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(_SET_BOOTSTRAP, begun + begun_texts)
+            if gap is not None:
+                _add_gap(db, gap)
+
+        await self._file.run(work)
+
+    async def save_walk(self, peer_id: str, walk: str) -> None:
+        """Note how far copying has come; without a copy begun there is nothing to note."""
+        statement = "UPDATE bootstraps SET walk = ? WHERE peer_id = ?"
+        await self._do(statement, to_text(walk), to_text(peer_id))
+
+    async def finish_bootstrap(
+        self, peer_id: str, cursor: Cursor, healed_at_ms: int | None
+    ) -> None:
+        """Set the cursor, remove the row, close the peer's open gaps, in one transaction.
+
+        ``healed_at_ms`` is milliseconds since the epoch; None leaves the gaps open.
+        """
+        name, row = to_text(peer_id), cursor_row(peer_id, cursor)
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(_SET_CURSOR, row)
+            db.execute("DELETE FROM bootstraps WHERE peer_id = ?", (name,))
+            if healed_at_ms is not None:
+                db.execute(_HEAL_GAPS, (healed_at_ms, "bootstrap", name))
+
+        await self._file.run(work)
+
+    async def set_operator_pause(self, peer_id: str, paused: bool) -> None:
+        """Keep the operator's wish over restarts."""
+        await self._do(_SET_PAUSE, to_text(peer_id), int(paused))
+
+    async def set_synced(self, peer_id: str) -> None:
+        """Note that the peer was fully read or compared once."""
+        await self._do(_SET_SYNCED, to_text(peer_id))
+
+    async def set_agreed(self, peer_id: str, at_ms: int, *, heal_gaps: bool) -> None:
+        """Note when the peer's items were last known to be all here, in ms since the epoch.
+
+        With ``heal_gaps`` its open gaps are closed in the same transaction, as healed by repair.
+        """
+        name = to_text(peer_id)
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(_SET_AGREED, (name, at_ms))
+            if heal_gaps:
+                db.execute(_HEAL_GAPS, (at_ms, "repair", name))
+
+        await self._file.run(work)
+
+    async def _do(self, statement: str, *values: Any) -> None:
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(statement, values)
+
+        await self._file.run(work)
+
+    async def dead_letters(
+        self,
+        peer_id: str | None = None,
+        *,
+        after_id: int = 0,
+        limit: int = 1000,
+        max_bytes: int = LETTERS_BYTES,
+    ) -> Sequence[DeadLetter]:
+        """Return letters in the order they were stored, those after ``after_id`` first.
+
+        At most ``limit`` (0 or more) are returned, of all peers unless ``peer_id`` names one, and
+        fewer where they hold more than ``max_bytes`` together; one at least, whatever its size.
+        """
+        values = (min(after_id, INTEGER_MAX), to_text_or_none(peer_id), to_limit(limit))
+
+        def work(db: sqlite3.Connection) -> Sequence[DeadLetter]:
+            found: list[DeadLetter] = []
+            held = 0
+            for row in db.execute(_LETTERS, values):
+                letter = letter_of(row)
+                held += letter.held_bytes
+                if found and held > max_bytes:
+                    break
+                found.append(letter)
+            return found
+
+        return await self._file.run(work, READ)
+
+    async def dead_letter_counts(self) -> dict[str, int]:
+        """Return how many letters each peer has, those with none left out."""
+        rows = await self._file.run(lambda db: db.execute(_COUNT_LETTERS).fetchall(), READ)
+        return {from_text(peer_id): count for peer_id, count in rows}
+
+    async def delete_dead_letters(self, ids: Sequence[int]) -> int:
+        """Remove letters; returns how many there were."""
+        rows = id_rows(ids)
+        return await self._file.run(
+            lambda db: max(0, db.executemany(_DELETE_LETTER, rows).rowcount)
+        )
+
+    async def purge_dead_letters(self, peer_id: str | None = None) -> int:
+        """Remove all letters, or all of one peer; returns how many there were."""
+        values = (to_text_or_none(peer_id),)
+        return await self._file.run(lambda db: db.execute(_PURGE_LETTERS, values).rowcount)
+
+    async def settle_retry(self, done: Sequence[int], still_bad: Sequence[DeadLetter]) -> None:
+        """Remove the letters that are settled, and note why others are not, in one transaction.
+
+        A letter that was removed meanwhile does not come back.
+        """
+        gone = id_rows(done)
+        rows = [(to_text(one.reason), to_text(one.detail), one.id) for one in still_bad]
+
+        def work(db: sqlite3.Connection) -> None:
+            db.executemany(_DELETE_LETTER, gone)
+            db.executemany(_STILL_BAD, rows)
+
+        await self._file.run(work)
+
+    async def gaps(self, peer_id: str | None = None, *, limit: int = 1000) -> Sequence[GapRow]:
+        """Return the newest ``limit`` (0 or more) lines of the loss ledger, oldest first."""
+        values = (to_text_or_none(peer_id), to_limit(limit))
+        newest = await self._file.run(
+            lambda db: [gap_of(row) for row in db.execute(_GAPS, values)], READ
+        )
+        return newest[::-1]
+
+    def __repr__(self) -> str:
+        state = "open" if self._file.is_open else "closed"
+        return f"<SqliteCursorStore {self.path!r} {state}>"
+
+
+def _add_gap(db: sqlite3.Connection, gap: GapRow) -> None:
+    db.execute(_ADD_GAP, gap_row(gap))
+    db.execute(_TRIM_GAPS, (to_text(gap.peer_id), GAPS_KEPT))
+
+
+def _load(db: sqlite3.Connection, peer_id: str | bytes) -> PeerRecord:
+    one = (peer_id,)
+    known = db.execute(
+        "SELECT stream_id, entries_read, incarnation, operator_pause, synced, agreed_at_ms"
+        " FROM peers WHERE peer_id = ?",
+        one,
+    ).fetchone()
+    stream_id, read, incarnation, paused, synced, agreed = known or (None, None, None, 0, 0, None)
+    copying = db.execute(
+        "SELECT stream_id, entries_read, walk, incarnation, reason FROM bootstraps"
+        " WHERE peer_id = ?",
+        one,
+    ).fetchone()
+    return PeerRecord(
+        cursor=None
+        if stream_id is None
+        else Cursor(position_of(stream_id, read), from_text(incarnation)),
+        bootstrap=copying
+        and BootstrapRow(position_of(*copying[:2]), *(from_text(text) for text in copying[2:])),
+        operator_pause=bool(paused),
+        synced=bool(synced),
+        agreed_at_ms=agreed,
+        gaps=tuple(gap_of(row) for row in db.execute(_GAPS_OPEN, one)),
+        dead_letters=one_number(db, "SELECT count(*) FROM dead_letters WHERE peer_id = ?", peer_id),
+    )
