@@ -15,9 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from fsm_replication import config as config_module
 from fsm_replication.config import (
-    SECONDS_MAX,
     ColdPathConfig,
     CursorConfig,
     HotPathConfig,
@@ -31,7 +29,10 @@ from fsm_replication.config import (
     TombstonesConfig,
     parse_duration,
     parse_size,
+    yaml_file,
 )
+from fsm_replication.config import model as model_module
+from fsm_replication.config.values import SECONDS_MAX
 from fsm_replication.errors import ConfigError
 
 REQUIRED = object()
@@ -118,7 +119,7 @@ def fields_of(model: type[BaseModel], path: str = "") -> dict[str, type[BaseMode
     """Return every leaf of a model by its path in the notation of the table."""
     leaves: dict[str, type[BaseModel]] = {}
     for name in model.model_fields:
-        inner = config_module._submodel(model, name)
+        inner = model_module._submodel(model, name)
         where = f"{path}.{name}".lstrip(".")
         if inner is None:
             leaves[where] = model
@@ -815,7 +816,7 @@ def test_a_long_file_is_read_to_its_end(tmp_path: Path) -> None:
 
 def test_a_file_without_end_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong path such as /dev/zero would fill the memory."""
-    monkeypatch.setattr(config_module, "FILE_BYTES_MAX", 1000)
+    monkeypatch.setattr(yaml_file, "FILE_BYTES_MAX", 1000)
     with pytest.raises(ConfigError, match="larger than 1000 bytes"):
         ReplicationConfig.load("/dev/zero")
 
@@ -845,7 +846,7 @@ def test_a_merge_key_may_be_overridden(tmp_path: Path) -> None:
 def test_no_text_crashes_the_loader(text: str) -> None:
     """Some file would raise anything but a ConfigError."""
     try:
-        data, problems = config_module._parse_yaml(text)
+        data, problems = yaml_file._parse_yaml(text)
         assert isinstance(problems, list)
         ReplicationConfig.model_validate(data)
     except ConfigError:
