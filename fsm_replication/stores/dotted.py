@@ -52,7 +52,7 @@ IDLE_SEC: Final = 0.5
 # Turning a content into an array of numbers takes about 40 ms for a MiB.
 _IN_A_THREAD_BYTES: Final = 256 * 1024
 
-Run = Callable[[str, Sequence[str], Sequence[Any]], Awaitable[Any]]
+Run = Callable[[str, Sequence[str | bytes], Sequence[Any]], Awaitable[Any]]
 Ask = Callable[[Sequence[Sequence[Any]]], Awaitable[list[Any]]]
 Fetch = Callable[[Sequence[str]], Awaitable[Sequence[tuple[SyncItem | None, bytes]]]]
 

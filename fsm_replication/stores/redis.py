@@ -12,7 +12,7 @@ import asyncio
 import json
 import random
 import re
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self, cast
 
@@ -65,7 +65,7 @@ from fsm_replication.layout import (
     glob_escape,
 )
 from fsm_replication.log import get_logger
-from fsm_replication.merkle import BRANCHES, OWN, PARTITIONS, Tree, bucket_of
+from fsm_replication.merkle import OWN, PARTITIONS, Tree, bucket_of
 from fsm_replication.ports import (
     Clock,
     Connection,
@@ -80,6 +80,7 @@ from fsm_replication.stores import dotted_scripts
 from fsm_replication.stores import redis_scripts as scripts
 from fsm_replication.stores.dotted import DottedPublisher
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received, SyncEngine, WireForm
+from fsm_replication.stores.redis_layouts import LayoutKeeper
 from fsm_replication.stream import DataDecoder, Encoded, encode_data, encode_meta
 from fsm_replication.transport import RedisTransport, pack_arguments
 
@@ -91,7 +92,6 @@ SCAN_COUNT: Final = 500
 # After Redis refused a write for lack of memory or the like, links pause this long.
 REFUSAL_SEC: Final = 1.0
 STAMPS_PER_FLIGHT: Final = 1000
-CLEAR_KEYS: Final = 2000
 # The connection over which the tree is read; no peer can have this name.
 TREE_LANE: Final = "\0tree"
 _REFUSALS: Final = re.compile(r"\b(?:OOM|READONLY|MISCONF|NOREPLICAS)\b")
@@ -164,6 +164,10 @@ class RedisSyncEngine(SyncEngine):
         self._maxlen = stream_maxlen
         self._ttl_ms = round(tombstone_ttl_sec * 1000)
         self._grace_ms = round(tombstone_grace_sec * 1000)
+        self._keeper = LayoutKeeper(
+            self.keys, self._layouts, self._ttl_ms, self._run, self._call,
+            self._scan_keys, self._scan_raw,
+        )  # fmt: skip
         self._clock = clock or SystemClock()
         self._log = get_logger("store", node_id=node_id)
         self._publisher: DottedPublisher | None = None
@@ -254,73 +258,9 @@ class RedisSyncEngine(SyncEngine):
                 f" {FORMAT})"
             )
         self._incarnation = value.decode()
-        published = {name for name in layouts.decode().split(",") if name}
-        unwanted = published - self._layouts
-        if await self._call("EXISTS", self.keys.clearing):
-            # Whoever began to remove the dotted layout was killed before its end.
-            unwanted.add(DOTTED)
-        for layout in sorted(unwanted):
-            if layout == DOTTED:
-                await self._call("SET", self.keys.clearing, "1")
-            published.discard(layout)
-            await self._announce(published)
-            await (self._clear_tree() if layout == OWN else self._clear_dotted())
-        for layout in sorted(self._layouts - published):
-            await (self._build_tree() if layout == OWN else self._mark_all())
-            published.add(layout)
-            await self._announce(published)
+        await self._keeper.keep({name for name in layouts.decode().split(",") if name})
         if self._publisher is not None:
             self._publisher.start()
-
-    async def _announce(self, layouts: Collection[str]) -> None:
-        partitions = PARTITIONS if OWN in layouts else 0
-        names = ",".join(sorted(layouts, reverse=True))
-        await self._call("HSET", self.keys.marker, "layouts", names, "partitions", partitions)
-
-    async def _build_tree(self) -> None:
-        """Plant a leaf for every item that was written without a tree."""
-        if await self._call("EXISTS", self.keys.tree):
-            for branch in range(BRANCHES):
-                await self._run(scripts.CLEAR_BRANCH, [], [self.keys.tree, branch])
-        async for keys in self._scan_keys():
-            args: list[str | int] = []
-            for key in keys:
-                args += (key, bucket_of(key.encode()))
-            head = (self._tree_key, self.keys.item_prefix, self._ttl_ms)
-            if args:
-                await self._run(scripts.BUILD, [], [*head, *args])
-
-    async def _mark_all(self) -> None:
-        """Leave all keys to the publisher of the dotted layout."""
-        async for keys in self._scan_keys():
-            if keys:
-                marks = [part for key in keys for part in (0, key)]
-                await self._call("ZADD", self.keys.dirty, *marks)
-
-    async def _clear_dotted(self) -> None:
-        """Remove the dotted tree and the items in the foreign form."""
-        async for keys in self._scan_keys():
-            names = [f"{self.keys.prefix}{key}" for key in keys if not reserved(key)]
-            if names:
-                await self._run(scripts.CLEAR, names, [])
-        pattern = f"{glob_escape(self.keys.prefix)}merkle:*"
-        async for raws in self._scan_raw(pattern):
-            if raws:
-                await self._run(scripts.CLEAR, raws, [])
-        keys_of = self.keys
-        names = [keys_of.dirty, keys_of.unfolded, keys_of.kept_out, keys_of.lease, keys_of.clearing]
-        await self._run(scripts.CLEAR, names, [])
-
-    async def _clear_tree(self) -> None:
-        """Forget a tree in which nobody plants any more."""
-        tree = self.keys.tree
-        if not await self._call("EXISTS", tree):
-            return
-        buckets = [f"{tree}:{number}" for number in range(PARTITIONS)]
-        # The digests go last: where they are not, there is no leaf either.
-        names = [*buckets, f"{tree}:expiring", tree]
-        for begin in range(0, len(names), CLEAR_KEYS):
-            await self._run(scripts.CLEAR, names[begin : begin + CLEAR_KEYS], [])
 
     async def _sweep(self) -> None:
         """Take expired tombstones out of the tree, so that it is as every other node's."""
