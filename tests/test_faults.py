@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import pytest
 import pytest_asyncio
@@ -149,42 +149,44 @@ async def test_a_peer_that_came_back_empty_takes_nothing_away(
     peer.close()
 
 
+@pytest.fixture
+def both(redis_servers: Callable[[], RedisServer]) -> Iterator[tuple[Peer, Peer]]:
+    """A peer that can be read, and a look into the Redis of the node that reads it."""
+    peer, mine = Peer(redis_servers()), Peer(redis_servers(), "b")
+    peer.write_marker()
+    yield peer, mine
+    peer.close()
+    mine.close()
+
+
 async def test_a_local_store_that_came_back_empty_is_filled_again(
-    nodes: Nodes, redis_servers: Callable[[], RedisServer]
+    nodes: Nodes, both: tuple[Peer, Peer]
 ) -> None:
     """If this fails a node whose Redis was emptied goes on from a cursor and stays empty (G2)."""
-    source, target = redis_servers(), redis_servers()
-    peer = Peer(source)
-    peer.write_marker()
-    mine = Peer(target, "b")
-    async with RedisSyncEngine(target.url, node_id="b") as store:
-        async with nodes.engine(peer_config(source), store=store) as engine:
+    peer, mine = both
+    async with RedisSyncEngine(mine.server.url, node_id="b") as store:
+        async with nodes.engine(peer_config(peer.server), store=store) as engine:
             await reaches(engine, PeerState.TAILING)
             sent = {f"k{n}": peer.send(f"k{n}", b"%d" % n).content for n in range(50)}
             await until(lambda: mine.client.xlen(Keys().stream) == 50)
         mine.client.flushall()
     async with (
-        RedisSyncEngine(target.url, node_id="b") as store,
-        nodes.engine(peer_config(source), store=store) as engine,
+        RedisSyncEngine(mine.server.url, node_id="b") as store,
+        nodes.engine(peer_config(peer.server), store=store) as engine,
     ):
         await reaches(engine, PeerState.TAILING)
         assert await held(store, *sent) == sent
         whys = [r.why for r in engine.journal if r.dest is PeerState.BOOTSTRAPPING]
         assert whys == ["the local store is another incarnation"]
-    peer.close()
-    mine.close()
 
 
 async def test_a_local_store_that_lost_its_last_second_reads_it_again(
-    nodes: Nodes, redis_servers: Callable[[], RedisServer]
+    nodes: Nodes, both: tuple[Peer, Peer]
 ) -> None:
     """If this fails what a local Redis forgot in a crash is never read again (G2)."""
-    source, target = redis_servers(), redis_servers()
-    peer = Peer(source)
-    peer.write_marker()
-    mine = Peer(target, "b")
-    async with RedisSyncEngine(target.url, node_id="b") as store:
-        async with nodes.engine(peer_config(source), store=store) as engine:
+    peer, mine = both
+    async with RedisSyncEngine(mine.server.url, node_id="b") as store:
+        async with nodes.engine(peer_config(peer.server), store=store) as engine:
             await reaches(engine, PeerState.TAILING)
             peer.send("first", b"1")
             await until(lambda: mine.client.xlen(Keys().stream) == 1)
@@ -194,11 +196,9 @@ async def test_a_local_store_that_lost_its_last_second_reads_it_again(
         # As after a crash with appendfsync everysec: the item and its position are gone together.
         mine.client.delete(Keys().item("lost"))
         mine.client.hset(Keys().positions, mapping=before)  # type: ignore[arg-type]
-        async with nodes.engine(peer_config(source), store=store) as engine:
+        async with nodes.engine(peer_config(peer.server), store=store) as engine:
             await reaches(engine, PeerState.TAILING)
             await until(lambda: mine.client.exists(Keys().item("lost")))
-    peer.close()
-    mine.close()
 
 
 async def test_a_slow_peer_does_not_slow_the_others(
