@@ -38,12 +38,11 @@ from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.fetcher import (
     Fetched,
     Fetcher,
-    ItemSource,
-    OwnItems,
     check_replies,
 )
 from fsm_replication.workers.foreign_items import ForeignItems
 from fsm_replication.workers.foreign_walk import ForeignWalk
+from fsm_replication.workers.item_source import ItemSource, OwnItems
 from fsm_replication.workers.peer_tree import PeerTree
 from fsm_replication.workers.reader import Gap, ask_info
 

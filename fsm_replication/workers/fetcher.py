@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from fsm_replication.batch import DAY_MS, Part
 from fsm_replication.errors import BadEntryError, InvalidKeyError, PeerReplyError
-from fsm_replication.items import Stamp, SyncItem
-from fsm_replication.layout import Keys, decode_item, glob_escape, item_data
+from fsm_replication.items import SyncItem
 from fsm_replication.ports import Connection
 from fsm_replication.stores.protocol import ApplyResult, Outcome
-from fsm_replication.stream import DataDecoder, Encoded, WireForm, encode_meta
 from fsm_replication.workers.applier import Applier
 from fsm_replication.workers.context import LinkContext
+from fsm_replication.workers.item_source import ItemSource
 
-__all__ = ("Fetched", "Fetcher", "ItemSource", "OwnItems", "check_replies")
+__all__ = ("Fetched", "Fetcher", "check_replies")
 
 APPLY_ITEMS: Final = 250
 
@@ -29,87 +28,6 @@ def check_replies(replies: Sequence[Any]) -> None:
     for reply in replies:
         if isinstance(reply, PeerReplyError) and reply.code != "WRONGTYPE":
             raise reply
-
-
-class ItemSource(Protocol):
-    """How the items of one kind of node are found and read."""
-
-    match: str
-
-    @property
-    def size_command(self) -> tuple[str, ...]:
-        """The command that tells about how many bytes an item takes, without its key."""
-
-    @property
-    def looks_at_held(self) -> bool:
-        """Whether order tuples alone do not tell what is newer: see ``not_current``."""
-
-    def redis_key(self, key: str) -> bytes:
-        """Return where the item of a key lies."""
-
-    def key_of(self, redis_key: bytes) -> str | None:
-        """Return the item's key, or None where this Redis key holds no item."""
-
-    async def read(
-        self, asking: Connection, redis_keys: Sequence[bytes], timeout_sec: float
-    ) -> Sequence[Any]:
-        """Return what lies at these keys, one reply each: an error or None where nothing does."""
-
-    def not_current(
-        self, items: Sequence[SyncItem], held: Sequence[Stamp | None]
-    ) -> list[SyncItem]:
-        """Return the items whose content is not held, as they are to be applied."""
-
-    def decode(self, key: str, reply: Any) -> tuple[SyncItem, WireForm | None] | None:
-        """Return the item in a reply, with its wire form; None where it has gone meanwhile.
-
-        :raises BadEntryError: if it is not an item.
-        """
-
-
-class OwnItems:
-    """The items of a node of ours."""
-
-    size_command = ("STRLEN",)
-    looks_at_held = False
-
-    def __init__(self, keys: Keys, decoder: DataDecoder) -> None:
-        self._prefix = keys.item_prefix.encode()
-        self._decoder = decoder
-        self.match = glob_escape(keys.item_prefix) + "*"
-
-    def redis_key(self, key: str) -> bytes:
-        """Return where the item of a key lies."""
-        return self._prefix + key.encode()
-
-    def key_of(self, redis_key: bytes) -> str | None:
-        """Return the item's key, or None where it is not UTF-8."""
-        try:
-            return redis_key.removeprefix(self._prefix).decode() or None
-        except UnicodeDecodeError:
-            return None
-
-    async def read(
-        self, asking: Connection, redis_keys: Sequence[bytes], timeout_sec: float
-    ) -> Sequence[Any]:
-        """Read each by GET, so that one of a wrong type spoils no other."""
-        commands = [("GET", redis_key) for redis_key in redis_keys]
-        return await asking.pipeline(commands, timeout_sec=timeout_sec)
-
-    def not_current(
-        self, items: Sequence[SyncItem], held: Sequence[Stamp | None]
-    ) -> list[SyncItem]:
-        """Return all of them: the store compares order tuples."""
-        return list(items)
-
-    def decode(self, key: str, reply: Any) -> tuple[SyncItem, WireForm | None] | None:
-        """Return the item in a reply; its content stands there as on the stream."""
-        if reply is None:
-            return None
-        if not isinstance(reply, bytes):
-            raise BadEntryError("item", f"the value is no string: {reply}")
-        item = decode_item(key, reply, self._decoder)
-        return item, Encoded(item_data(reply), encode_meta(item))
 
 
 @dataclass(slots=True)

@@ -10,10 +10,10 @@ import msgspec
 from fsm_replication.errors import BadEntryError, PeerReplyError
 from fsm_replication.foreign import decode_foreign, is_json_module_missing
 from fsm_replication.items import Stamp, SyncItem, content_hash
-from fsm_replication.layout import glob_escape
 from fsm_replication.ports import Connection
 from fsm_replication.stream import WireForm
 from fsm_replication.workers.connector import Lines
+from fsm_replication.workers.item_source import ItemSource
 
 __all__ = ("ForeignItems",)
 
@@ -21,7 +21,7 @@ __all__ = ("ForeignItems",)
 _WRONG_TYPE: Final = ("WRONGTYPE", "ERR Existing key has wrong Redis type", "ERR wrong static type")
 
 
-class ForeignItems:
+class ForeignItems(ItemSource):
     """The items of a foreign node: documents of RedisJSON, or strings that hold a whole item.
 
     Whether its Redis has that module is asked once per connection, by using it: ``lines`` remembers.
@@ -32,21 +32,9 @@ class ForeignItems:
     looks_at_held = True
 
     def __init__(self, lines: Lines, prefix: str, payload_limit: int) -> None:
+        super().__init__(prefix)
         self._lines = lines
-        self._prefix = prefix.encode()
         self._payload_limit = payload_limit
-        self.match = glob_escape(prefix) + "*"
-
-    def redis_key(self, key: str) -> bytes:
-        """Return where the item of a key lies."""
-        return self._prefix + key.encode()
-
-    def key_of(self, redis_key: bytes) -> str | None:
-        """Return the item's key, or None where it is not UTF-8."""
-        try:
-            return redis_key.removeprefix(self._prefix).decode() or None
-        except UnicodeDecodeError:
-            return None
 
     async def read(
         self, asking: Connection, redis_keys: Sequence[bytes], timeout_sec: float

@@ -15,7 +15,8 @@ from fsm_replication.workers.comparer import Difference, Group
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.copier import make_comparer, make_source, make_walk
-from fsm_replication.workers.fetcher import Fetched, Fetcher, ItemSource
+from fsm_replication.workers.fetcher import Fetched, Fetcher
+from fsm_replication.workers.item_source import ItemSource
 
 __all__ = (
     "Budget",
