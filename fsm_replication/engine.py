@@ -49,9 +49,10 @@ from fsm_replication.stores.protocol import SyncEngine
 from fsm_replication.tables import CIRCUIT, ENGINE, CircuitState, EngineState, PeerState
 from fsm_replication.transport import RedisTransport
 from fsm_replication.workers.arrivals import Arrivals
+from fsm_replication.workers.changes import ChangeFeed, ChangeWatcher, Doubts
 from fsm_replication.workers.cold_path import ColdPath, RepairStats
 from fsm_replication.workers.connector import Lines
-from fsm_replication.workers.context import ChangeFeed, ChangeWatcher, LinkContext, LinkProgress
+from fsm_replication.workers.context import LinkContext, LinkProgress
 from fsm_replication.workers.cursor_flush import CursorBook, flush_cursors
 from fsm_replication.workers.explain import Explanation, explain_key
 from fsm_replication.workers.foreign_walk import SettledHashes
@@ -221,6 +222,7 @@ class ReplicationEngine(Observer):
             limiter=self._limiter,
             copy_slot=self._copy_slot,
             feed=self._feed,
+            doubts=Doubts(),
             arrivals=self._arrivals,
             progress=LinkProgress(),
             interlock=Interlock(self._settings, self._ports.clock),
@@ -413,7 +415,13 @@ class ReplicationEngine(Observer):
                 await self._link_moved.wait()
 
     def changes(self, prefix: str = "") -> ChangeWatcher:
-        """Follow what replication applies to keys with a prefix, for cache invalidation."""
+        """Follow what replication applies to keys with a prefix, for cache invalidation.
+
+        Each change is told at least once, when the store holds it or a newer one; after a failing
+        call of the store it may be told late, or twice. Two changes of one key that came from two
+        peers may be told in either order: the larger ``stamp`` is what is held. A watcher that is
+        10,000 changes or 64 MiB behind gets ``WatcherLagged`` once, and then the newest.
+        """
         return self._feed.watch(prefix)
 
     async def ledger(self, peer_id: str | None = None) -> Sequence[GapRow]:

@@ -21,7 +21,7 @@ from fsm_replication.engine import ReplicationEngine
 from fsm_replication.items import LastWriterWins, SyncItem, content_hash
 from fsm_replication.layout import FORMAT, Keys, encode_value
 from fsm_replication.servers import RedisServer
-from fsm_replication.stores import MemorySyncEngine, SyncEngine
+from fsm_replication.stores import MemorySyncEngine, RedisSyncEngine, SyncEngine
 from fsm_replication.stream import encode_data, encode_fields
 from fsm_replication.tables import Table
 
@@ -157,6 +157,13 @@ def peer(redis_server: RedisServer) -> Iterator[Peer]:
     made.write_marker()
     yield made
     made.close()
+
+
+@pytest_asyncio.fixture
+async def peer_store(redis_server: RedisServer) -> AsyncIterator[RedisSyncEngine]:
+    """The store of node a, which is read."""
+    async with RedisSyncEngine(redis_server.url, node_id="a") as store:
+        yield store
 
 
 class Nodes:

@@ -340,6 +340,13 @@ MUTANTS: Final = (
         "            if not due:\n                self._due.popleft()",
         "tests/test_merkle.py",
     ),
+    Mutant(
+        "what a failing call of the store applied is told to nobody",
+        "workers/applier.py",
+        "                self._context.doubts.add([item.key for item in items], until)\n",
+        "                pass\n",
+        "tests/test_changes.py",
+    ),
 )
 
 

@@ -6,13 +6,12 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from conftest import DEADLINE_SEC, Nodes, held, until, until_async
 
 from fsm_replication import (
@@ -62,13 +61,6 @@ def put_of(key: str, content: bytes, at: int, version: int = 1) -> SyncItem:
 def tomb_of(key: str, at: int, version: int = 2) -> SyncItem:
     """Return a tombstone."""
     return SyncItem(key, b"", "binary", EMPTY_HASH, version, at, True, "a")
-
-
-@pytest_asyncio.fixture
-async def peer_store(redis_server: RedisServer) -> AsyncIterator[RedisSyncEngine]:
-    """The store of node a, which is read."""
-    async with RedisSyncEngine(redis_server.url, node_id="a") as store:
-        yield store
 
 
 def a_at(server: RedisServer, **more: Any) -> PeerConfig:

@@ -25,7 +25,7 @@ from fsm_replication.errors import (
     StoreTimeoutError,
 )
 from fsm_replication.items import Stamp, SyncItem
-from fsm_replication.ports import Cursor, DeadLetter, Position
+from fsm_replication.ports import Cursor, DeadLetter, Position, StreamId
 from fsm_replication.reports import PauseReason
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received
 from fsm_replication.workers.context import LinkContext
@@ -186,11 +186,13 @@ class Applier:
         while part is not None:
             following = next(prepared.rest, None)
             position = end if following is None else None
-            result = await self.hand_over(part, position, path)
+            result = await self.hand_over(part, position, path, end and end.stream_id)
             prepared.applied += result.applied
             prepared.superseded += result.superseded
             prepared.selection.letters.extend(self._refused(prepared, part, result))
             part = following
+        if end is not None and self._context.doubts:
+            await self.tell_doubtful(end.stream_id)
 
     # Step three: settle.
 
@@ -214,11 +216,16 @@ class Applier:
         self._count(prepared)
 
     async def hand_over(
-        self, part: Part, position: Position | None, path: str = "stream"
+        self,
+        part: Part,
+        position: Position | None,
+        path: str = "stream",
+        until: StreamId | None = None,
     ) -> ApplyResult:
         """Hand one part to the store, again and again until it takes it.
 
-        ``path`` tells how it came: "stream", "bootstrap", "repair" or "dead letter".
+        ``path`` tells how it came: "stream", "bootstrap", "repair" or "dead letter"; ``until`` the
+        end of its chunk, if it came by the stream.
         """
         context = self._context
         received = Received(context.peer_id, position, part.wire, part.encoded)
@@ -227,7 +234,7 @@ class Applier:
             await self._check_interlock(part.items)
         began = context.ports.clock.monotonic()
         result = await self.call(
-            context.writes, lambda: self._apply_many(part.items, received), writing=True
+            context.writes, lambda: self._apply_many(part.items, received, until), writing=True
         )
         took = context.ports.clock.monotonic() - began
         context.interlock.add(result.live_deleted)
@@ -270,7 +277,18 @@ class Applier:
                 ),
             )
 
-    async def _apply_many(self, items: Sequence[SyncItem], received: Received) -> ApplyResult:
+    async def _apply_many(
+        self, items: Sequence[SyncItem], received: Received, until: StreamId | None
+    ) -> ApplyResult:
+        try:
+            return await self._apply_all(items, received)
+        except BaseException:
+            # It may have been carried out, or a part of it, and nobody was told.
+            if self._context.feed.known:
+                self._context.doubts.add([item.key for item in items], until)
+            raise
+
+    async def _apply_all(self, items: Sequence[SyncItem], received: Received) -> ApplyResult:
         result = await self._context.store.apply_many(items, received)
         if len(result.outcomes) != len(items):
             raise StoreError(
@@ -413,6 +431,28 @@ class Applier:
         await self._keep_letters(Cursor(end, self._incarnation), [letter])
 
     # Books
+
+    async def tell_doubtful(self, settled: StreamId | None = None) -> None:
+        """Tell what is held under the keys in doubt that are due, see :class:`Doubts`.
+
+        :raises Blocked: if the link must pause; they are told later.
+        :raises Unsettled: if the store fails and the mode has changed meanwhile; likewise.
+        """
+        context = self._context
+        keys, lost = context.doubts.take(settled)
+        watchers = context.feed.watchers
+        for watcher in watchers if lost else ():
+            watcher.miss(lost)
+        try:
+            while keys and watchers:
+                # One at a time: what several hold together has no bound.
+                held = await self.call(context.reads, lambda: context.store.get_many(keys[-1:]))
+                keys.pop()
+                for watcher in watchers:
+                    watcher.offer([item for item in held if item is not None])
+        except BaseException:
+            context.doubts.add(keys, settled)
+            raise
 
     def _publish(self, items: Sequence[SyncItem], result: ApplyResult) -> None:
         taken = [

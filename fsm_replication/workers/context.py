@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import weakref
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from structlog.stdlib import BoundLogger
@@ -14,21 +11,18 @@ from structlog.stdlib import BoundLogger
 from fsm_replication.circuits import Circuit
 from fsm_replication.config import PeerConfig, Settings
 from fsm_replication.current import Current
-from fsm_replication.errors import CursorStoreError, ReplicationError, WatcherLagged
-from fsm_replication.items import SyncItem
+from fsm_replication.errors import CursorStoreError, ReplicationError
 from fsm_replication.limiter import PrioritySlot, RateLimiter
 from fsm_replication.metrics import PeerMetrics
 from fsm_replication.ports import Ports, Position, StreamId
 from fsm_replication.stores.protocol import SyncEngine
 from fsm_replication.workers.arrivals import Arrivals
+from fsm_replication.workers.changes import ChangeFeed, Doubts
 from fsm_replication.workers.cursor_flush import CursorBook
 from fsm_replication.workers.foreign_walk import SettledHashes
 from fsm_replication.workers.guards import Interlock, KeyMemory, StaleGuard
 
-__all__ = ("HEAD_OF_EMPTY", "ChangeFeed", "ChangeWatcher", "LinkContext", "LinkProgress")
-
-CHANGES_KEPT: Final = 10_000
-CHANGES_BYTES: Final = 64 * 1024 * 1024
+__all__ = ("HEAD_OF_EMPTY", "LinkContext", "LinkProgress")
 
 
 @dataclass(slots=True)
@@ -90,97 +84,6 @@ class LinkProgress:
         return self.unread_events + self.pending_events
 
 
-class ChangeWatcher(AsyncIterator[SyncItem]):
-    """What replication applied, for keys with a prefix; bounded like every watcher."""
-
-    def __init__(self, feed: ChangeFeed, prefix: str) -> None:
-        self._feed = feed
-        self._prefix = prefix
-        self._queue: deque[SyncItem] = deque()
-        self._queued_bytes = 0
-        self._missed = 0
-        self._closed = False
-        self._woken = asyncio.Event()
-
-    def offer(self, items: Sequence[SyncItem]) -> None:
-        """Take in what was applied."""
-        for item in items:
-            if item.key.startswith(self._prefix):
-                self._queue.append(item)
-                self._queued_bytes += len(item.content)
-                while len(self._queue) > CHANGES_KEPT or self._queued_bytes > CHANGES_BYTES:
-                    self._queued_bytes -= len(self._queue.popleft().content)
-                    self._missed += 1
-        self._woken.set()
-
-    def __aiter__(self) -> ChangeWatcher:
-        return self
-
-    async def __anext__(self) -> SyncItem:
-        """Return the next change; ends when the engine does.
-
-        :raises WatcherLagged: once, if changes were dropped since the last call.
-        """
-        while True:
-            if self._missed:
-                missed, self._missed = self._missed, 0
-                raise WatcherLagged(missed)
-            if self._queue:
-                item = self._queue.popleft()
-                self._queued_bytes -= len(item.content)
-                return item
-            if self._closed:
-                raise StopAsyncIteration
-            self._woken.clear()
-            await self._woken.wait()
-
-    def close(self) -> None:
-        """Stop watching; iteration ends after what is queued."""
-        self._closed = True
-        self._feed.forget(self)
-        self._woken.set()
-
-    async def aclose(self) -> None:
-        """Stop watching, for ``contextlib.aclosing``."""
-        self.close()
-
-
-@dataclass(slots=True)
-class ChangeFeed:
-    """Hands applied changes to watchers; costs nothing while there are none.
-
-    They are held weakly: one that was dropped in the middle of a loop is gone.
-    """
-
-    known: list[weakref.ref[ChangeWatcher]] = field(default_factory=list)
-    closed: bool = False
-
-    @property
-    def watchers(self) -> list[ChangeWatcher]:
-        """Those who still watch."""
-        return [watcher for known in self.known if (watcher := known()) is not None]
-
-    def watch(self, prefix: str) -> ChangeWatcher:
-        """Begin watching keys that start with ``prefix``."""
-        watcher = ChangeWatcher(self, prefix)
-        if self.closed:
-            watcher.close()
-        else:
-            self.known = [known for known in self.known if known() is not None]
-            self.known.append(weakref.ref(watcher))
-        return watcher
-
-    def forget(self, watcher: ChangeWatcher) -> None:
-        """Stop offering to a watcher."""
-        self.known = [known for known in self.known if known() not in (None, watcher)]
-
-    def close(self) -> None:
-        """End all watchers: the engine has ended."""
-        self.closed = True
-        for watcher in self.watchers:
-            watcher.close()
-
-
 @dataclass(frozen=True, slots=True)
 class LinkContext:
     """Everything a link's workers may use.
@@ -203,6 +106,7 @@ class LinkContext:
     limiter: RateLimiter
     copy_slot: PrioritySlot
     feed: ChangeFeed
+    doubts: Doubts
     arrivals: Arrivals
     progress: LinkProgress
     interlock: Interlock

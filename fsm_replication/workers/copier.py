@@ -344,6 +344,7 @@ class Copier:
         context = self._context
         # The position in the store moves along, or the next start would go on from the old one.
         await self._applier.hand_over(Part(), row.head)
+        await self._applier.tell_doubtful()
         cursor = Cursor(row.head, self._incarnation)
         store, now = context.ports.cursor_store, context.ports.wall_clock.now_ms()
         whole = self._lines.has_tree and not (

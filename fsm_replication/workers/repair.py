@@ -140,6 +140,7 @@ class _Pass:
         result.in_sync = not (result.differing or result.skipped)
         result.complete = not (result.deferred or result.skipped or result.fetched.failed)
         if result.complete:
+            await self._applier.tell_doubtful()
             walk.settle()
             await context.note_synced()
         return result
@@ -176,6 +177,7 @@ class _Pass:
         result.complete = not (result.deferred or result.held_back or result.skipped)
         result.complete = result.complete and not result.fetched.failed
         if result.complete:
+            await self._applier.tell_doubtful()
             await context.agree(began_ms)
         return result
 
