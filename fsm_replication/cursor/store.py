@@ -66,21 +66,21 @@ UPDATE gaps SET missed = missed + ? WHERE peer_id = ? AND kind = 'dropped' AND h
 """
 _LETTERS: Final = """
 SELECT peer_id, stream_id, reason, detail, key, fields, size, at_ms, id, from_foreign
-FROM dead_letters WHERE id > ?1 AND (?2 IS NULL OR peer_id = ?2) ORDER BY id LIMIT ?3
+FROM dead_letters WHERE id > :after AND (:peer IS NULL OR peer_id = :peer) ORDER BY id LIMIT :limit
 """
 _COUNT_LETTERS: Final = """
 SELECT peer_id, count(*) FROM dead_letters GROUP BY peer_id ORDER BY peer_id
 """
-_PURGE_LETTERS: Final = "DELETE FROM dead_letters WHERE ?1 IS NULL OR peer_id = ?1"
+_PURGE_LETTERS: Final = "DELETE FROM dead_letters WHERE :peer IS NULL OR peer_id = :peer"
 _DELETE_LETTER: Final = "DELETE FROM dead_letters WHERE id = ?"
 _STILL_BAD: Final = "UPDATE dead_letters SET reason = ?, detail = ? WHERE id = ?"
 _TRIM_LETTERS: Final = """
-DELETE FROM dead_letters WHERE peer_id = ?1 AND id <=
-    (SELECT id FROM dead_letters WHERE peer_id = ?1 ORDER BY id DESC LIMIT 1 OFFSET ?2)
+DELETE FROM dead_letters WHERE peer_id = :peer AND id <=
+    (SELECT id FROM dead_letters WHERE peer_id = :peer ORDER BY id DESC LIMIT 1 OFFSET :keep)
 """
 _GAPS: Final = """
 SELECT peer_id, found_at_ms, missed, reason, healed_at_ms, healed_by, id, kind FROM gaps
-WHERE ?1 IS NULL OR peer_id = ?1 ORDER BY id DESC LIMIT ?2
+WHERE :peer IS NULL OR peer_id = :peer ORDER BY id DESC LIMIT :limit
 """
 _GAPS_OPEN: Final = """
 SELECT peer_id, found_at_ms, missed, reason, healed_at_ms, healed_by, id, kind FROM gaps
@@ -91,8 +91,8 @@ UPDATE gaps SET healed_at_ms = ?, healed_by = ?
 WHERE peer_id = ? AND healed_at_ms IS NULL
 """
 _TRIM_GAPS: Final = """
-DELETE FROM gaps WHERE peer_id = ?1 AND id <=
-    (SELECT id FROM gaps WHERE peer_id = ?1 ORDER BY id DESC LIMIT 1 OFFSET ?2)
+DELETE FROM gaps WHERE peer_id = :peer AND id <=
+    (SELECT id FROM gaps WHERE peer_id = :peer ORDER BY id DESC LIMIT 1 OFFSET :keep)
 """
 _SET_PAUSE: Final = """
 INSERT INTO peers (peer_id, operator_pause) VALUES (?, ?)
@@ -102,8 +102,8 @@ _SET_SYNCED: Final = """
 INSERT INTO peers (peer_id, synced) VALUES (?, 1) ON CONFLICT (peer_id) DO UPDATE SET synced = 1
 """
 _SET_AGREED: Final = """
-INSERT INTO peers (peer_id, agreed_at_ms) VALUES (?1, ?2)
-ON CONFLICT (peer_id) DO UPDATE SET agreed_at_ms = ?2
+INSERT INTO peers (peer_id, agreed_at_ms) VALUES (?, ?)
+ON CONFLICT (peer_id) DO UPDATE SET agreed_at_ms = excluded.agreed_at_ms
 """
 
 
@@ -189,7 +189,7 @@ class SqliteCursorStore:
         def work(db: sqlite3.Connection) -> int:
             db.executemany(_ADD_LETTER, rows)
             db.executemany(_SET_CURSOR, cursors)
-            dropped = db.execute(_TRIM_LETTERS, (name, to_limit(keep))).rowcount
+            dropped = db.execute(_TRIM_LETTERS, {"peer": name, "keep": to_limit(keep)}).rowcount
             if dropped and not db.execute(_MORE_DROPPED, (dropped, name)).rowcount:
                 _add_gap(db, dropped_letters(peer_id, now, dropped))
             return dropped
@@ -275,7 +275,11 @@ class SqliteCursorStore:
         At most ``limit`` (0 or more) are returned, of all peers unless ``peer_id`` names one, and
         fewer where they hold more than ``max_bytes`` together; one at least, whatever its size.
         """
-        values = (min(after_id, INTEGER_MAX), to_text_or_none(peer_id), to_limit(limit))
+        values = {
+            "after": min(after_id, INTEGER_MAX),
+            "peer": to_text_or_none(peer_id),
+            "limit": to_limit(limit),
+        }
 
         def work(db: sqlite3.Connection) -> Sequence[DeadLetter]:
             found: list[DeadLetter] = []
@@ -304,7 +308,7 @@ class SqliteCursorStore:
 
     async def purge_dead_letters(self, peer_id: str | None = None) -> int:
         """Remove all letters, or all of one peer; returns how many there were."""
-        values = (to_text_or_none(peer_id),)
+        values = {"peer": to_text_or_none(peer_id)}
         return await self._file.run(lambda db: db.execute(_PURGE_LETTERS, values).rowcount)
 
     async def settle_retry(self, done: Sequence[int], still_bad: Sequence[DeadLetter]) -> None:
@@ -323,7 +327,7 @@ class SqliteCursorStore:
 
     async def gaps(self, peer_id: str | None = None, *, limit: int = 1000) -> Sequence[GapRow]:
         """Return the newest ``limit`` (0 or more) lines of the loss ledger, oldest first."""
-        values = (to_text_or_none(peer_id), to_limit(limit))
+        values = {"peer": to_text_or_none(peer_id), "limit": to_limit(limit)}
         newest = await self._file.run(
             lambda db: [gap_of(row) for row in db.execute(_GAPS, values)], READ
         )
@@ -336,7 +340,7 @@ class SqliteCursorStore:
 
 def _add_gap(db: sqlite3.Connection, gap: GapRow) -> None:
     db.execute(_ADD_GAP, gap_row(gap))
-    db.execute(_TRIM_GAPS, (to_text(gap.peer_id), GAPS_KEPT))
+    db.execute(_TRIM_GAPS, {"peer": to_text(gap.peer_id), "keep": GAPS_KEPT})
 
 
 def _load(db: sqlite3.Connection, peer_id: str | bytes) -> PeerRecord:
