@@ -168,6 +168,7 @@ class ReplicationEngine(Observer):
             self.metrics,
             self._links.repair_targets,
             partial(self._start_asked, "repair"),
+            self._links.decide_anew,
         )
         self._letter_retry = LetterRetry(
             self._ports.cursor_store,
@@ -175,6 +176,7 @@ class ReplicationEngine(Observer):
             self._links.block,
             self._note_room,
             partial(self._start_asked, "letter-retry"),
+            self._links.decide_anew,
         )
 
     def _circuit(self, name: str, *, failures: int, reset_sec: float, successes: int) -> Circuit:
@@ -557,7 +559,7 @@ class ReplicationEngine(Observer):
             self._links.add(peers[peer_id], records[peer_id])
         self._links.arrange(config.peers)
         if decided_by(config.settings) != decided:
-            self._links.decide_anew()
+            self._links.decide_anew("settings changed")
         for peer_id, link in self._links.items():
             if peer_id in records:
                 link.connect()

@@ -224,10 +224,10 @@ class Links(Mapping[str, PeerLink]):
         ordered = sorted(peers, key=lambda peer: peer.priority)
         self._links = {peer.node_id: self._links[peer.node_id] for peer in ordered}
 
-    def decide_anew(self) -> None:
-        """Have every link decide again by the settings in force."""
+    def decide_anew(self, why: str) -> None:
+        """Have every link decide again: by the settings in force, for the store as it is now."""
         for link in self._links.values():
-            link.decide_anew()
+            link.decide_anew(why)
 
     def __repr__(self) -> str:
         told = ", ".join(f"{peer_id} {link.state}" for peer_id, link in self._links.items())

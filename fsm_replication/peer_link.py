@@ -133,12 +133,12 @@ class PeerLink:
         if self._lines is lines:
             self.driver.react(LinkFact.LOST, why=why)
 
-    def decide_anew(self) -> None:
-        """Have what was decided decided again, by the settings in force now.
+    def decide_anew(self, why: str) -> None:
+        """Have what was decided decided again, by the settings in force, for the store as it is.
 
         A link that is about to decide, or will, needs no telling.
         """
-        self.driver.react(LinkFact.OUTDATED, why="settings changed")
+        self.driver.react(LinkFact.OUTDATED, why=why)
 
     def configure(self, peer: PeerConfig, new_circuit: Callable[[PeerConfig], Circuit]) -> None:
         """Take over what is configured for the peer from now on.

@@ -341,6 +341,27 @@ MUTANTS: Final = (
         "tests/test_merkle.py",
     ),
     Mutant(
+        "a batch is applied to a store that has become another",
+        "stores/redis_scripts.py",
+        "if ARGV[9] ~= '' and redis.call",
+        "if false and redis.call",
+        "tests/test_faults.py",
+    ),
+    Mutant(
+        "what a link holds is written to a store that has become another",
+        "workers/tailer.py",
+        '            if self._incarnation not in ("", incarnation):\n',
+        "            if False:\n",
+        "tests/test_faults.py",
+    ),
+    Mutant(
+        "a repair that finds the store lost tells no link",
+        "workers/cold_path.py",
+        "            self._reopened(str(error))\n",
+        "",
+        "tests/test_faults.py",
+    ),
+    Mutant(
         "what a failing call of the store applied is told to nobody",
         "workers/applier.py",
         "                self._context.doubts.add([item.key for item in items], until)\n",

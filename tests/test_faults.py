@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
 import pytest
 import pytest_asyncio
-from conftest import Nodes, Peer, held, peer_config, until
+from conftest import Nodes, Peer, held, peer_config, until, until_async
 
 from fsm_replication.config import (
+    ColdPathConfig,
     HotPathConfig,
     PeerHealthConfig,
     ReconnectConfig,
@@ -45,6 +46,11 @@ async def server() -> AsyncIterator[RedisServer]:
 async def reaches(engine: ReplicationEngine, state: PeerState) -> None:
     """Wait for a state of the link to a."""
     await engine.wait_for_state(state, peer_id="a", timeout=15)
+
+
+async def holds(store: RedisSyncEngine, items: Mapping[str, bytes]) -> bool:
+    """Say whether a store holds all of these."""
+    return await held(store, *items) == items
 
 
 async def test_a_frozen_peer_is_noticed_and_found_again(nodes: Nodes, server: RedisServer) -> None:
@@ -199,6 +205,100 @@ async def test_a_local_store_that_lost_its_last_second_reads_it_again(
         async with nodes.engine(peer_config(peer.server), store=store) as engine:
             await reaches(engine, PeerState.TAILING)
             await until(lambda: mine.client.exists(Keys().item("lost")))
+
+
+async def test_a_store_emptied_and_written_to_while_it_runs_is_filled_again(
+    nodes: Nodes, both: tuple[Peer, Peer]
+) -> None:
+    """If this fails a FLUSHALL followed by a local write leaves a node without what it had (G2)."""
+    peer, mine = both
+    async with (
+        RedisSyncEngine(mine.server.url, node_id="b") as store,
+        nodes.engine(peer_config(peer.server), store=store) as engine,
+    ):
+        await reaches(engine, PeerState.TAILING)
+        sent = {f"k{n}": peer.send(f"k{n}", b"%d" % n).content for n in range(50)}
+        await until(lambda: mine.client.xlen(Keys().stream) == 50)
+        mine.client.flushall()
+        # The marker is there again, and every connection stands.
+        await store.put("local", b"1")
+        sent["next"] = peer.send("next", b"2").content
+        await until_async(lambda: holds(store, sent))
+        assert await held(store, "local") == {"local": b"1"}
+        whys = [r.why for r in engine.journal if r.dest is PeerState.BOOTSTRAPPING]
+        assert whys[-1] == "the local store is another incarnation"
+
+
+async def test_a_store_emptied_while_peers_are_quiet_is_copied_and_not_repaired_bit_by_bit(
+    nodes: Nodes, redis_servers: Callable[[], RedisServer]
+) -> None:
+    """If this fails a node whose Redis was emptied fills by a thousand items a minute."""
+    source, target = redis_servers(), redis_servers()
+    mine = Peer(target, "b")
+    a_little = Settings(cold_path=ColdPathConfig(interval_sec=0.1, max_items_per_cycle=1))
+    async with (
+        RedisSyncEngine(source.url, node_id="a") as far,
+        RedisSyncEngine(target.url, node_id="b") as store,
+        nodes.engine(peer_config(source), store=store, settings=a_little) as engine,
+    ):
+        written = {f"k{n}": b"%d" % n for n in range(300)}
+        await far.put_many(written)
+        await until_async(lambda: holds(store, written))
+        mine.client.flushall()
+        await until_async(lambda: holds(store, written))
+        whys = [r.why for r in engine.journal if r.dest is PeerState.BOOTSTRAPPING]
+        assert whys[-1] == "the local store is another incarnation"
+    mine.close()
+
+
+async def test_a_store_emptied_before_a_letter_is_tried_again_is_copied(
+    nodes: Nodes, both: tuple[Peer, Peer]
+) -> None:
+    """If this fails only the one who retries a letter hears that the store is another one."""
+    peer, mine = both
+    async with (
+        RedisSyncEngine(mine.server.url, node_id="b") as store,
+        nodes.engine(peer_config(peer.server), store=store) as engine,
+    ):
+        await reaches(engine, PeerState.TAILING)
+        mine.client.lpush(Keys().item("taken"), "no item")
+        sent = {key: peer.send(key, b"1").content for key in ("first", "taken")}
+        await until(lambda: engine.health_check().peers[0].dead_letters == 1)
+        mine.client.flushall()
+        stats = await engine.dead_letters.retry()
+        assert (stats.left, len(stats.problems)) == (1, 1)
+        await until_async(lambda: holds(store, sent))
+        assert (await engine.dead_letters.retry()).superseded == 1
+
+
+class Hesitant(RedisSyncEngine):
+    """Takes nothing while it is told not to."""
+
+    accepts = True
+
+    def should_accept_writes(self) -> bool:
+        """Return what is set."""
+        return self.accepts
+
+
+async def test_what_a_paused_link_holds_is_not_written_to_another_store(
+    nodes: Nodes, both: tuple[Peer, Peer]
+) -> None:
+    """If this fails a store that is emptied during backpressure misses what came before (G2)."""
+    peer, mine = both
+    async with (
+        Hesitant(mine.server.url, node_id="b") as store,
+        nodes.engine(peer_config(peer.server), store=store) as engine,
+    ):
+        await reaches(engine, PeerState.TAILING)
+        sent = {f"k{n}": peer.send(f"k{n}", b"%d" % n).content for n in range(50)}
+        await until(lambda: mine.client.xlen(Keys().stream) == 50)
+        store.accepts = False
+        sent["held"] = peer.send("held", b"2").content
+        await reaches(engine, PeerState.PAUSED)
+        mine.client.flushall()
+        store.accepts = True
+        await until_async(lambda: holds(store, sent))
 
 
 async def test_a_slow_peer_does_not_slow_the_others(

@@ -41,16 +41,20 @@ class Outcome(IntEnum):
 class Received:
     """Where changes came from.
 
-    ``position`` is the peer's stream position that is settled once all of them are; a durable
-    store keeps it in the same transaction, and keeps nothing of it if any item failed. ``wire``,
-    where given, is aligned with the changes; None in it means the item must be encoded. ``encoded``
-    is what the store's own ``encode`` has made of the changes.
+    ``peer_id`` is "" where they are no part of a peer's stream or of a copy of all its items: they
+    were repaired, or tried again. ``position`` is the peer's stream position that is settled once all
+    of them are; a durable store keeps it in the same transaction, and keeps nothing of it if any item
+    failed. ``wire``, where given, is aligned with the changes; None in it means the item must be
+    encoded. ``encoded`` is what the store's own ``encode`` has made of the changes. ``incarnation``,
+    where given, is that of the store they are meant for; one that has become another since takes
+    nothing, and raises StoreReopenedError.
     """
 
     peer_id: str
     position: Position | None = None
     wire: Sequence[WireForm | None] | None = None
     encoded: object = None
+    incarnation: str = ""
 
 
 @dataclass(frozen=True, slots=True)

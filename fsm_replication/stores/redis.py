@@ -92,8 +92,9 @@ SCAN_COUNT: Final = 500
 # After Redis refused a write for lack of memory or the like, links pause this long.
 REFUSAL_SEC: Final = 1.0
 STAMPS_PER_FLIGHT: Final = 1000
-# The connection over which the tree is read; no peer can have this name.
+# The connections over which the tree is read, and repaired items written; no peer can have these names.
 TREE_LANE: Final = "\0tree"
+REPAIR_LANE: Final = "\0repair"
 _REFUSALS: Final = re.compile(r"\b(?:OOM|READONLY|MISCONF|NOREPLICAS)\b")
 _OUTCOMES: Final = {
     ord("0"): Outcome.APPLIED,
@@ -357,32 +358,35 @@ class RedisSyncEngine(SyncEngine):
         A change is refused where its key in Redis holds something that is no item.
 
         :raises StoreError: if Redis fails; what was applied until then stays applied.
-        :raises StoreReopenedError: once, for a peer whose connection was lost and stands again: look
-            at ``incarnation`` and ``applied_position`` before going on.
+        :raises StoreReopenedError: once, for a peer whose connection was lost and stands again; and
+            whenever the store is not the one that is meant: look at ``incarnation`` and
+            ``applied_position`` before going on.
         """
         outcomes: list[Outcome] = []
         live_deleted = 0
         reasons: dict[int, str] = {}
-        peer_id = received.peer_id if received is not None else ""
-        lock = self._locks.get(peer_id)
+        # Each peer has to hear by itself that the store was lost, before its next position is kept.
+        name = "" if received is None else received.peer_id or REPAIR_LANE
+        meant = "" if received is None else received.incarnation
+        lock = self._locks.get(name)
         if lock is None:
-            lock = self._locks[peer_id] = asyncio.Lock()
+            lock = self._locks[name] = asyncio.Lock()
         if not self._resolver.by_stamp:
             async with lock:
-                return await self._apply_merging(await self._lane(peer_id), changes, received)
+                return await self._apply_merging(await self._lane(name), changes, received)
         if received is not None and received.encoded is not None:
             calls = cast("list[PackedArguments]", received.encoded)
         else:
             wire = received.wire if received is not None else None
             calls = self._encode_calls(changes, wire or [None] * len(changes))
         async with lock:
-            lane = await self._lane(peer_id)
+            lane = await self._lane(name)
             for number, args in enumerate(calls, 1):
                 last = number == len(calls)
                 peer, position = _position_args(received) if last else ("", "")
                 if not args.number and not position:
                     break
-                codes, deleted = await self._apply(lane, scripts.APPLY, peer, position, args)
+                codes, deleted = await self._apply(lane, scripts.APPLY, peer, position, args, meant)
                 outcomes += [_OUTCOMES[code] for code in codes]
                 live_deleted += deleted
         if Outcome.REFUSED in outcomes:
@@ -409,6 +413,7 @@ class RedisSyncEngine(SyncEngine):
         """Merge each change with what is held, in rounds: what changed meanwhile is made anew."""
         outcomes: list[Outcome | None] = [None] * len(changes)
         unmerged: dict[int, str] = {}
+        meant = "" if received is None else received.incarnation
         live_deleted = 0
         # A key that comes twice in one call is taken in turn, so that the second sees the first.
         while None in outcomes:
@@ -416,10 +421,10 @@ class RedisSyncEngine(SyncEngine):
             for index, change in enumerate(changes):
                 if outcomes[index] is None and len(turn) < ITEMS_PER_CALL:
                     turn.setdefault(change.key, index)
-            live_deleted += await self._merge_round(lane, changes, turn, outcomes, unmerged)
+            live_deleted += await self._merge_round(lane, changes, turn, outcomes, unmerged, meant)
         peer, position = _position_args(received)
         if position:
-            await self._apply(lane, scripts.APPLY, peer, position, _NO_ARGUMENTS)
+            await self._apply(lane, scripts.APPLY, peer, position, _NO_ARGUMENTS, meant)
         done = [outcome for outcome in outcomes if outcome is not None]
         reasons = self._why_refused(changes, done) | unmerged
         return ApplyResult(done, reasons, live_deleted)
@@ -431,6 +436,7 @@ class RedisSyncEngine(SyncEngine):
         turn: Mapping[str, int],
         outcomes: list[Outcome | None],
         unmerged: dict[int, str],
+        meant: str,
     ) -> int:
         keys, args, filled = list(turn), list[bytes | str | int](), 0
         tried: list[int] = []
@@ -456,14 +462,15 @@ class RedisSyncEngine(SyncEngine):
                 break
         if not tried:
             return 0
-        codes, deleted = await self._apply(lane, scripts.MERGE, "", "", pack_arguments(args))
+        made_of = pack_arguments(args)
+        codes, deleted = await self._apply(lane, scripts.MERGE, "", "", made_of, meant)
         for index, code in zip(tried, codes, strict=True):
             outcomes[index] = _OUTCOMES.get(code)
         return deleted
 
-    async def _lane(self, peer_id: str) -> Connection:
+    async def _lane(self, name: str) -> Connection:
         self._check_open()
-        lane = self._lanes.get(peer_id)
+        lane = self._lanes.get(name)
         if lane is None or lane.closed:
             was_lost = lane is not None
             try:
@@ -476,7 +483,7 @@ class RedisSyncEngine(SyncEngine):
                 lane.close()
                 await lane.wait_closed()
                 self._check_open()
-            if was_lost and peer_id not in ("", TREE_LANE):
+            if was_lost and name not in ("", TREE_LANE):
                 # Redis may have come back empty, or without its last second: whoever writes a
                 # position must first look which of his batches it still has.
                 try:
@@ -484,9 +491,9 @@ class RedisSyncEngine(SyncEngine):
                 except BaseException:
                     lane.close()
                     raise
-                self._lanes[peer_id] = lane
+                self._lanes[name] = lane
                 raise StoreReopenedError(f"{self._where} was lost and is back")
-            self._lanes[peer_id] = lane
+            self._lanes[name] = lane
         return lane
 
     def _check_open(self) -> None:
@@ -500,11 +507,12 @@ class RedisSyncEngine(SyncEngine):
         peer_id: str,
         position: str,
         args: PackedArguments,
+        meant: str,
     ) -> tuple[bytes, int]:
         head = (
             4, self.keys.stream, self.keys.positions, self.keys.marker, self.keys.live,
             self._maxlen, self._ttl_ms, self._grace_ms, self.keys.item_prefix, peer_id, position,
-            self._tree_key, self._dirty_key,
+            self._tree_key, self._dirty_key, meant,
         )  # fmt: skip
         timeout = self._timeout_sec
         try:
@@ -521,7 +529,7 @@ class RedisSyncEngine(SyncEngine):
                 )
         except ReplicationError as error:
             if isinstance(error, PeerReplyError) and error.code == _NO_MARKER:
-                raise StoreReopenedError(f"{self._where} came back empty") from None
+                raise StoreReopenedError(f"{self._where} was emptied or replaced") from None
             raise self._store_error(error) from None
         return codes, deleted
 

@@ -205,8 +205,8 @@ return {'', redis.call('HGET', KEYS[1], 'incarnation'), redis.call('HGET', KEYS[
 """
 
 # KEYS: stream, positions, marker, live. ARGV: maxlen, ttl in ms, grace in ms, item prefix, peer id,
-# position, tree, dirty keys or '', then key, value, digest in hex, meta, bucket for each item. An empty
-# position is not kept. Returns one code per item (0 applied, 1 superseded, 2 refused: what is held is no
+# position, tree, dirty keys or '', the incarnation that is meant or '', then key, value, digest in hex,
+# meta, bucket for each item. An empty position is not kept. Returns one code per item (0 applied, 1 superseded, 2 refused: what is held is no
 # item, 4 refused: the dotted layout keeps its own under that name) as a string, and the live items deleted.
 # The loop is one protected call and not one for each item, which would cost a fifth of the script:
 # where a read fails on a key of a wrong type, that item is refused and the loop goes on after it.
@@ -215,10 +215,13 @@ _APPLY: Final = (
     + _TREE
     + _KEEP
     + """
+if ARGV[9] ~= '' and redis.call('HGET', KEYS[3], 'incarnation') ~= ARGV[9] then
+  return redis.error_reply('NOMARKER it is another one')
+end
 local ttl, grace, prefix, tree = tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[7]
 local now = now_ms()
 local codes, count, live_deleted = {}, 0, 0
-local at, reading = 9, false
+local at, reading = 10, false
 dirty = ARGV[8]
 local function is_reserved(key)
   if dirty == '' then return false end

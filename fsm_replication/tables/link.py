@@ -143,7 +143,7 @@ LINK: Final = Table(
             "reconfigured",
             _DECIDED,
             _S.RESUMING,
-            "settings of this link changed: decide again",
+            "its settings changed, or the local store: decide again",
             effects=("decide",),
         ),
         Row(

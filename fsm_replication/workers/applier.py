@@ -37,6 +37,8 @@ CHECK_FIRST_SHARE: Final = 0.2
 RETRY_FIRST_SEC: Final = 0.05
 RETRY_MAX_SEC: Final = 1.0
 NO_LIMIT: Final = 2**31
+# On these paths what comes later relies on what came before; a repair compares anew each time.
+_ORDERED: Final = frozenset({"stream", "bootstrap"})
 _T = TypeVar("_T")
 
 
@@ -228,7 +230,14 @@ class Applier:
         end of its chunk, if it came by the stream.
         """
         context = self._context
-        received = Received(context.peer_id, position, part.wire, part.encoded)
+        ordered = path in _ORDERED
+        received = Received(
+            context.peer_id if ordered else "",
+            position,
+            part.wire,
+            part.encoded,
+            self._incarnation if ordered else "",
+        )
         deletes = sum([item.deleted for item in part.items])
         if deletes and context.interlock.may_trip(deletes):
             await self._check_interlock(part.items)

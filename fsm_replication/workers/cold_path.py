@@ -21,6 +21,7 @@ from fsm_replication.errors import (
     EngineStoppedError,
     NetworkError,
     ReplicationError,
+    StoreReopenedError,
 )
 from fsm_replication.log import get_logger
 from fsm_replication.merkle import OWN
@@ -112,7 +113,8 @@ class _Peer:
 class ColdPath:
     """Repairs peers: in cycles as a worker of the engine, and when asked.
 
-    ``targets`` returns the peers by priority, ``start`` starts a worker of the engine.
+    ``targets`` returns the peers by priority, ``start`` starts a worker of the engine, and
+    ``reopened`` has every link decide anew: the store may be another, or as it was before.
     """
 
     def __init__(
@@ -123,8 +125,10 @@ class ColdPath:
         metrics: Metrics,
         targets: Callable[[], Sequence[Target]],
         start: Callable[[Callable[[], Coroutine[Any, Any, None]]], None],
+        reopened: Callable[[str], None],
     ) -> None:
         self._start = start
+        self._reopened = reopened
         self._current = settings
         self._store = store
         self._ports = ports
@@ -314,6 +318,9 @@ class ColdPath:
             return self._gave_up(peer, context, stats, error)
         except NetworkError as error:
             target.lost(lines, str(error))
+            return self._gave_up(peer, context, stats, error)
+        except StoreReopenedError as error:
+            self._reopened(str(error))
             return self._gave_up(peer, context, stats, error)
         except ReplicationError as error:
             return self._gave_up(peer, context, stats, error)

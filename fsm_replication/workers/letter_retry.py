@@ -36,7 +36,8 @@ class LetterRetry:
     """Tries letters again, one request after the other.
 
     ``contexts`` returns the links' contexts by peer, ``block`` pauses a link for a reason,
-    ``on_room`` is awaited when letters may have gone, and ``start`` starts a worker of the engine.
+    ``on_room`` is awaited when letters may have gone, ``start`` starts a worker of the engine, and
+    ``reopened`` has every link decide anew: the store may be another, or as it was before.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class LetterRetry:
         block: Callable[[str, PauseReason, str], None],
         on_room: Callable[[], Awaitable[None]],
         start: Callable[[Callable[[], Coroutine[Any, Any, None]]], None],
+        reopened: Callable[[str], None],
     ) -> None:
         self._store = store
         self._contexts = contexts
         self._block = block
         self._on_room = on_room
         self._start = start
+        self._reopened = reopened
         self._one_at_a_time = asyncio.Lock()
         self._asked: set[asyncio.Future[RetryStats]] = set()
         self._log = get_logger("dead_letters")
@@ -135,6 +138,7 @@ class LetterRetry:
         except Unsettled as unsettled:
             return _left(letters, f"peer {peer_id!r}: {unsettled.__cause__ or unsettled}")
         except StoreReopenedError as error:
+            self._reopened(str(error))
             return _left(letters, f"peer {peer_id!r}: {error}")
 
     async def _apply(

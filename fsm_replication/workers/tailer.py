@@ -329,6 +329,10 @@ class Tailer:
         asking = Applier(context, self._builder, "", self._is_interrupted)
         incarnation = await asking.call(context.reads, context.store.incarnation)
         if self._applier is None or incarnation != self._incarnation:
+            if self._incarnation not in ("", incarnation):
+                # What is held here was read for a store that had all that came before.
+                await self._queue.abandon()
+                self._queue.forget()
             self._incarnation = incarnation
             self._applier = Applier(context, self._builder, incarnation, self._is_interrupted)
             self._copier = None

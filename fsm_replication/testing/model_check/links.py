@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from fsm_replication.circuits import CircuitState
@@ -393,7 +394,12 @@ class LinkModel:
         if self.detail.reconfigures:
             meaning = link.driver.machine.table.meaning
             if meaning(_F.OUTDATED, at.state):
-                yield ("configuration", "other settings"), False, Needs.RUNNING, link.decide_anew
+                yield (
+                    ("configuration", "other settings"),
+                    False,
+                    Needs.RUNNING,
+                    partial(link.decide_anew, "settings changed"),
+                )
             if meaning(_F.MOVED, at.state):
                 yield ("configuration", "another URL"), False, Needs.RUNNING, link._take_other_way
 
