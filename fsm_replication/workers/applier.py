@@ -331,6 +331,11 @@ class Applier:
                 context.log.warning("store_call_failed", error=error, circuit=circuit.name)
                 if self._interrupted():
                     raise Unsettled from error
+                if circuit.probe_in_sec:
+                    # It opened by this failure: whoever may try next is for the prober to say.
+                    raise Blocked(
+                        PauseReason.CIRCUIT, str(CircuitOpenError(circuit.name))
+                    ) from None
             await context.ports.clock.sleep(wait * (0.5 + context.ports.random.random() / 2))
             wait = min(RETRY_MAX_SEC, wait * 2)
 
