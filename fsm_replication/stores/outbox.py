@@ -330,7 +330,8 @@ class OutboxPublisher:
         fine = [item for item in items if self._is_publishable(item)]
         # Two numbers that are kept in the same transaction as the items: a position's form will do.
         position = Position(StreamId(mark, before), None) if mark else None
-        result = await self._redis.apply_many(fine, Received(LANE, position))
+        received = Received(LANE, position, incarnation=self._incarnation)
+        result = await self._redis.apply_many(fine, received)
         for index, (item, outcome) in enumerate(zip(fine, result.outcomes, strict=True)):
             if outcome is Outcome.REFUSED:
                 self._refuse(item, result.reasons[index])
