@@ -40,6 +40,7 @@ def test_seeds_keep_every_promise(full: bool) -> None:
 @pytest.mark.parametrize(
     "seed",
     [
+        94,  # A node without items was emptied, and its peers waited for its marker for ever.
         1159,  # A link gave up just after its peer was mended.
         6950,  # A repair waited for a link to decide while its engine ended: KeyError.
     ],

@@ -44,7 +44,7 @@ def steps_of(names: str) -> st.SearchStrategy[list[Step]]:
         st.tuples(st.just("wait"), st.sampled_from([0.0, 0.01, 0.5, 3.0, 15.0])),
         st.tuples(st.just("wait"), st.sampled_from([0.0, 0.01, 0.5, 3.0, 15.0])),
         st.tuples(st.sampled_from(["cut", "heal"]), node, node),
-        st.tuples(st.sampled_from(["stop", "kill", "start", "lose", "drop"]), node),
+        st.tuples(st.sampled_from(["stop", "kill", "start", "lose", "drop", "wipe"]), node),
         st.tuples(st.just("trim"), node, st.integers(0, 2)),
         st.tuples(st.just("skew"), node, st.sampled_from([-5000, -500, 0, 500, 5000])),
         st.tuples(st.just("expire")),

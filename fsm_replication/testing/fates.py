@@ -139,6 +139,7 @@ _LOTTERY: Final = (
 _KINDS: Final = tuple(kind for kind, _ in _LOTTERY)
 _TICKETS: Final = tuple(tickets for _, tickets in _LOTTERY)
 EXPIRE_SHARE: Final = 0.005
+WIPE_SHARE: Final = 0.2
 
 
 def random_fate(seed: int) -> Fate:
@@ -157,6 +158,10 @@ def random_fate(seed: int) -> Fate:
         steps.append(step)
         if rng.random() < EXPIRE_SHARE:
             steps.append(("expire",))
+    # Drawn apart, so that a seed that failed before there were wipes is still the same run.
+    apart = random.Random(f"wipe {seed}")  # noqa: S311 - as above
+    if apart.random() < WIPE_SHARE:
+        steps.insert(apart.randint(0, len(steps)), ("wipe", apart.choice(names)))
     return Fate(
         rng.choice(SHAPES),
         len(names),
@@ -217,7 +222,7 @@ class _Run:
             ),
         )
         self._written: set[tuple[str, Stamp]] = set()
-        self._lost = False
+        self._lost = self._wiped = False
         self._strangers: set[str] = set()
 
     async def run(self, steps: Sequence[Step]) -> None:
@@ -350,6 +355,10 @@ class _Run:
         self.mesh.delete_stream(name)
         self._lost = True
 
+    def _wipe(self, name: str) -> None:
+        self.mesh.wipe(name)
+        self._lost = self._wiped = True
+
     def _trim(self, name: str, entries: int) -> None:
         self.mesh.trim(name, entries)
 
@@ -445,6 +454,10 @@ class _Run:
             node.store.accepting_writes, node.store.delay_sec = True, 0.0
             for peer in self.mesh.read_by(node.name):
                 self.mesh.heal(node.name, peer)
+        if self._wiped:
+            # A node without items that is left alone sees only in its next cycle that it was emptied.
+            self._wiped = False
+            await asyncio.sleep(COLD_INTERVAL_SEC + GIVE_UP_SEC)
         for _ in range(2):
             for name, node in self.mesh.nodes.items():
                 if node.engine is not None and _has_given_up(node.engine):

@@ -160,6 +160,7 @@ class LocalMesh:
         """Start a node's engine, unless it runs."""
         node = self.nodes[name]
         if node.engine is None:
+            node.store.open_if_empty()
             node.engine = self.make_engine(name)
             await node.engine.start()
 
@@ -223,6 +224,7 @@ class LocalMesh:
         if not fresh:
             return False
         node.server.load(fresh[0])
+        node.store.crashed()
         node.saved.clear()
         for other in self.nodes.values():
             was_down = name in other.transport.down
@@ -230,6 +232,12 @@ class LocalMesh:
             if not was_down:
                 other.transport.heal(name)
         return True
+
+    def wipe(self, name: str) -> None:
+        """Empty a node's server, marker and all, while every connection to it stands."""
+        node = self.nodes[name]
+        node.server.execute("FLUSHALL")
+        node.saved.clear()
 
     def trim(self, name: str, entries: int) -> None:
         """Trim a node's stream to its last entries."""

@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from fsm_replication.errors import StoreError
+from fsm_replication.errors import StoreError, StoreReopenedError
 from fsm_replication.items import (
     EMPTY_HASH,
     LastWriterWins,
@@ -58,7 +58,8 @@ class SimStore(SyncEngine):
 
     ``ttl_ms`` and ``grace_ms`` are those of tombstones. ``accepting_writes`` may be set to False to
     make links pause. While ``failure`` is set, every call of replication raises that,
-    and each takes ``delay_sec``. The server's clock stamps local writes.
+    and each takes ``delay_sec``. The server's clock stamps local writes. After ``crashed()`` each peer
+    is told once that the server may be as it was before.
     """
 
     def __init__(
@@ -78,6 +79,9 @@ class SimStore(SyncEngine):
         self.accepting_writes = True
         self.failure: StoreError | None = None
         self.delay_sec = 0.0
+        self._crashes = 0
+        # How many crashes each peer knows of.
+        self._told: dict[str, int] = {}
         self._rng = rng
         self._ttl_ms = ttl_ms
         self._grace_ms = grace_ms
@@ -99,11 +103,30 @@ class SimStore(SyncEngine):
             "partitions", PARTITIONS,
         )  # fmt: skip
 
+    def crashed(self) -> None:
+        """Note that the server was lost and is back, maybe without its last second."""
+        self._crashes += 1
+
+    def _look_for_loss(self, received: Received | None) -> None:
+        name = None if received is None else received.peer_id
+        known = self._crashes if name is None else self._told.setdefault(name, self._crashes)
+        if name is not None and known < self._crashes:
+            self._told[name] = self._crashes
+            raise StoreReopenedError(f"{self!r} was lost and is back")
+        held = self._do("HGET", self.keys.marker, "incarnation")
+        meant = "" if received is None else received.incarnation
+        if held is None or (meant and meant.encode() != held):
+            raise StoreReopenedError(f"{self!r} was emptied or replaced")
+
+    def open_if_empty(self) -> None:
+        """Write the marker key of a server that has none."""
+        if self._do("EXISTS", self.keys.marker) == 0:
+            self.open()
+
     async def incarnation(self) -> str:
         """Return the id written when this server was first opened, or was found empty."""
         await self._turn()
-        if self._do("HGET", self.keys.marker, "incarnation") is None:
-            self.open()
+        self.open_if_empty()
         raw: bytes = self._do("HGET", self.keys.marker, "incarnation")
         return raw.decode()
 
@@ -174,6 +197,7 @@ class SimStore(SyncEngine):
     ) -> ApplyResult:
         """Keep what is newer, publish it, and note the peer's position."""
         await self._turn()
+        self._look_for_loss(received)
         outcomes: list[Outcome] = []
         live_deleted = 0
         for change in changes:
@@ -197,6 +221,7 @@ class SimStore(SyncEngine):
     def put(self, key: str, content: bytes, content_type: str = "binary") -> SyncItem:
         """Write locally, at once."""
         check_key(key)
+        self.open_if_empty()
         held = self.held(key)
         updated_at, version = next_stamp(None if held is None else held.stamp, self._now())
         item = SyncItem(
@@ -210,6 +235,7 @@ class SimStore(SyncEngine):
 
     def delete(self, key: str) -> bool:
         """Delete locally, at once; returns whether there was a live item."""
+        self.open_if_empty()
         held = self.held(key)
         if held is None or held.deleted:
             return False

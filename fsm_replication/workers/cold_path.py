@@ -138,6 +138,7 @@ class ColdPath:
         self._one_at_a_time = asyncio.Lock()
         self._asked: dict[tuple[str | None, StaleVerdict | None], asyncio.Future[RepairStats]] = {}
         self._root: tuple[float, bytes] | None = None
+        self._incarnation = ""
         self._log = get_logger("cold_path", node_id=metrics.node_id)
 
     # As a worker
@@ -162,6 +163,7 @@ class ColdPath:
             began = clock.monotonic()
             budget = Budget(self._settings.max_items_per_cycle)
             stats = RepairStats()
+            await self._look_at_store()
             targets = self._targets()
             self._remember_only(targets)
             for target in targets:
@@ -176,6 +178,18 @@ class ColdPath:
             self._metrics.get("repair_cycle_duration_seconds").observe(clock.monotonic() - began)
             self._count(stats)
             return stats
+
+    async def _look_at_store(self) -> None:
+        """See whether the store was emptied or replaced, which no tree tells where all are empty."""
+        for target in self._targets()[:1]:
+            reads = target.context.reads
+            try:
+                found = await make_applier(target.context).call(reads, self._store.incarnation)
+            except (Blocked, Unsettled):
+                return  # It is in trouble, and was logged; it is looked at again.
+            known, self._incarnation = self._incarnation, found
+            if known not in ("", found):
+                self._reopened("the local store is another incarnation")
 
     def _reason_to_skip(self, target: Target) -> str:
         """Return why a cycle leaves this peer out, "" if it does not."""
