@@ -90,7 +90,7 @@ async def step(rng: random.Random, nodes: list[Node]) -> None:
     node, other = rng.choice(nodes), rng.choice(nodes)
     kind = rng.choice(
         ["put", "put", "put", "delete", "delete", "wait", "wait", "cut", "heal", "trim", "drop",
-         "kill", "stop", "start", "empty"]
+         "kill", "stop", "start", "empty", "restart"]
     )  # fmt: skip
     if kind == "put":
         await node.store.put(rng.choice(KEYS), rng.choice([b"", b"x", b"y"]))
@@ -112,6 +112,10 @@ async def step(rng: random.Random, nodes: list[Node]) -> None:
         await node.start()
     elif kind == "empty":
         flush(node.server)
+        node.emptied = True
+    elif kind == "restart":
+        # Of what it held nothing is on disk.
+        await asyncio.to_thread(node.server.restart)
         node.emptied = True
 
 
