@@ -146,6 +146,7 @@ class ColdPath:
     async def run(self) -> None:
         """Go through a cycle every interval, while the cold path is enabled; until cancelled."""
         current, clock = self._current, self._ports.clock
+        await self._look_at_store()
         while True:
             await current.wait_until(lambda settings: settings.cold_path.enabled)
             await current.sleep(clock, lambda settings: settings.cold_path.interval_sec)
