@@ -455,8 +455,12 @@ class _Run:
             for peer in self.mesh.read_by(node.name):
                 self.mesh.heal(node.name, peer)
         if self._wiped:
-            # A node without items that is left alone sees only in its next cycle that it was emptied.
+            # A node that runs sees in its next cycle that it was emptied; one that does not is started
+            # together with those that need it, and opens its store first.
             self._wiped = False
+            for node in self.mesh.nodes.values():
+                if node.engine is None:
+                    node.store.open_if_empty()
             await asyncio.sleep(COLD_INTERVAL_SEC + GIVE_UP_SEC)
         for _ in range(2):
             for name, node in self.mesh.nodes.items():
