@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
@@ -40,6 +41,22 @@ NO_LIMIT: Final = 2**31
 # On these paths what comes later relies on what came before; a repair compares anew each time.
 _ORDERED: Final = frozenset({"stream", "bootstrap"})
 _T = TypeVar("_T")
+
+
+@contextmanager
+def _cancellation_passes() -> Iterator[None]:
+    """Raise :exc:`asyncio.CancelledError` at the end if a cancellation was swallowed inside.
+
+    A user's store may do so, and a worker that goes on then works for an owner that has given it
+    up: beside the application, or beside the engine that comes next.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    try:
+        yield
+    finally:
+        if task and task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 class Blocked(Exception):  # noqa: N818 - it is an outcome, not an error
@@ -340,6 +357,10 @@ class Applier:
             wait = min(RETRY_MAX_SEC, wait * 2)
 
     async def _call_once(self, circuit: Circuit, function: Callable[[], Awaitable[_T]]) -> _T:
+        with _cancellation_passes():
+            return await self._call_guarded(circuit, function)
+
+    async def _call_guarded(self, circuit: Circuit, function: Callable[[], Awaitable[_T]]) -> _T:
         clock, limit = self._context.ports.clock, self._context.settings.timeouts.store_call
         reopened: StoreReopenedError
         with circuit.guard():
