@@ -230,6 +230,34 @@ async def test_a_cycle_has_a_budget_and_the_next_goes_on(
         assert not engine.health_check().peers[0].gaps_open
 
 
+async def test_a_cycle_reads_no_more_leaves_than_it_has_a_budget_for(
+    tmp_path: Path, nodes: Nodes, redis_server: RedisServer, peer_store: RedisSyncEngine
+) -> None:
+    """If this fails a node far behind reads all of its peer's leaves in every cycle."""
+    store = MemorySyncEngine(node_id="b")
+    await peer_store.put_many({f"k{n}": b"x" for n in range(60_000)})
+    settings = COLD_ONLY.model_copy(
+        update={"cold_path": ColdPathConfig(interval_sec=3600, max_items_per_cycle=100)}
+    )
+    config = nodes.config(a_at(redis_server), settings=settings)
+    engine, transport = counting_engine(tmp_path, config, store)
+    async with engine:
+        await engine.wait_for_state(PeerState.STANDBY, peer_id="a", timeout=DEADLINE_SEC)
+        sizes, received = [], transport.received
+        for _ in range(3):
+            stats = await engine._cold_path.cycle()
+            assert stats.items_fetched == 100
+            assert stats.items_deferred > 100
+            assert not engine.health_check().synced
+            sizes.append(transport.received - received)
+            received = transport.received
+        assert len(store) == 300
+        await engine.repair()
+        assert await same(store, peer_store)
+        # A leaf is 50 bytes and its key.
+        assert max(sizes) < (transport.received - received) / 3
+
+
 async def test_keys_that_cannot_be_fetched_stand_in_nobody_s_way(
     nodes: Nodes, redis_server: RedisServer, peer_store: RedisSyncEngine
 ) -> None:

@@ -7,7 +7,7 @@ number of leaves. A leaf carries its order tuple, so what is older there is neve
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
@@ -127,7 +127,9 @@ class Comparer:
                 return []
         return paths
 
-    async def groups(self, buckets: Sequence[str], *, both: bool = False) -> AsyncIterator[Group]:
+    async def groups(
+        self, buckets: Sequence[str], *, both: bool = False
+    ) -> AsyncGenerator[Group, None]:
         """Yield what differs in these buckets, in their order, a bounded number at a time."""
         for begin in range(0, len(buckets), BUCKETS_PER_FLIGHT):
             chunk = buckets[begin : begin + BUCKETS_PER_FLIGHT]

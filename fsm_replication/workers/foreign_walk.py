@@ -12,7 +12,7 @@ which. Where this node keeps a dotted tree of its own, equal nodes are passed ov
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -130,7 +130,7 @@ class ForeignWalk:
         """Whether the peer has published a tree at all, as far as ``begin`` saw."""
         return self._root is not None
 
-    async def flights(self) -> AsyncIterator[ForeignFlight]:
+    async def flights(self) -> AsyncGenerator[ForeignFlight, None]:
         """Yield the keys that differ, a bounded number at a time."""
         assert self._root is not None
         if not self._root:

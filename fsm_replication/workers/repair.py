@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -129,14 +130,15 @@ class _Pass:
             result.in_sync = True
             result.complete = walk.has_tree
             return result
-        async for flight in walk.flights():
-            result.skipped += flight.skipped
-            result.differing += len(flight.leaves)
-            await self._take_leaves(flight.leaves)
-            self._on_progress(result)
-            if self._budget.left == 0:
-                result.deferred += 1
-                break
+        async with aclosing(walk.flights()) as flights:
+            async for flight in flights:
+                result.skipped += flight.skipped
+                result.differing += len(flight.leaves)
+                await self._take_leaves(flight.leaves)
+                self._on_progress(result)
+                if self._budget.left == 0:
+                    result.deferred += 1
+                    break
         result.in_sync = not (result.differing or result.skipped)
         result.complete = not (result.deferred or result.skipped or result.fetched.failed)
         if result.complete:
@@ -169,10 +171,16 @@ class _Pass:
         ordered = [path for path in buckets if path >= begin]
         ordered += [path for path in buckets if path < begin]
         first = True
-        async for group in comparer.groups(ordered):
-            await self._take(group, after if first else None)
-            first = False
-            self._on_progress(result)
+        async with aclosing(comparer.groups(ordered)) as groups:
+            async for group in groups:
+                await self._take(group, after if first else None)
+                first = False
+                self._on_progress(result)
+                if self._budget.left == 0 and group.last != ordered[-1]:
+                    # What may be fetched is fetched, and the leaves of all the rest would be read in
+                    # every cycle until it is their turn.
+                    result.deferred += 1
+                    break
         result.in_sync = not (result.differing or result.skipped)
         result.complete = not (result.deferred or result.held_back or result.skipped)
         result.complete = result.complete and not result.fetched.failed
