@@ -20,7 +20,7 @@ import pybreaker
 from fsm_replication.errors import CircuitOpenError
 from fsm_replication.ports import Clock
 
-__all__ = ("Circuit", "CircuitState")
+__all__ = ("CallOutcome", "Circuit", "CircuitState")
 
 
 class CircuitState(StrEnum):
@@ -38,12 +38,23 @@ _STATES = {
 }
 
 CircuitListener = Callable[["Circuit", CircuitState, CircuitState], None]
+CallListener = Callable[["Circuit", "CallOutcome"], None]
+
+
+class CallOutcome(StrEnum):
+    """What became of a call through a circuit; one that is cancelled says nothing about it."""
+
+    SUCCESS = "success"
+    FAILURE = "failure"
+    CANCELLED = "cancelled"
+    REJECTED = "rejected"
 
 
 class Circuit(pybreaker.CircuitBreakerListener):
     """One circuit: opens after ``failures`` in a row, closes after ``successes`` probes in a row.
 
-    ``reset_sec`` is the time in Open before a probe may run, in seconds.
+    ``reset_sec`` is the time in Open before a probe may run, in seconds. ``on_call`` hears of every
+    call, also of those that are not let through.
     """
 
     def __init__(
@@ -55,11 +66,13 @@ class Circuit(pybreaker.CircuitBreakerListener):
         successes: int,
         clock: Clock,
         on_change: CircuitListener | None = None,
+        on_call: CallListener | None = None,
     ) -> None:
         self.name = name
         self.reset_sec = reset_sec
         self._clock = clock
         self._on_change = on_change
+        self._on_call = on_call
         self._opened_at = 0.0
         self._probing = False
         self._era = 0
@@ -99,25 +112,33 @@ class Circuit(pybreaker.CircuitBreakerListener):
         :raises CircuitOpenError: if the call must not be made now.
         """
         if self.probe_in_sec > 0.0:
+            self._note(CallOutcome.REJECTED)
             raise CircuitOpenError(self.name)
         if self.state is CircuitState.OPEN:
             self._breaker.half_open()
         probe = self.state is CircuitState.HALF_OPEN
         self._probing = self._probing or probe
-        era = self._era
+        era, outcome = self._era, CallOutcome.CANCELLED
         try:
             yield
         except Exception as error:
+            outcome = CallOutcome.FAILURE
             if era == self._era:
                 self._tell(error)
             raise
         else:
+            outcome = CallOutcome.SUCCESS
             self.last_success = self._clock.monotonic()
             if era == self._era:
                 self._tell(None)
         finally:
             if probe and era == self._era:
                 self._probing = False
+            self._note(outcome)
+
+    def _note(self, outcome: CallOutcome) -> None:
+        if self._on_call is not None:
+            self._on_call(self, outcome)
 
     def _tell(self, error: Exception | None) -> None:
         def outcome() -> None:

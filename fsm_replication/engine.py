@@ -7,6 +7,7 @@ configuration and keeps the local store up to date until the block ends.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -16,7 +17,7 @@ from typing import Any, Final, Self, cast
 
 from prometheus_client import CollectorRegistry
 
-from fsm_replication.circuits import Circuit
+from fsm_replication.circuits import CallOutcome, Circuit
 from fsm_replication.config import PeerConfig, ReplicationConfig
 from fsm_replication.config_change import ConfigChange, compare_configs, refuse_what_is_fixed
 from fsm_replication.current import Current
@@ -61,6 +62,7 @@ from fsm_replication.workers.letter_retry import LetterRetry
 from fsm_replication.workers.ping import ping_idle_peers
 from fsm_replication.workers.prober import probe_circuits
 from fsm_replication.workers.repair import KeyDifference, StaleVerdict, find_differences
+from fsm_replication.workers.slo import SloWatch
 from fsm_replication.workers.supervisor import CrashCounter, supervise
 from fsm_replication.workers.tailer import decided_by
 
@@ -104,8 +106,8 @@ class ReplicationEngine(Observer):
         self._settings = Current(config.settings)
         self._store = sync_engine if sync_engine is not None else NoOpSyncEngine()
         self._given_ports = ports
-        self._ports = ports if ports is not None else _system_ports(config)
         self.metrics = Metrics(config.local_node_id, registry)
+        self._ports = ports if ports is not None else _system_ports(config, self.metrics)
         self._journal = Journal(config.settings.limits.journal)
         self._error: BaseException | None = None
         self._drain_tries = 0
@@ -188,6 +190,7 @@ class ReplicationEngine(Observer):
             successes=successes,
             clock=self._ports.clock,
             on_change=self._circuit_changed,
+            on_call=self._circuit_called,
         )
 
     def _peer_circuit(self, peer: PeerConfig) -> Circuit:
@@ -210,6 +213,18 @@ class ReplicationEngine(Observer):
 
     def _link_context(self, peer: PeerConfig) -> LinkContext:
         self.metrics.get("peer_state", peer.node_id, PeerState.CREATED).set(1)
+        clock, metrics, progress = (
+            self._ports.clock,
+            self.metrics.peer(peer.node_id),
+            LinkProgress(),
+        )
+        log = get_logger("link", node_id=self._config.local_node_id, peer_id=peer.node_id)
+
+        def lag_events() -> float:
+            known = progress.lag_events()
+            return math.nan if known is None else known
+
+        metrics.show_lag(lambda: progress.lag_ms(clock.monotonic()), lag_events)
         return LinkContext(
             local_node_id=self._config.local_node_id,
             peer=peer,
@@ -219,23 +234,30 @@ class ReplicationEngine(Observer):
             writes=self.circuit.writes,
             reads=self.circuit.reads,
             peer_circuit=self._peer_circuit(peer),
+            starting=self._needs_peer,
             cursors=self._book,
-            metrics=self.metrics.peer(peer.node_id),
+            metrics=metrics,
             limiter=self._limiter,
             copy_slot=self._copy_slot,
             feed=self._feed,
             doubts=Doubts(),
             arrivals=self._arrivals,
-            progress=LinkProgress(),
-            interlock=Interlock(self._settings, self._ports.clock),
+            slo=SloWatch(self._settings, clock, metrics, log),
+            progress=progress,
+            interlock=Interlock(self._settings, clock),
             stale=StaleGuard(
                 round(self._config.settings.tombstones.ttl * 1000), self._ports.wall_clock
             ),
-            unfetchable=KeyMemory(self._ports.clock),
+            unfetchable=KeyMemory(clock),
             settled=SettledHashes(),
             on_synced=self._link_moved.set,
-            log=get_logger("link", node_id=self._config.local_node_id, peer_id=peer.node_id),
+            log=log,
         )
+
+    def _needs_peer(self) -> bool:
+        """Say whether the engine fails unless a peer is up soon."""
+        startup = self._settings.value.startup
+        return self.state is EngineState.CONNECTING and startup.when_no_peer == "fail"
 
     # What may be asked at any time, from any thread.
 
@@ -537,7 +559,7 @@ class ReplicationEngine(Observer):
             self.metrics.forget_all()
             self.metrics = Metrics(config.local_node_id, self.metrics.registry)
         if self._given_ports is None:
-            self._ports = _system_ports(config)
+            self._ports = _system_ports(config, self.metrics)
         self._put_in_force(config)
         self._equip()
         for peer_id in change.peers_removed:
@@ -848,6 +870,15 @@ class ReplicationEngine(Observer):
             for link in self._links.values():
                 link.clear(PauseReason.CIRCUIT, "the store's circuit closed")
 
+    def _circuit_called(self, circuit: Circuit, outcome: CallOutcome) -> None:
+        peer_id = circuit.name.removeprefix("peer:")
+        if peer_id != circuit.name and not self._is_in_use(peer_id, circuit):
+            return
+        if outcome is CallOutcome.REJECTED:
+            self.metrics.get("circuit_rejections", circuit.name).inc()
+        else:
+            self.metrics.get("circuit_calls", circuit.name, outcome).inc()
+
     def _is_in_use(self, peer_id: str, circuit: Circuit) -> bool:
         """Say whether a circuit was not replaced yet; a call that began before may still end."""
         link = self._links.get(peer_id)
@@ -951,7 +982,7 @@ def startup_verdict(states: Sequence[PeerState]) -> bool | None:
     return False if all(state is PeerState.FAILED for state in states) else None
 
 
-def _system_ports(config: ReplicationConfig) -> Ports:
+def _system_ports(config: ReplicationConfig, metrics: Metrics) -> Ports:
     cursor = config.cursor
     return Ports(
         transport=RedisTransport(),
@@ -959,5 +990,6 @@ def _system_ports(config: ReplicationConfig) -> Ports:
             cursor.sqlite_path,
             wal_mode=cursor.wal_mode,
             timeout_sec=config.settings.timeouts.cursor,
+            on_retry=metrics.get("cursor_retries").inc,
         ),
     )

@@ -8,7 +8,7 @@ looking one up by its labels costs more than counting.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -28,7 +28,7 @@ _GAUGES: Final[tuple[tuple[str, tuple[str, ...], str], ...]] = (
     ("adaptive_batch_size", ("peer_id",), "Entries the next read at the head asks for"),
     ("lag_ms", ("peer_id",), "Age of the oldest unsettled event, in milliseconds"),
     ("lag_seconds", ("peer_id",), "The same in seconds"),
-    ("lag_events", ("peer_id",), "Events of the stream that are not settled"),
+    ("lag_events", ("peer_id",), "Events of the stream that are not settled; NaN: unknown"),
     ("circuit_state", ("circuit",), "0 Closed, 1 HalfOpen, 2 Open"),
 )
 _COUNTERS: Final[tuple[tuple[str, tuple[str, ...], str], ...]] = (
@@ -71,7 +71,12 @@ _COUNTERS: Final[tuple[tuple[str, tuple[str, ...], str], ...]] = (
 )
 _HISTOGRAMS: Final[tuple[tuple[str, tuple[str, ...], tuple[float, ...], str], ...]] = (
     ("peer_ping_latency_seconds", ("peer_id",), _SECONDS, "Round trip of a ping"),
-    ("peer_operation_duration_seconds", ("peer_id", "operation"), _SECONDS, "Calls to a peer"),
+    (
+        "peer_operation_duration_seconds",
+        ("peer_id", "operation"),
+        _SECONDS,
+        'Calls to a peer; and "connect", "repair" as a whole',
+    ),
     ("stream_read_duration_seconds", ("peer_id",), _SECONDS, "Stream reads, without blocking"),
     ("batch_flush_duration_seconds", ("peer_id",), _SECONDS, "Store calls of the hot path"),
     ("batch_size", ("peer_id",), _EVENTS, "Events per batch"),
@@ -178,12 +183,15 @@ class PeerMetrics:
         self.skipped = metrics.get("batch_skipped", peer_id)
         self.batch_errors = metrics.get("batch_errors", peer_id)
         self.adaptive_batch_size = metrics.get("adaptive_batch_size", peer_id)
-        self.lag_ms = metrics.get("lag_ms", peer_id)
-        self.lag_seconds = metrics.get("lag_seconds", peer_id)
-        self.lag_events = metrics.get("lag_events", peer_id)
         self.trimmed = metrics.get("stream_trimmed", peer_id)
         self.clock_ahead = metrics.get("clock_ahead", peer_id)
         self.backpressure = metrics.get("backpressure_pauses", peer_id)
+
+    def show_lag(self, lag_ms: Callable[[], float], lag_events: Callable[[], float]) -> None:
+        """Have the lag worked out whenever it is read: it grows where nothing is settled."""
+        self._metrics.get("lag_ms", self.peer_id).set_function(lag_ms)
+        self._metrics.get("lag_seconds", self.peer_id).set_function(lambda: lag_ms() / 1000)
+        self._metrics.get("lag_events", self.peer_id).set_function(lag_events)
 
     def detach(self) -> None:
         """Let whatever is counted from now on be lost."""

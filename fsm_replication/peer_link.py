@@ -19,7 +19,7 @@ from fsm_replication.health import PeerHealth
 from fsm_replication.journal import Journal, StateWaiter, Watcher
 from fsm_replication.machine import Move
 from fsm_replication.reports import LinkFact, PauseReason, Report, Ticket
-from fsm_replication.retry import DAEMON
+from fsm_replication.retry import DAEMON, STARTUP, RetryProfile
 from fsm_replication.tables import LINK, CircuitState, PeerState
 from fsm_replication.workers.connector import Lines, connect, wait_for_mending, wait_to_retry
 from fsm_replication.workers.context import LinkContext
@@ -57,6 +57,7 @@ class PeerLink:
         self._tailer: Tailer | None = None
         self._lines: Lines | None = None
         self._attempts = 0
+        self._profile = DAEMON
         self._on_crash = on_crash
         self.driver = Driver(
             LINK,
@@ -259,12 +260,23 @@ class PeerLink:
 
     def wait_to_retry(self, _move: Move) -> None:
         """Start the timer of the next attempt."""
+        profile = self._retry_profile()
+        if profile != self._profile:
+            # What failed while the engine started does not make later waits long.
+            self._attempts, self._profile = 0, profile
         self._attempts += 1
-        reconnect = self.context.settings.reconnect
-        profile = replace(DAEMON, initial_sec=reconnect.first, max_sec=reconnect.longest)
         delay = profile.delay(self._attempts, self.context.ports.random)
         work = partial(wait_to_retry, self.context, delay)
         self.driver.start_worker("timer", str(PeerState.BACKOFF), work)
+
+    def _retry_profile(self) -> RetryProfile:
+        reconnect = self.context.settings.reconnect
+        if not self.context.starting():
+            return replace(DAEMON, initial_sec=reconnect.first, max_sec=reconnect.longest)
+        first = min(STARTUP.initial_sec, reconnect.first)
+        return replace(
+            STARTUP, initial_sec=first, max_sec=max(first, min(STARTUP.max_sec, reconnect.longest))
+        )
 
     def wait_for_mending(self, move: Move) -> None:
         """Start the timer that tries rejected credentials again."""

@@ -105,10 +105,10 @@ MUTANTS: Final = (
     Mutant(
         "a circuit counts cancellations as failures",
         "circuits.py",
-        "        except Exception as error:\n            if era == self._era:\n"
-        "                self._tell(error)\n            raise\n",
-        "        except BaseException as error:\n            if era == self._era:\n"
-        "                self._tell(RuntimeError(str(error)))\n            raise\n",
+        "        except Exception as error:\n            outcome = CallOutcome.FAILURE\n"
+        "            if era == self._era:\n                self._tell(error)\n",
+        "        except BaseException as error:\n            outcome = CallOutcome.FAILURE\n"
+        "            if era == self._era:\n                self._tell(RuntimeError(str(error)))\n",
         "tests/test_circuits.py",
     ),
     Mutant(

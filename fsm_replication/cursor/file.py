@@ -158,8 +158,10 @@ class CursorFile:
         timeout_sec: float,
         clock: Clock,
         read_only: bool,
+        on_retry: Callable[[], None] | None = None,
     ) -> None:
         self.path = path
+        self._on_retry = on_retry
         self._wal_mode = wal_mode
         self._timeout_sec = timeout_sec
         self._clock = clock
@@ -435,6 +437,8 @@ class CursorFile:
                         if _code(error) & 0xFF not in _LOCKED:
                             raise
                         locked = error
+                        if self._on_retry is not None:
+                            self._on_retry()
                     await self._clock.sleep(LOCKED_WAIT_SEC / 2)
         except TimeoutError:
             if locked is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from fsm_replication.cursor.file import READ, CursorFile
@@ -112,7 +112,8 @@ class SqliteCursorStore:
 
     ``timeout_sec`` (over 0) bounds every call; a database that another process has locked is tried
     again within it. ":memory:" keeps nothing. ``read_only`` opens an existing file beside a
-    running engine, without the lock. The directory is not created.
+    running engine, without the lock. The directory is not created. ``on_retry`` is called before each
+    further try.
 
     Every call but ``close`` raises CursorStoreError if the file cannot be used; ``may_pass`` tells
     whether trying again makes sense.
@@ -126,6 +127,7 @@ class SqliteCursorStore:
         timeout_sec: float = 5.0,
         clock: Clock | None = None,
         read_only: bool = False,
+        on_retry: Callable[[], None] | None = None,
     ) -> None:
         self.path = path
         self._file = CursorFile(
@@ -134,6 +136,7 @@ class SqliteCursorStore:
             timeout_sec=timeout_sec,
             clock=clock or SystemClock(),
             read_only=read_only,
+            on_retry=on_retry,
         )
 
     async def open(self) -> None:

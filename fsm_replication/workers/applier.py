@@ -267,8 +267,7 @@ class Applier:
         now = context.ports.wall_clock.now_ms()
         context.arrivals.add(context.peer_id, now, path, part.items, result)
         context.metrics.flush_seconds.observe(took)
-        if took * 1000 > context.settings.slo.max_batch_flush_latency_ms:
-            context.metrics.slo("batch_flush_latency")
+        context.slo.batch_flush(took)
         if context.feed.known:
             self._publish(part.items, result)
         return result

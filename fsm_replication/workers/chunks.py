@@ -154,19 +154,12 @@ class ChunkQueue:
         progress.pending_events -= len(chunk.entries)
         progress.settled = chunk.end
         self._mark_oldest()
-        self._measure_lag()
+        self.judge_lag()
 
-    def _measure_lag(self) -> None:
+    def judge_lag(self) -> None:
+        """See whether the link is further behind than it may be."""
         context = self._context
-        lag_ms = context.progress.lag_ms(context.ports.clock.monotonic())
-        metrics = context.metrics
-        metrics.lag_ms.set(lag_ms)
-        metrics.lag_seconds.set(lag_ms / 1000)
-        lag_events = context.progress.lag_events()
-        if lag_events is not None:
-            metrics.lag_events.set(lag_events)
-        if lag_ms > context.settings.slo.max_replication_lag_sec * 1000:
-            metrics.slo("replication_lag")
+        context.slo.lag(context.progress.lag_ms(context.ports.clock.monotonic()) / 1000)
 
     def forget(self) -> None:
         """Drop what is not settled; it is read again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from fsm_replication.merkle import OWN, PARTITIONS
 from fsm_replication.ports import Connection, Transport
 from fsm_replication.reports import LinkFact, Reporter
 from fsm_replication.workers.context import LinkContext
+from fsm_replication.workers.slo import TimedConnection
 
 __all__ = ("Lines", "connect", "open_lines", "wait_for_mending", "wait_to_retry")
 
@@ -65,9 +67,13 @@ class Lines:
 async def connect(context: LinkContext, report: Reporter) -> None:
     """Connect once; reports CONNECTED with :class:`Lines`, UNREACHABLE or HOPELESS."""
     status = context.metrics
-    tree = context.store.tree
+    tree, clock = context.store.tree, context.ports.clock
+    began = clock.monotonic()
+    # A peer that is not up yet is no peer that fails: a circuit that opened while the engine starts
+    # would use up the time that it has for that.
+    guard = nullcontext() if context.starting() else context.peer_circuit.guard()
     try:
-        with context.peer_circuit.guard():
+        with guard:
             lines = await open_lines(
                 local_node_id=context.local_node_id,
                 peer=context.peer,
@@ -87,6 +93,9 @@ async def connect(context: LinkContext, report: Reporter) -> None:
         report(LinkFact.UNREACHABLE, str(error), error)
     else:
         status.connection("connected")
+        status.operation("connect", clock.monotonic() - began)
+        # Whatever is asked from now on is timed; what is read of the stream has limits of its own.
+        lines.asking = TimedConnection(lines.asking, context.slo, clock)
         context.progress.layout = lines.layout
         if not lines.layout:
             why = "it publishes no tree of ours"
@@ -202,7 +211,8 @@ def _check_one_way(peer: PeerConfig, *, publishes_dotted: bool) -> None:
 
 async def wait_to_retry(context: LinkContext, delay_sec: float, report: Reporter) -> None:
     """Wait out the backoff and the peer's circuit, then report DUE."""
-    await context.ports.clock.sleep(max(delay_sec, context.peer_circuit.probe_in_sec))
+    gate = 0.0 if context.starting() else context.peer_circuit.probe_in_sec
+    await context.ports.clock.sleep(max(delay_sec, gate))
     report(LinkFact.DUE, "the wait is over")
 
 

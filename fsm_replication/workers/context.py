@@ -21,6 +21,7 @@ from fsm_replication.workers.changes import ChangeFeed, Doubts
 from fsm_replication.workers.cursor_flush import CursorBook
 from fsm_replication.workers.foreign_walk import SettledHashes
 from fsm_replication.workers.guards import Interlock, KeyMemory, StaleGuard
+from fsm_replication.workers.slo import SloWatch
 
 __all__ = ("HEAD_OF_EMPTY", "LinkContext", "LinkProgress")
 
@@ -90,7 +91,8 @@ class LinkContext:
 
     A link has one at a time, and another when its peer's configuration changes. Workers keep the
     one they were started with: their connections and the ``peer`` in it belong together. The
-    ``settings`` are always those in force.
+    ``settings`` are always those in force. ``starting`` says whether the engine fails
+    unless a peer is up soon.
     """
 
     local_node_id: str
@@ -101,6 +103,7 @@ class LinkContext:
     writes: Circuit
     reads: Circuit
     peer_circuit: Circuit
+    starting: Callable[[], bool]
     cursors: CursorBook
     metrics: PeerMetrics
     limiter: RateLimiter
@@ -108,6 +111,7 @@ class LinkContext:
     feed: ChangeFeed
     doubts: Doubts
     arrivals: Arrivals
+    slo: SloWatch
     progress: LinkProgress
     interlock: Interlock
     stale: StaleGuard

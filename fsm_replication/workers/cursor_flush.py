@@ -52,6 +52,7 @@ class CursorBook:
             self._cursors.pop(peer_id, None)
         else:
             self._cursors[peer_id] = cursor
+            self._metrics.get("cursor_persists").inc()
 
     def forget(self, peer_id: str) -> None:
         """Forget the cursor of a peer that was taken out, unless it is not on disk yet."""

@@ -576,8 +576,7 @@ class Tailer:
         if self._asked_bulk:
             took = context.ports.clock.monotonic() - self._asked_at
             metrics.read_seconds.observe(took)
-            if took * 1000 > context.settings.slo.max_stream_read_latency_ms:
-                metrics.slo("stream_read_latency")
+            context.slo.stream_read(took)
         metrics.adaptive_batch_size.set(self._reader.size)
 
     async def _pace(self, orders: _Orders, events: int) -> None:
@@ -671,12 +670,10 @@ class Tailer:
         while self._orders is orders:
             await self._until_changed(orders, HOLD_POLL_SEC)
             polls += 1
-            reasons = self._reasons()
-            room = (
-                PauseReason.DEAD_LETTERS_FULL in reasons
-                and polls % HOLD_POLLS_PER_COUNT == 0
-                and await self._letters_fit()
-            )
+            reasons, room = self._reasons(), False
+            if polls % HOLD_POLLS_PER_COUNT == 0:
+                self._queue.judge_lag()
+                room = PauseReason.DEAD_LETTERS_FULL in reasons and await self._letters_fit()
             passed = passed_reason(
                 reasons,
                 (context.writes.state, context.reads.state),
