@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import redis
 import zstandard
 from conftest import Nodes, Peer, digest, held, peer_config, until
 from hypothesis import given
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from fsm_replication.batch import BatchBuilder
 from fsm_replication.config import (
+    ColdPathConfig,
     DeadLettersConfig,
     HotPathConfig,
     LimitsConfig,
@@ -25,7 +27,7 @@ from fsm_replication.config import (
 )
 from fsm_replication.current import Current
 from fsm_replication.engine import ReplicationEngine
-from fsm_replication.errors import ProtocolError
+from fsm_replication.errors import PeerReplyError, ProtocolError
 from fsm_replication.items import SyncItem, content_hash
 from fsm_replication.layout import Keys
 from fsm_replication.limiter import PrioritySlot
@@ -36,7 +38,13 @@ from fsm_replication.stores import MemorySyncEngine, RedisSyncEngine
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received
 from fsm_replication.stream import encode_fields
 from fsm_replication.tables import PeerState
-from fsm_replication.workers.reader import Read, StreamInfo, StreamReader, check_history
+from fsm_replication.workers.reader import (
+    Read,
+    StreamInfo,
+    StreamReader,
+    check_history,
+    parse_info,
+)
 
 PUT = {"content_type": "json", "version": 1, "updated_at": 1}
 
@@ -259,6 +267,56 @@ async def test_what_is_behind_but_not_trimmed_needs_no_copy(nodes: Nodes, peer: 
         assert PeerState.BOOTSTRAPPING not in states
 
 
+async def test_a_link_close_to_the_head_tails_at_once(nodes: Nodes, peer: Peer) -> None:
+    """If this fails each reconnect looks like an outage."""
+    store = MemorySyncEngine()
+    async with nodes.engine(peer_config(peer.server), store=store) as engine:
+        await tailing(engine)
+        peer.send("first", b"0")
+        await caught_up(engine, peer)
+    async with nodes.engine(peer_config(peer.server), store=store) as engine:
+        await tailing(engine)
+        moves = [record.trigger for record in engine.journal if record.machine == "link:a"]
+        assert moves == ["connect", "connected", "tail"]
+
+
+async def test_a_stream_too_short_for_a_copy_is_read_from_its_oldest_entry(
+    nodes: Nodes, redis_server: RedisServer, peer_store: RedisSyncEngine
+) -> None:
+    """If this fails a peer that writes faster than it is copied is copied for ever."""
+    client = redis.Redis(port=redis_server.port)
+
+    class Busy(MemorySyncEngine):
+        """A store whose peer writes and trims while the first items are copied to it."""
+
+        async def apply_many(
+            self, changes: Sequence[SyncItem], received: Received | None = None
+        ) -> ApplyResult:
+            if changes and not len(self):
+                await peer_store.put_many({f"more{n}": b"x" for n in range(20)})
+                await asyncio.to_thread(client.xtrim, Keys().stream, 1, approximate=False)
+            return await super().apply_many(changes, received)
+
+    store = Busy()
+    await peer_store.put_many({f"k{n}": b"x" for n in range(20)})
+    settings = Settings(cold_path=ColdPathConfig(interval_sec=3600))
+    async with nodes.engine(peer_config(redis_server), store=store, settings=settings) as engine:
+        await engine.wait_for_state(PeerState.CATCHING_UP, peer_id="a", timeout=10)
+        await engine.wait_for_state(PeerState.TAILING, peer_id="a", timeout=10)
+        moves = [record.trigger for record in engine.journal if record.machine == "link:a"]
+        assert moves == ["connect", "connected", "bootstrap", "tail", "catch_up", "tail"]
+        health = engine.health_check().peers[0]
+        assert (health.stream_too_short, health.gaps_open) == (True, 1)
+        (gap,) = await engine.ledger()
+        assert (gap.missed, gap.healed_at_ms) == (19, None)
+        await engine.repair()
+        health = engine.health_check().peers[0]
+        assert (health.stream_too_short, health.gaps_open) == (False, 0)
+        assert (await engine.ledger())[0].healed_at_ms is not None
+        assert len(store) == 40
+    client.close()
+
+
 async def test_a_long_way_behind_is_caught_up_in_bulk(nodes: Nodes, peer: Peer) -> None:
     """If this fails a node that was away for long reads entry by entry."""
     store = MemorySyncEngine()
@@ -283,6 +341,14 @@ def info(length: int, added: int | None, first: int | None, last: int) -> Stream
     """Return a stream's counts, with ids of milliseconds alone."""
     first_id = None if first is None else StreamId(first, 0)
     return StreamInfo(length, StreamId(last, 0), first_id, added)
+
+
+def test_an_error_is_no_empty_stream() -> None:
+    """If this fails a peer that is loading its data is taken for one that has lost it."""
+    assert parse_info(PeerReplyError("ERR no such key", peer="a")).length == 0
+    for text in ("LOADING Redis is loading the dataset in memory", "NOPERM no", "ERR unknown"):
+        with pytest.raises(PeerReplyError):
+            parse_info(PeerReplyError(text, peer="a"))
 
 
 @pytest.mark.parametrize(

@@ -1155,6 +1155,33 @@ def test_a_pause_can_be_ended_in_every_state(state: PeerState) -> None:
     simulated(play)
 
 
+def test_the_last_wish_is_the_one_that_is_kept() -> None:
+    """If this fails a link that was resumed is paused again after the next restart."""
+
+    async def play(stage: Stage) -> None:
+        await stage.engine.start()
+        await stage.reaches(PeerState.TAILING)
+        gate, write = asyncio.Event(), stage.node.cursors.set_operator_pause
+
+        async def slowly(peer_id: str, paused: bool) -> None:
+            await gate.wait()
+            await write(peer_id, paused)
+
+        stage.node.cursors.set_operator_pause = slowly  # type: ignore[method-assign]
+        pausing = asyncio.create_task(stage.engine.pause("a"))
+        await stage.reaches(PeerState.PAUSED)
+        resuming = asyncio.create_task(stage.engine.resume("a"))
+        await stage.reaches(PeerState.TAILING)
+        gate.set()
+        await asyncio.gather(pausing, resuming)
+        assert not (await stage.node.cursors.load("a")).operator_pause
+        await stage.restart()
+        await stage.reaches(PeerState.TAILING)
+        assert stage.engine.health_check().peers[0].pause_reasons == frozenset()
+
+    simulated(play)
+
+
 @pytest.mark.parametrize("turns", range(6))
 def test_a_pause_while_the_engine_starts_is_kept(turns: int) -> None:
     """If this fails a pause is lost because the cursor store was not open yet."""
