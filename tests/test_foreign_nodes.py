@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from fsm_replication.errors import PeerReplyError
 from fsm_replication.items import SyncItem, content_hash
 from fsm_replication.ports import Ports
 from fsm_replication.servers import RedisServer
+from fsm_replication.stores.protocol import ApplyResult, Received
 from fsm_replication.transport import RedisConnection, RedisTransport
 from fsm_replication.workers import foreign_walk
 from fsm_replication.workers.foreign_walk import SettledHashes
@@ -236,6 +238,40 @@ async def test_content_that_is_held_is_current_and_what_is_older_is_not_taken(
         assert "same content" in told.peers[0].verdict
         told = await engine.explain("newer.here")
         assert "ours wins" in told.peers[0].verdict
+
+
+async def test_the_order_of_a_foreign_stream_holds_over_chunks_too(
+    nodes: Nodes, redis_server: RedisServer
+) -> None:
+    """If this fails a delete that comes a chunk after its put, in one millisecond, is lost."""
+    foreign = ForeignNode(redis_server)
+    foreign.put("k", b"x", version=5)
+    foreign.write_tree()
+    entries = [("k", b"x", 5), *((f"other{n}", b"y", 1) for n in range(240))]
+    with foreign.client.pipeline(transaction=True) as together:
+        for number, (key, content, version) in enumerate(entries):
+            meta = {"content_type": "binary", "version": version, "updated_at": AT}
+            fields = {"op": "PUT", "key": key, "data": content, "meta": json.dumps(meta)}
+            together.xadd("cdc", fields, id=f"{AT}-{number + 1}")  # type: ignore[arg-type]
+        together.xadd("cdc", {"op": "DEL", "key": "k"}, id=f"{AT}-{len(entries) + 1}")
+        together.execute()
+    foreign.client.delete("k")
+
+    class Distant(MemorySyncEngine):
+        """A store that takes a moment for each call."""
+
+        async def apply_many(
+            self, changes: Sequence[SyncItem], received: Received | None = None
+        ) -> ApplyResult:
+            await asyncio.sleep(0.05)
+            return await super().apply_many(changes, received)
+
+    store = Distant(node_id="b")
+    async with nodes.engine(peer_config(redis_server), store=store) as engine:
+        await until(lambda: engine.health_check().peers[0].events_read >= len(entries) + 1)
+        await until(lambda: engine.health_check().peers[0].lag_events == 0)
+        assert await held(store, "k", "other239") == {"k": None, "other239": b"y"}
+    foreign.client.close()
 
 
 async def test_a_spelling_nobody_finds_again_is_kept_under_its_own_hash(
