@@ -179,6 +179,11 @@ class SqliteStore(SyncEngine):
         """Return the order tuples of what is held."""
         return [None if item is None else item.stamp for item in await self.get_many(keys)]
 
+    @property
+    def keeps_positions(self) -> bool:
+        """Return True: they change together with the items."""
+        return True
+
     async def applied_position(self, peer_id: str) -> Position | None:
         """Return the position stored with the last batch from this peer."""
         sql = "SELECT stream_id, entries FROM positions WHERE peer = ?"

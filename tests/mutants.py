@@ -51,14 +51,28 @@ MUTANTS: Final = (
         "tests/test_hot_path.py tests/test_foreign_nodes.py",
     ),
     Mutant(
+        "a store that lost its positions is not read again",
+        "workers/tailer.py",
+        "if applied is None and context.store.keeps_positions:",
+        "if applied is None and not context.store.keeps_positions:",
+        "tests/test_campaign.py -k failed_before",
+    ),
+    Mutant(
+        "an entry of each read is passed over",
+        "workers/chunks.py",
+        "        entries = read.entries\n        if not entries:",
+        "        entries = [*read.entries[:1], *read.entries[2:]]\n        if not entries:",
+        "tests/test_campaign.py -k every_promise",
+    ),
+    Mutant(
         "gaps are counted after the batch",
         "workers/reader.py",
         "        missed = info.trimmed - before.entries_read\n        if missed > 0:\n"
         '            return Gap(missed, f"{missed} entries were trimmed before they were read")\n'
-        "        at_head",
+        "        if end.stream_id",
         "        missed = info.trimmed - before.entries_read - count\n        if missed > 0:\n"
         '            return Gap(missed, f"{missed} entries were trimmed before they were read")\n'
-        "        at_head",
+        "        if end.stream_id",
         "tests/test_hot_path.py tests/test_repair.py tests/test_convergence.py",
     ),
     Mutant(

@@ -165,6 +165,11 @@ class GivesPositionsAway(MemorySyncEngine):
         """Return under which name to keep it."""
         return peer_id
 
+    @property
+    def keeps_positions(self) -> bool:
+        """Return True: they change together with the items."""
+        return True
+
     async def applied_position(self, peer_id: str) -> Position | None:
         """Return it."""
         return self.positions.get(self.peer(peer_id))

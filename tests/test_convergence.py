@@ -58,7 +58,8 @@ def fates(draw: Callable[..., Any]) -> Fate:
     nodes = draw(st.integers(2, 5))
     shape = draw(st.sampled_from(SHAPES))
     seed = draw(st.integers(0, 2**16))
-    return Fate(shape, nodes, seed, tuple(draw(steps_of(NAMES[:nodes]))))
+    steps = tuple(draw(steps_of(NAMES[:nodes])))
+    return Fate(shape, nodes, seed, steps, cold=draw(st.booleans()))
 
 
 # In parts, so that they share the cores; each tries other runs, also where CI is set.

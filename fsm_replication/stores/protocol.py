@@ -130,7 +130,16 @@ class SyncEngine(ABC):
 
     @abstractmethod
     async def applied_position(self, peer_id: str) -> Position | None:
-        """Return the position stored with the last batch from this peer, if the store keeps it."""
+        """Return the position stored with the last batch from this peer, if the store keeps it.
+
+        A store that does says so with ``keeps_positions``: None then means that it has lost what it
+        had applied, or never had any, and the peer's stream is read from its beginning.
+        """
+
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether positions are stored in one step with the batches that they belong to."""
+        return False
 
     @property
     def tree(self) -> Tree | None:

@@ -632,6 +632,11 @@ class RedisSyncEngine(SyncEngine):
         except BadEntryError:
             return None
 
+    @property
+    def keeps_positions(self) -> bool:
+        """Return True: they change together with the items."""
+        return True
+
     async def applied_position(self, peer_id: str) -> Position | None:
         """Return the position stored with the last batch from this peer.
 

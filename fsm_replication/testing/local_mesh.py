@@ -277,8 +277,10 @@ class LocalMesh:
         """Return what each node holds."""
         return [node.store.items() for node in self.nodes.values()]
 
-    async def settle(self, timeout_sec: float = SETTLE_SEC) -> None:
+    async def settle(self, timeout_sec: float = SETTLE_SEC, *, agreed: bool = True) -> None:
         """Wait until all nodes hold the same and nothing moves any more.
+
+        With ``agreed`` false, only until nothing moves.
 
         :raises TimeoutError: after ``timeout_sec`` of virtual time.
         """
@@ -287,7 +289,8 @@ class LocalMesh:
         before: dict[str, int] = {}
         while True:
             events = self.events()
-            still = events == before and len(await self.roots()) == 1 and self._at_rest()
+            still = events == before and self._at_rest()
+            still = still and (not agreed or len(await self.roots()) == 1)
             now = self._clock.monotonic()
             if not still:
                 quiet_since, before = None, events

@@ -183,6 +183,11 @@ class SimStore(SyncEngine):
         heads = [self._do("GETRANGE", self.keys.item(key), 0, STAMP_BYTES - 1) for key in keys]
         return [decode_stamp(head) if head else None for head in heads]
 
+    @property
+    def keeps_positions(self) -> bool:
+        """Return True: they change together with the items."""
+        return True
+
     async def applied_position(self, peer_id: str) -> Position | None:
         """Return the position stored with the last batch from this peer."""
         await self._turn()

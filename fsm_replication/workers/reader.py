@@ -316,6 +316,8 @@ class StreamReader:
         missed = info.trimmed - before.entries_read
         if missed > 0:
             return Gap(missed, f"{missed} entries were trimmed before they were read")
+        if end.stream_id > info.last_id:
+            return Gap(None, "the stream's head is older than what was read: it is another stream")
         at_head = end.stream_id >= info.last_id
         if at_head and end.entries_read != info.added:
             lost = None if info.added is None else info.added - before.entries_read - count

@@ -39,7 +39,7 @@ from fsm_replication.reports import LinkFact, PauseReason, Reporter
 from fsm_replication.workers.applier import Applier, Blocked, Unsettled
 from fsm_replication.workers.chunks import ChunkQueue
 from fsm_replication.workers.connector import Lines
-from fsm_replication.workers.context import LinkContext
+from fsm_replication.workers.context import HEAD_OF_EMPTY, LinkContext
 from fsm_replication.workers.copier import Copier, make_source
 from fsm_replication.workers.reader import (
     Gap,
@@ -314,6 +314,9 @@ class Tailer:
             context.reads, lambda: context.store.applied_position(context.peer_id)
         )
         position = cursor.position
+        if applied is None and context.store.keeps_positions:
+            # It came back as it was before the first batch of this peer.
+            applied = HEAD_OF_EMPTY
         if applied is not None and applied.stream_id < position.stream_id:
             position = applied
         return await self._decide_by_stream(orders, position)
