@@ -57,6 +57,8 @@ class PeerLink:
         self._tailer: Tailer | None = None
         self._lines: Lines | None = None
         self._attempts = 0
+        self._advances_seen = 0
+        self._connected_at: float | None = None
         self._profile = DAEMON
         self._on_crash = on_crash
         self.driver = Driver(
@@ -208,6 +210,7 @@ class PeerLink:
         """Take the connections over and start reading."""
         lines = cast("Lines", move.payload)
         self._lines = lines
+        self._connected_at = self.context.ports.clock.monotonic()
         self._tailer = Tailer(
             self.context,
             lines,
@@ -230,22 +233,18 @@ class PeerLink:
 
     def copy(self, _move: Move) -> None:
         """Have the tailer copy the peer's items."""
-        self._attempts = 0
         self._hand(Mode.COPY)
 
     def read_in_bulk(self, _move: Move) -> None:
         """Have the tailer read in bulk."""
-        self._attempts = 0
         self._hand(Mode.READ_IN_BULK)
 
     def read_at_head(self, _move: Move) -> None:
         """Have the tailer wait at the head."""
-        self._attempts = 0
         self._hand(Mode.READ_AT_HEAD)
 
     def idle(self, _move: Move) -> None:
         """Have the tailer do nothing but stay connected."""
-        self._attempts = 0
         self._hand(Mode.IDLE)
 
     def hold(self, _move: Move) -> None:
@@ -259,8 +258,10 @@ class PeerLink:
         self.driver.await_end()
 
     def wait_to_retry(self, _move: Move) -> None:
-        """Start the timer of the next attempt."""
+        """Start the timer of the next attempt, longer each time until there was progress."""
         profile = self._retry_profile()
+        if self._has_advanced():
+            self._attempts = 0
         if profile != self._profile:
             # What failed while the engine started does not make later waits long.
             self._attempts, self._profile = 0, profile
@@ -268,6 +269,16 @@ class PeerLink:
         delay = profile.delay(self._attempts, self.context.ports.random)
         work = partial(wait_to_retry, self.context, delay)
         self.driver.start_worker("timer", str(PeerState.BACKOFF), work)
+
+    def _has_advanced(self) -> bool:
+        """Say whether the last connection was of use: something came by it, or it has lasted."""
+        advances, connected_at = self.context.progress.advances, self._connected_at
+        came, self._advances_seen = advances != self._advances_seen, advances
+        self._connected_at = None
+        if connected_at is None:
+            return came
+        lasted = self.context.ports.clock.monotonic() - connected_at
+        return came or lasted > self.context.settings.reconnect.longest
 
     def _retry_profile(self) -> RetryProfile:
         reconnect = self.context.settings.reconnect

@@ -89,6 +89,8 @@ class SystemWallClock:
 
 # Positions in a stream --------------------------------------------------------------------------
 
+PART_MAX: Final = 2**64 - 1
+
 
 class StreamId(NamedTuple):
     """A Redis stream id, ``<ms>-<seq>``; compared as numbers."""
@@ -107,9 +109,23 @@ class StreamId(NamedTuple):
         if not (ms.isascii() and ms.isdigit() and (not dash or (seq.isascii() and seq.isdigit()))):
             raise ValueError(f"not a stream id: {raw!r}")
         parsed = cls(int(ms), int(seq) if dash else 0)
-        if parsed.ms >= 1 << 64 or parsed.seq >= 1 << 64:
+        if max(parsed) > PART_MAX:
             raise ValueError(f"not a stream id: {raw!r}")
         return parsed
+
+    @property
+    def next(self) -> StreamId:
+        """The smallest id after this one."""
+        if self.seq == PART_MAX:
+            return StreamId(self.ms + 1, 0)
+        return StreamId(self.ms, self.seq + 1)
+
+    @property
+    def previous(self) -> StreamId:
+        """The largest id before this one; 0-0 has none before it."""
+        if self.seq:
+            return StreamId(self.ms, self.seq - 1)
+        return StreamId(self.ms - 1, PART_MAX) if self.ms else self
 
     def __str__(self) -> str:
         return f"{self.ms}-{self.seq}"
@@ -119,6 +135,11 @@ class Position(NamedTuple):
     """How far a stream was read: the last id, and how many entries ever added that includes.
 
     ``entries_read`` is None where the peer's Redis does not count entries (before 7.0).
+
+    A position was *read* where its id is that of an entry that was read or copied. It was *decided*
+    where no entry has its id, and its id says so by its value: one before the oldest entry is that
+    entry's ``previous``, so nothing can be missing between the two; the head of an empty stream is
+    0-0, or the stream's last id, and what comes after it may have been trimmed meanwhile.
     """
 
     stream_id: StreamId
@@ -250,6 +271,13 @@ class CursorStore(Protocol):
 
     async def begin_bootstrap(self, peer_id: str, row: BootstrapRow, gap: GapRow | None) -> None:
         """Note that copying starts, with the gap that made it necessary, in one transaction."""
+
+    async def pass_gap(self, peer_id: str, cursor: Cursor, gap: GapRow | None) -> None:
+        """Set the cursor to where reading goes on, and note what is missing, in one transaction.
+
+        An open line of the ledger with the same reason grows, or one is added. A copy that was
+        begun is given up.
+        """
 
     async def save_walk(self, peer_id: str, walk: str) -> None:
         """Note how far copying has come."""

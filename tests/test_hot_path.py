@@ -38,13 +38,9 @@ from fsm_replication.stores import MemorySyncEngine, RedisSyncEngine
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received
 from fsm_replication.stream import encode_fields
 from fsm_replication.tables import PeerState
-from fsm_replication.workers.reader import (
-    Read,
-    StreamInfo,
-    StreamReader,
-    check_history,
-    parse_info,
-)
+from fsm_replication.workers.abilities import Abilities
+from fsm_replication.workers.history import StreamInfo, check_history, find_gap, parse_info
+from fsm_replication.workers.reader import Read, StreamReader
 
 PUT = {"content_type": "json", "version": 1, "updated_at": 1}
 
@@ -301,10 +297,10 @@ async def test_a_stream_too_short_for_a_copy_is_read_from_its_oldest_entry(
     await peer_store.put_many({f"k{n}": b"x" for n in range(20)})
     settings = Settings(cold_path=ColdPathConfig(interval_sec=3600))
     async with nodes.engine(peer_config(redis_server), store=store, settings=settings) as engine:
-        await engine.wait_for_state(PeerState.CATCHING_UP, peer_id="a", timeout=10)
-        await engine.wait_for_state(PeerState.TAILING, peer_id="a", timeout=10)
+        await until(lambda: engine.health_check().peers[0].gaps_open)
+        await tailing(engine)
         moves = [record.trigger for record in engine.journal if record.machine == "link:a"]
-        assert moves == ["connect", "connected", "bootstrap", "tail", "catch_up", "tail"]
+        assert moves == ["connect", "connected", "bootstrap", "tail"]
         health = engine.health_check().peers[0]
         assert (health.stream_too_short, health.gaps_open) == (True, 1)
         (gap,) = await engine.ledger()
@@ -368,6 +364,10 @@ def test_an_error_is_no_empty_stream() -> None:
         (5, None, False, info(5, None, 6, 10), True),  # Redis 6.2 does not count
         (5, None, True, info(9, None, 2, 10), False),
         (10, None, False, info(0, None, None, 10), False),
+        (5, None, False, info(0, None, None, 6), True),
+        (5, None, False, info(4, None, 2, 10), True),  # not where it was: another stream
+        (10, None, False, info(4, None, 2, 10), False),  # the last entry was deleted
+        (10, 10, False, info(4, 10, 2, 10), False),
     ],
 )
 def test_whether_a_position_is_in_the_streams_history(
@@ -719,7 +719,7 @@ async def test_a_foreign_node_is_read_from_the_oldest_entry_of_its_stream(
 def test_the_batch_size_adapts(before: int, full: bool, empty: bool, after: int) -> None:
     """If this fails adaptive_batch_size grows or shrinks in another way than documented."""
     settings = HotPathConfig(adaptive_batch_size=True, batch_size=before)
-    reader = StreamReader("s", Current(Settings(hot_path=settings)))
+    reader = StreamReader("s", Current(Settings(hot_path=settings)), Abilities())
     entries = [] if empty else [[b"1-1", []]]
     reader.adapt(Read(entries, at_head=not full, full=full, end=reader.position))
     assert reader.size == after
@@ -760,7 +760,7 @@ def test_a_gap_is_counted_from_before_the_batch(
     before = Position(StreamId(1, 0), read)
     end = Position(StreamId(400, 0), read + 100)
     info = StreamInfo(added - trimmed, StreamId(500, 0), StreamId(300, 0), added)
-    gap = StreamReader._find_gap(before, end, info, 100)
+    gap = find_gap(before, end, info, 100)
     assert (None if gap is None else gap.missed) == missed
 
 
@@ -856,7 +856,7 @@ def test_a_transaction_answered_in_another_shape_is_a_protocol_error(executed: o
             """Send nothing."""
 
     line: Any = Line()
-    reader = StreamReader("cdc", Current(Settings()))
+    reader = StreamReader("cdc", Current(Settings()), Abilities())
     reader.ask_bulk(line)
     with pytest.raises(ProtocolError):
         reader.take(line, [b"OK", b"QUEUED", b"QUEUED", executed])

@@ -122,6 +122,28 @@ async def test_the_end_of_a_bootstrap_heals_gaps_or_leaves_them(store: CursorSto
     assert list(await store.gaps(limit=0)) == []
 
 
+async def test_gaps_that_are_passed_one_after_the_other_are_one_line(store: CursorStore) -> None:
+    """If this fails a stream that is always too short fills the ledger, or its cursor jumps back."""
+    await store.begin_bootstrap("a", row(), None)
+    await store.pass_gap("a", cursor(1), gap(1, 3))
+    assert (await store.load("a")).bootstrap is None
+    await store.pass_gap("b", cursor(9), gap(1, 1, "b"))
+    await store.pass_gap("a", cursor(2), gap(2, 4))
+    await store.pass_gap("a", cursor(3), replace(gap(3, 5), reason="another"))
+    await store.pass_gap("a", cursor(4), None)
+    record = await store.load("a")
+    assert record.cursor == cursor(4)
+    assert [(one.found_at_ms, one.missed) for one in record.gaps] == [(1, 7), (3, 5)]
+    await store.pass_gap("a", cursor(5), gap(4, None))
+    await store.pass_gap("a", cursor(6), gap(5, 6))
+    assert [one.missed for one in (await store.load("a")).gaps] == [None, 5]
+    await store.pass_gap("a", cursor(6), replace(gap(5, 2**63 - 2), reason="another"))
+    assert [one.missed for one in (await store.load("a")).gaps] == [None, None]
+    await store.set_agreed("a", 7, heal_gaps=True)
+    await store.pass_gap("a", cursor(7), gap(8, 2))
+    assert [one.missed for one in (await store.load("a")).gaps] == [2]
+
+
 async def test_reading_an_entry_again_makes_no_second_letter(store: CursorStore) -> None:
     """If this fails dead letters multiply with every restart."""
     await store.settle("a", cursor(1), [letter(1), letter(2)], keep=10)
@@ -199,6 +221,12 @@ def beginning(peer_id: str, walk: str, lost: int | None, with_gap: bool) -> Call
     return lambda store: store.begin_bootstrap(peer_id, row(walk), found)
 
 
+def passing(peer_id: str, at: Cursor, lost: int | None, reason: str) -> Call:
+    """Return a call of pass_gap."""
+    found = replace(gap(1, lost, peer_id), reason=reason)
+    return lambda store: store.pass_gap(peer_id, at, found)
+
+
 def deleting(places: list[int]) -> Call:
     """Return a call that deletes letters by their places, because ids may have holes."""
 
@@ -229,6 +257,7 @@ calls: st.SearchStrategy[Call] = st.one_of(
     ),
     st.builds(lambda p, c: lambda store: store.save([(p, c), ("b", c)]), peers, cursors),
     st.builds(beginning, peers, st.text("wxyz"), reads, st.booleans()),
+    st.builds(passing, peers, cursors, reads, st.sampled_from(["trimmed", "again"])),
     st.builds(lambda p, w: lambda store: store.save_walk(p, w), peers, st.text("wxyz")),
     st.builds(
         lambda p, c, at: lambda store: store.finish_bootstrap(p, c, at),

@@ -57,12 +57,19 @@ _SET_BOOTSTRAP: Final = """
 INSERT OR REPLACE INTO bootstraps (peer_id, stream_id, entries_read, walk, incarnation, reason)
 VALUES (?, ?, ?, ?, ?, ?)
 """
+_END_BOOTSTRAP: Final = "DELETE FROM bootstraps WHERE peer_id = ?"
 _ADD_GAP: Final = """
 INSERT INTO gaps (peer_id, found_at_ms, missed, reason, healed_at_ms, healed_by, kind)
 VALUES (?, ?, ?, ?, ?, ?, ?)
 """
 _MORE_DROPPED: Final = """
 UPDATE gaps SET missed = missed + ? WHERE peer_id = ? AND kind = 'dropped' AND healed_at_ms IS NULL
+"""
+# A count that cannot be told, or not be held, makes the sum one that cannot be told.
+_MORE_MISSED: Final = """
+UPDATE gaps SET missed = CASE WHEN missed <= :most - :more THEN missed + :more END WHERE id =
+    (SELECT max(id) FROM gaps WHERE peer_id = :peer AND kind = :kind AND reason = :reason
+        AND healed_at_ms IS NULL)
 """
 _LETTERS: Final = """
 SELECT peer_id, stream_id, reason, detail, key, fields, size, at_ms, id, from_foreign
@@ -215,6 +222,22 @@ class SqliteCursorStore:
 
         await self._file.run(work)
 
+    async def pass_gap(self, peer_id: str, cursor: Cursor, gap: GapRow | None) -> None:
+        """Set the cursor to where reading goes on, and note what is missing, in one transaction.
+
+        An open line of the ledger with the same reason grows, or one is added. A copy that was
+        begun is given up.
+        """
+        name, row = to_text(peer_id), cursor_row(peer_id, cursor)
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(_SET_CURSOR, row)
+            db.execute(_END_BOOTSTRAP, (name,))
+            if gap is not None and not _extend_gap(db, gap):
+                _add_gap(db, gap)
+
+        await self._file.run(work)
+
     async def save_walk(self, peer_id: str, walk: str) -> None:
         """Note how far copying has come; without a copy begun there is nothing to note."""
         statement = "UPDATE bootstraps SET walk = ? WHERE peer_id = ?"
@@ -231,7 +254,7 @@ class SqliteCursorStore:
 
         def work(db: sqlite3.Connection) -> None:
             db.execute(_SET_CURSOR, row)
-            db.execute("DELETE FROM bootstraps WHERE peer_id = ?", (name,))
+            db.execute(_END_BOOTSTRAP, (name,))
             if healed_at_ms is not None:
                 db.execute(_HEAL_GAPS, (healed_at_ms, "bootstrap", name))
 
@@ -344,6 +367,18 @@ class SqliteCursorStore:
 def _add_gap(db: sqlite3.Connection, gap: GapRow) -> None:
     db.execute(_ADD_GAP, gap_row(gap))
     db.execute(_TRIM_GAPS, {"peer": to_text(gap.peer_id), "keep": GAPS_KEPT})
+
+
+def _extend_gap(db: sqlite3.Connection, gap: GapRow) -> bool:
+    """Count what is missing in the newest open line of its kind and reason, if there is one."""
+    values = {
+        "peer": to_text(gap.peer_id),
+        "kind": to_text(gap.kind),
+        "reason": to_text(gap.reason),
+        "more": to_number(gap.missed),
+        "most": INTEGER_MAX,
+    }
+    return bool(db.execute(_MORE_MISSED, values).rowcount)
 
 
 def _load(db: sqlite3.Connection, peer_id: str | bytes) -> PeerRecord:

@@ -172,6 +172,19 @@ class MemoryCursorStore:
             self._add_gap(gap)
         await asyncio.sleep(0)
 
+    async def pass_gap(self, peer_id: str, cursor: Cursor, gap: GapRow | None) -> None:
+        """Set the cursor to where reading goes on, and note what is missing.
+
+        An open line of the ledger with the same reason grows, or one is added. A copy that was
+        begun is given up.
+        """
+        self._use()
+        self._set_cursor(peer_id, cursor)
+        self._change(peer_id, bootstrap=None)
+        if gap is not None and not self._extend_gap(gap):
+            self._add_gap(gap)
+        await asyncio.sleep(0)
+
     async def save_walk(self, peer_id: str, walk: str) -> None:
         """Note how far copying has come; without a copy begun there is nothing to note."""
         record = self._use().peers.get(peer_id)
@@ -307,6 +320,18 @@ class MemoryCursorStore:
         mine = [one.id for one in tables.gaps.values() if one.peer_id == gap.peer_id]
         for number in mine[: max(0, len(mine) - GAPS_KEPT)]:
             del tables.gaps[number]
+
+    def _extend_gap(self, gap: GapRow) -> bool:
+        same = [
+            held
+            for held in self._tables.gaps.values()
+            if _is_open(held, gap.peer_id) and (held.kind, held.reason) == (gap.kind, gap.reason)
+        ]
+        for held in same[-1:]:
+            known = held.missed is not None and _number(gap.missed) is not None
+            total = (held.missed or 0) + (gap.missed or 0)
+            self._tables.gaps[held.id] = replace(held, missed=_number(total) if known else None)
+        return bool(same)
 
     def _count_dropped(self, peer_id: str, at_ms: int, count: int) -> None:
         for number, gap in self._tables.gaps.items():

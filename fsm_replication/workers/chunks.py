@@ -152,7 +152,7 @@ class ChunkQueue:
         chunk = self._pending.popleft()
         progress = self._context.progress
         progress.pending_events -= len(chunk.entries)
-        progress.settled = chunk.end
+        progress.settled_to(chunk.end, len(chunk.entries))
         self._mark_oldest()
         self.judge_lag()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fsm_replication.config import PeerConfig, Settings
@@ -19,6 +19,7 @@ from fsm_replication.layout import FORMAT, Keys
 from fsm_replication.merkle import OWN, PARTITIONS
 from fsm_replication.ports import Connection, Transport
 from fsm_replication.reports import LinkFact, Reporter
+from fsm_replication.workers.abilities import Abilities, check_age, question_of_age
 from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.slo import TimedConnection
 
@@ -33,8 +34,7 @@ class Lines:
     asking: Connection
     foreign: bool
     marker: Mapping[bytes, bytes]
-    json_module: bool | None = None
-    """Whether a foreign node's Redis has RedisJSON; None until it was used."""
+    abilities: Abilities = field(default_factory=Abilities)
 
     @property
     def has_tree(self) -> bool:
@@ -146,8 +146,10 @@ async def _read_marker(
 ) -> tuple[dict[bytes, bytes], bool]:
     keys = Keys(peer.redis_prefix)
     replies: list[Any] = await connection.pipeline(
-        [["HGETALL", keys.marker], ["EXISTS", keys.stream]], timeout_sec=timeout_sec
+        [["HGETALL", keys.marker], ["EXISTS", keys.stream], question_of_age(keys.stream)],
+        timeout_sec=timeout_sec,
     )
+    check_age(replies[-1], peer.display_url)
     for reply in replies:
         if isinstance(reply, PeerReplyError):
             if reply.code == "NOPERM":
@@ -155,7 +157,7 @@ async def _read_marker(
                     f"{peer.display_url}: the user may not read: {reply}", credentials=True
                 )
             raise PeerReplyError(str(reply), peer=peer.display_url)
-    flat, has_stream = replies
+    flat, has_stream, _ = replies
     if not isinstance(flat, list) or not all(isinstance(part, bytes) for part in flat):
         raise ProtocolError(f"{peer.display_url}: the marker key cannot be read")
     return dict(zip(flat[::2], flat[1::2], strict=True)), bool(has_stream)

@@ -25,12 +25,17 @@ from fsm_replication.workers.slo import SloWatch
 
 __all__ = ("HEAD_OF_EMPTY", "LinkContext", "LinkProgress")
 
+BEFORE_ALL: Final = StreamId(0, 0)
+HEAD_OF_EMPTY: Final = Position(BEFORE_ALL, 0)
+
 
 @dataclass(slots=True)
 class LinkProgress:
     """What one link has achieved; written by its workers, read by health without I/O.
 
-    Times of the monotonic clock are in seconds, stream times in milliseconds.
+    Times of the monotonic clock are in seconds, stream times in milliseconds. ``advances`` grows
+    with each entry settled for the first time and each item fetched: nothing else is progress (G12).
+    ``furthest`` is the id up to which entries were settled since the last copy.
     """
 
     read: Position | None = None
@@ -54,6 +59,20 @@ class LinkProgress:
     synced: bool = False
     stream_too_short: bool = False
     layout: str = ""
+    advances: int = 0
+    furthest: StreamId = BEFORE_ALL
+
+    def settled_to(self, end: Position, entries: int) -> None:
+        """Note that entries are settled; those that had been before are no advance."""
+        self.settled = end
+        if end.stream_id > self.furthest:
+            self.furthest = end.stream_id
+            self.advances += entries
+
+    def go_on_from(self, position: Position) -> None:
+        """Note that reading goes on from a position that was decided, whatever was read before."""
+        self.read = self.settled = position
+        self.furthest = position.stream_id
 
     def succeeded(self, now: float) -> None:
         """Note that the peer answered and what it sent was dealt with."""
@@ -156,6 +175,3 @@ class LinkContext:
             # It is found out again after the next start.
             self.cursors.failed(error)
             self.log.warning("synced_not_kept", error=error)
-
-
-HEAD_OF_EMPTY: Final = Position(StreamId(0, 0), 0)

@@ -42,9 +42,9 @@ from fsm_replication.workers.fetcher import (
 )
 from fsm_replication.workers.foreign_items import ForeignItems
 from fsm_replication.workers.foreign_walk import ForeignWalk
+from fsm_replication.workers.history import Gap, ask_info
 from fsm_replication.workers.item_source import ItemSource, OwnItems
 from fsm_replication.workers.peer_tree import PeerTree
-from fsm_replication.workers.reader import Gap, ask_info
 
 __all__ = ("Copier", "GuardedTree", "make_comparer", "make_source", "make_walk")
 
@@ -164,14 +164,19 @@ class Copier:
             context.log.info("bootstrap_resumed", head=str(row.head.stream_id))
             return row
         stream = Keys(context.peer.redis_prefix).stream
-        info = await ask_info(self._lines.asking, stream, context.settings.timeouts.command)
+        info = await ask_info(
+            self._lines.asking,
+            stream,
+            context.settings.timeouts.command,
+            self._lines.abilities,
+        )
         head = info.head
         if self._lines.foreign and info.first_id is not None:
             # Its tree is brought up to date in the background: what is not in it yet is in the
             # stream, where the head of now may already be past it.
             head = info.before_first
             walk = make_walk(context, self._lines, self._applier)
-            if gap is None and info.trimmed and not await walk.begin() and not walk.has_tree:
+            if gap is None and info.trimmed != 0 and not await walk.begin() and not walk.has_tree:
                 gap = Gap(info.trimmed, "no tree to copy items from")
         row = BootstrapRow(head, "", self._incarnation, why)
         entry = None
@@ -287,11 +292,17 @@ class Copier:
 
     async def _walk_scan(self) -> bool:
         """Copy what SCAN finds; False if it was interrupted: then the walk begins anew."""
-        scan = b"0"
+        scan, mark, steps, lap = b"0", b"", 0, 1
         while not self._interrupted():
             scan = await self._step(scan)
             if scan == b"0":
                 return True
+            # A cursor that comes again comes for ever (found as Brent does, BIT 20, 1980).
+            if scan == mark:
+                raise ProtocolError(f"SCAN goes round and never ends: cursor {scan[:32]!r} again")
+            steps += 1
+            if steps == lap:
+                mark, steps, lap = scan, 0, lap * 2
         return False
 
     async def _step(self, scan: bytes) -> bytes:

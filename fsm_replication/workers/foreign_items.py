@@ -44,14 +44,14 @@ class ForeignItems(ItemSource):
         A reply is a tuple of its kind, "json" or "string", and the value; or an error, or None.
         """
         replies: list[Any] = []
-        if self._lines.json_module is not False:
+        if self._lines.abilities.json_module is not False:
             commands = [("JSON.GET", redis_key) for redis_key in redis_keys]
             answers = await asking.pipeline(commands, timeout_sec=timeout_sec)
-            self._lines.json_module = not any(map(_says_missing, answers))
+            self._lines.abilities.json_module = not any(map(_says_missing, answers))
             replies = [
                 ("json", answer) if isinstance(answer, bytes) else answer for answer in answers
             ]
-        if not self._lines.json_module:
+        if not self._lines.abilities.json_module:
             strings = list(range(len(redis_keys)))
             replies = [None] * len(redis_keys)
         else:

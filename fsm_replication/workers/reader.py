@@ -2,10 +2,11 @@
 
 Theory of operation. The *reading position* is how far entries were taken in; it runs ahead of the
 settled position by what is in memory. Beside the id it counts the entries that were ever added up
-to it, because ids alone cannot tell what a trim has taken. Reads in bulk ask for entries and the
-stream's own counts in one transaction: what was trimmed, minus what was read before this batch, is
-the gap; and a read that ends at the head must leave both counts equal. Blocking reads at the head
-ask for entries alone.
+to it, because ids alone cannot always tell what a trim has taken. Reads in bulk ask for entries and
+the stream's own counts in one transaction: what was trimmed, minus what was read before this batch,
+is the gap; and a read that ends at the head must leave both counts equal. Blocking reads at the head
+ask for entries alone where the server counts: the next read in bulk sees what they have missed.
+Where it does not, that would be too late, and they ask XINFO in the same flight.
 
 COUNT bounds entries and not bytes, so it is chosen from the running mean size, and a reply that
 goes over its limit all the same costs the connection: it is opened again and read with a quarter
@@ -23,112 +24,13 @@ from fsm_replication.config import HotPathConfig, Settings
 from fsm_replication.current import Current
 from fsm_replication.errors import PeerReplyError, ProtocolError
 from fsm_replication.ports import Connection, Oversize, Position, StreamId
+from fsm_replication.workers.abilities import Abilities
+from fsm_replication.workers.history import Gap, StreamInfo, find_gap, learn_info, parse_info
 
-__all__ = ("Gap", "Read", "StreamInfo", "StreamReader", "ask_info", "check_history", "parse_info")
+__all__ = ("Read", "StreamReader")
 
 MEAN_BYTES_AT_FIRST: Final = 512.0
 REPLY_SHARE: Final = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """Entries that the stream no longer holds; ``missed`` is None where it cannot be told."""
-
-    missed: int | None
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class StreamInfo:
-    """What XINFO STREAM says. ``added`` is None before Redis 7.0, which does not count."""
-
-    length: int
-    last_id: StreamId
-    first_id: StreamId | None
-    added: int | None
-
-    @property
-    def trimmed(self) -> int | None:
-        """How many entries were ever removed."""
-        return None if self.added is None else self.added - self.length
-
-    @property
-    def head(self) -> Position:
-        """The position of a reader who has read everything."""
-        return Position(self.last_id, self.added)
-
-    @property
-    def before_first(self) -> Position:
-        """The position of a reader to whom the oldest entry is the next one."""
-        first = self.first_id
-        assert first is not None, "an empty stream has no oldest entry"
-        if first.seq:
-            return Position(StreamId(first.ms, first.seq - 1), self.trimmed)
-        # Entries of the millisecond before have ids up to the largest sequence number.
-        return Position(StreamId(max(0, first.ms - 1), 2**64 - 1 if first.ms else 0), self.trimmed)
-
-
-EMPTY_STREAM: Final = StreamInfo(0, StreamId(0, 0), None, 0)
-
-
-def parse_info(reply: Any) -> StreamInfo:
-    """Read the reply of XINFO STREAM; a missing key is an empty stream.
-
-    :raises PeerReplyError: if the server answered with another error.
-    :raises ProtocolError: if the reply has another shape.
-    """
-    if isinstance(reply, PeerReplyError):
-        if "no such key" in str(reply):
-            return EMPTY_STREAM
-        raise reply
-    try:
-        named = dict(zip(reply[::2], reply[1::2], strict=True))
-        first = named[b"first-entry"]
-        added = named.get(b"entries-added")
-        return StreamInfo(
-            length=int(named[b"length"]),
-            last_id=StreamId.parse(named[b"last-generated-id"]),
-            first_id=StreamId.parse(first[0]) if first else None,
-            added=None if added is None else int(added),
-        )
-    except (TypeError, KeyError, ValueError, IndexError) as error:
-        raise ProtocolError(f"XINFO STREAM: unexpected reply ({error!r})") from None
-
-
-async def ask_info(connection: Connection, stream_key: str, timeout_sec: float) -> StreamInfo:
-    """Ask for XINFO STREAM; entries of any size in the reply cost no memory.
-
-    :raises PeerReplyError: if the server answered with an error.
-    """
-    try:
-        reply = await connection.skim("XINFO", "STREAM", stream_key, timeout_sec=timeout_sec)
-    except PeerReplyError as error:
-        return parse_info(error)
-    return parse_info(reply)
-
-
-def check_history(position: Position, info: StreamInfo, *, entry_is_there: bool) -> Gap | None:
-    """Say whether ``position`` is in this stream's history and nothing after it was trimmed.
-
-    None means that reading can go on from there.
-    """
-    if entry_is_there:
-        return None
-    if position.stream_id > info.last_id:
-        return Gap(None, "the stream's head is older than what was read: it is another stream")
-    before_first = info.first_id is None or position.stream_id < info.first_id
-    if info.trimmed is None or position.entries_read is None:
-        if position.stream_id == info.last_id:
-            return None
-        return Gap(None, "the entry last read is gone, and this server does not count entries")
-    if not before_first:
-        return Gap(None, "the entry last read is not in the stream: it is another stream")
-    missed = info.trimmed - position.entries_read
-    if missed < 0:
-        return Gap(None, "the stream has fewer entries than were read: it is another stream")
-    if missed > 0:
-        return Gap(missed, f"{missed} entries were trimmed before they were read")
-    return None
 
 
 @dataclass(slots=True)
@@ -136,7 +38,7 @@ class Read:
     """What one reply came to.
 
     ``at_head`` says that nothing was left unread when the server answered. ``gap`` is set where
-    entries are missing; then ``entries`` must not be used.
+    entries are missing before ``start``; what came after is used once that is noted.
     """
 
     entries: Sequence[Any]
@@ -146,19 +48,28 @@ class Read:
     gap: Gap | None = None
     info: StreamInfo | None = None
 
+    @property
+    def start(self) -> Position:
+        """Where reading goes on behind a gap: before the entries that came."""
+        if not self.entries:
+            return self.end
+        count = self.end.entries_read
+        first = StreamId.parse(self.entries[0][0])
+        return Position(first.previous, None if count is None else count - len(self.entries))
+
 
 class StreamReader:
     """Reads on from ``position``; one request at a time is under way."""
 
-    def __init__(self, stream_key: str, current: Current[Settings]) -> None:
+    def __init__(self, stream_key: str, current: Current[Settings], abilities: Abilities) -> None:
         self._key = stream_key
         self._current = current
+        self._abilities = abilities
         # Where it adapts; it may lie outside bounds that have changed since.
         self._adapted = current.value.hot_path.batch_size
         self._mean_bytes = MEAN_BYTES_AT_FIRST
         self._count_max: int | None = None
         self._asked = 0
-        self._bulk = False
         self._received_before = 0
         self.position = Position(StreamId(0, 0), 0)
 
@@ -217,7 +128,6 @@ class StreamReader:
         settings = self._settings
         wanted = self.size if settings.adaptive_batch_size else settings.max_batch_size
         self._asked = self._count(wanted)
-        self._bulk = True
         self._received_before = connection.received_bytes
         connection.limit_reply(self._reply_bytes)
         after = str(self.position.stream_id)
@@ -231,14 +141,14 @@ class StreamReader:
     def ask_blocking(self, connection: Connection) -> asyncio.Future[list[Any]]:
         """Send a read that waits at the head for up to ``block_timeout``."""
         self._asked = self._count(self.size)
-        self._bulk = False
         self._received_before = connection.received_bytes
         connection.limit_reply(self._reply_bytes)
         block_ms = max(1, round(self._settings.block_timeout * 1000))
         after = str(self.position.stream_id)
-        return connection.send(
-            ("XREAD", "COUNT", self._asked, "BLOCK", block_ms, "STREAMS", self._key, after)
-        )
+        read = ("XREAD", "COUNT", self._asked, "BLOCK", block_ms, "STREAMS", self._key, after)
+        if self._abilities.asks_with_each_read:
+            return connection.send(read, ("XINFO", "STREAM", self._key))
+        return connection.send(read)
 
     # Understanding
 
@@ -248,21 +158,10 @@ class StreamReader:
         :raises PeerReplyError: if the server answered with an error.
         :raises ProtocolError: if the reply has another shape.
         """
-        info: StreamInfo | None = None
-        if self._bulk:
-            executed = replies[-1]
-            if isinstance(executed, PeerReplyError):
-                # EXECABORT only says that something was wrong; what it was stands before it.
-                raise next((r for r in replies if isinstance(r, PeerReplyError)), executed)
-            try:
-                reply, about = executed
-            except (TypeError, ValueError):
-                raise ProtocolError("EXEC: unexpected reply") from None
-            info = parse_info(about)
-        else:
-            (reply,) = replies
+        reply, about = self._take_apart(replies)
         if isinstance(reply, PeerReplyError):
             raise reply
+        info = None if about is None else learn_info(parse_info(about), self._abilities)
         read = self._interpret(self._entries(reply), info)
         if read.gap is None:
             self.position = read.end
@@ -271,6 +170,21 @@ class StreamReader:
             self._mean_bytes += (size - self._mean_bytes) / 4
         self.adapt(read)
         return read
+
+    @staticmethod
+    def _take_apart(replies: list[Any]) -> tuple[Any, Any]:
+        """Return the replies of XREAD and of XINFO, which is None where it was not asked."""
+        if len(replies) < 4:
+            return replies[0], replies[1] if len(replies) > 1 else None
+        executed = replies[-1]
+        if isinstance(executed, PeerReplyError):
+            # EXECABORT only says that something was wrong; what it was stands before it.
+            raise next((r for r in replies if isinstance(r, PeerReplyError)), executed)
+        try:
+            reply, about = executed
+        except (TypeError, ValueError):
+            raise ProtocolError("EXEC: unexpected reply") from None
+        return reply, about
 
     @staticmethod
     def _entries(reply: Any) -> Sequence[Any]:
@@ -289,46 +203,49 @@ class StreamReader:
 
     def _interpret(self, entries: Sequence[Any], info: StreamInfo | None) -> Read:
         before = self.position
-        end = before
-        if entries:
-            try:
-                last_id = StreamId.parse(entries[-1][0])
-            except (TypeError, ValueError, IndexError):
-                raise ProtocolError("XREAD: an entry without an id") from None
-            count = before.entries_read
-            end = Position(last_id, None if count is None else count + len(entries))
+        if info is not None and info.added is None:
+            before = before._replace(entries_read=None)
+        end = self._end_of(entries, before)
         full = len(entries) >= self._asked
         if info is None:
             return Read(entries, at_head=not full, full=full, end=end)
-        gap = self._find_gap(before, end, info, len(entries))
+        gap = find_gap(before, end, info, len(entries))
+        if gap is not None and gap.is_contradiction and not self._abilities.doubt():
+            return self._interpret(entries, learn_info(info, self._abilities))
         at_head = end.stream_id >= info.last_id or not full
-        if gap is None and at_head and end.entries_read is None and info.added is not None:
+        if gap is not None:
+            end = self._end_behind_gap(entries, info, at_head=at_head)
+        elif at_head and end.entries_read is None and info.added is not None:
             end = Position(end.stream_id, info.added)
         return Read(entries, at_head, full, end, gap, info)
 
     @staticmethod
-    def _find_gap(before: Position, end: Position, info: StreamInfo, count: int) -> Gap | None:
-        if info.trimmed is None or before.entries_read is None:
-            # Without counts, a missing entry shows only in that ours is older than the first.
-            if info.first_id is not None and before.stream_id < info.first_id:
-                return Gap(None, "the entry last read is gone, and this server does not count")
-            return None
-        missed = info.trimmed - before.entries_read
-        if missed > 0:
-            return Gap(missed, f"{missed} entries were trimmed before they were read")
-        if end.stream_id > info.last_id:
-            return Gap(None, "the stream's head is older than what was read: it is another stream")
-        at_head = end.stream_id >= info.last_id
-        if at_head and end.entries_read != info.added:
-            lost = None if info.added is None else info.added - before.entries_read - count
-            if lost is not None and lost > 0:
-                return Gap(lost, f"{lost} entries were removed before they were read")
-            return Gap(None, "the stream has fewer entries than were read: it is another stream")
-        return None
+    def _end_of(entries: Sequence[Any], before: Position) -> Position:
+        if not entries:
+            return before
+        try:
+            first, last = StreamId.parse(entries[0][0]), StreamId.parse(entries[-1][0])
+        except (TypeError, ValueError, IndexError):
+            raise ProtocolError("XREAD: an entry without an id") from None
+        if not before.stream_id < first <= last:
+            # Taken for new, they would be read for ever.
+            raise ProtocolError(f"XREAD: entries {first} to {last}, asked after {before.stream_id}")
+        count = before.entries_read
+        return Position(last, None if count is None else count + len(entries))
+
+    @staticmethod
+    def _end_behind_gap(entries: Sequence[Any], info: StreamInfo, *, at_head: bool) -> Position:
+        """Return the position after ``entries``, with a count that does not rely on those before."""
+        if not entries:
+            return info.start
+        first, last = (StreamId.parse(entries[place][0]) for place in (0, -1))
+        if info.trimmed is not None and first == info.first_id:
+            return Position(last, info.trimmed + len(entries))
+        return Position(last, info.added if at_head else None)
 
     def at_end(self, info: StreamInfo) -> Read:
         """Return a read that found nothing more, with counts that were asked for apart from it."""
-        return self._interpret((), info)
+        return self._interpret((), learn_info(info, self._abilities))
 
     # One entry too large to hold
 

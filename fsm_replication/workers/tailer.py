@@ -34,21 +34,16 @@ from fsm_replication.errors import (
     StoreReopenedError,
 )
 from fsm_replication.layout import Keys
-from fsm_replication.ports import BootstrapRow, Cursor, GapRow, Position
+from fsm_replication.ports import Cursor, GapRow, Position
 from fsm_replication.reports import LinkFact, PauseReason, Reporter
 from fsm_replication.workers.applier import Applier, Blocked, Unsettled
 from fsm_replication.workers.chunks import ChunkQueue
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import HEAD_OF_EMPTY, LinkContext
 from fsm_replication.workers.copier import Copier, make_source
-from fsm_replication.workers.reader import (
-    Gap,
-    Read,
-    StreamInfo,
-    StreamReader,
-    ask_info,
-    check_history,
-)
+from fsm_replication.workers.history import Gap, StreamInfo, ask_info, check_history
+from fsm_replication.workers.reader import Read, StreamReader
+from fsm_replication.workers.rounds import Rounds
 
 __all__ = ("Mode", "Tailer", "decided_by", "passed_reason")
 
@@ -56,6 +51,10 @@ BEHIND_MS: Final = 2000
 BEHIND_BATCHES: Final = 10
 HOLD_POLL_SEC: Final = 0.1
 HOLD_POLLS_PER_COUNT: Final = 50
+# How often in a row a peer is copied without the head being reached in between: where entries are
+# missing, and where that is only a doubt.
+COPIES_FOR_LOSS: Final = 1
+COPIES_FOR_DOUBT: Final = 2
 
 
 def decided_by(settings: Settings) -> tuple[object, ...]:
@@ -139,11 +138,13 @@ class Tailer:
         self._limits = context.settings.limits
         self._builder = self._make_builder(self._limits)
         self._keys = Keys(context.peer.redis_prefix)
-        self._reader = StreamReader(self._keys.stream, context.current)
+        self._reader = StreamReader(self._keys.stream, context.current, lines.abilities)
+        self._rounds = Rounds(context.ports.clock, context.progress)
         self._queue = ChunkQueue(context)
         self._asked_at = 0.0
         self._asked_bulk = False
         self._asked_to_block_sec = 0.0
+        self._counts_seen_at = 0.0
         self._received_when_asked = 0
         self._outstanding: asyncio.Future[list[Any]] | None = None
         self._orders: _Orders | None = None
@@ -153,8 +154,8 @@ class Tailer:
         self._copier: Copier | None = None
         self._incarnation = ""
         self._gap: tuple[Gap | None, str] = (None, "")
-        # The head that the last bootstrap noted, until a read has reached a head since.
-        self._copied_to: Position | None = None
+        # How often the peer was copied since a read has reached the head with nothing missing.
+        self._copies = 0
 
     def _make_builder(self, limits: LimitsConfig) -> BatchBuilder:
         context = self._context
@@ -220,7 +221,9 @@ class Tailer:
                 return
             self._obeyed = orders
             try:
-                await self._obey(orders)
+                await self._rest(orders)
+                if self._orders is orders:
+                    await self._obey(orders)
             except Blocked as blocked:
                 if blocked.reason is PauseReason.BACKPRESSURE:
                     self._context.metrics.backpressure.inc()
@@ -245,6 +248,15 @@ class Tailer:
             await self._work_off(orders)
         elif orders.mode is Mode.HOLD:
             await self._hold(orders)
+
+    async def _rest(self, orders: _Orders) -> None:
+        """Begin a round; wait first, where those before have come to nothing."""
+        if orders.mode in (Mode.HOLD, Mode.IDLE):
+            return
+        wait = self._rounds.begin(self._context.settings.hot_path.block_timeout)
+        if wait > 0:
+            self._context.log.debug("round_delayed", seconds=wait)
+            await self._until_changed(orders, wait)
 
     # Waiting: always for the thing itself, a change of mode, or the loss of a connection.
 
@@ -348,18 +360,34 @@ class Tailer:
         found = await asking.skim(
             "XRANGE", self._keys.stream, at, at, "COUNT", 1, timeout_sec=timeout
         )
-        info = await ask_info(asking, self._keys.stream, timeout)
+        info = await self._ask_info()
         if position.stream_id > info.last_id:
             await self._note_older_peer(info)
         gap = check_history(position, info, entry_is_there=bool(found))
         if gap is not None:
-            await self._deal_with_gap(orders, gap)
-            return None
-        if self._reader.position != position and self._outstanding is not None:
+            if self._must_copy_for(gap):
+                self._must_copy(orders, gap, str(gap))
+                return
+            position = info.start
+            await self._pass_gap(gap, position)
+        elif self._reader.position != position:
+            await self._read_from(position)
+        self._context.progress.read = self._context.progress.settled = position
+        self._report_distance(orders, position, info)
+
+    async def _ask_info(self) -> StreamInfo:
+        return await ask_info(
+            self._lines.asking,
+            self._keys.stream,
+            self._context.settings.timeouts.command,
+            self._lines.abilities,
+        )
+
+    async def _read_from(self, position: Position) -> None:
+        """Read on from a position that was decided; what is asked for already is not taken."""
+        if self._outstanding is not None:
             await self._reopen_reading()
         self._reader.position = position
-        self._context.progress.read = self._context.progress.settled = position
-        return self._report_distance(orders, position, info)
 
     async def _note_older_peer(self, info: StreamInfo) -> None:
         """A peer whose stream ends before our cursor came back as it was at an earlier time."""
@@ -371,25 +399,32 @@ class Tailer:
             self._context.peer_id, guard.agreed_at_ms, heal_gaps=False
         )
 
-    async def _deal_with_gap(self, orders: _Orders, gap: Gap) -> bool:
-        """Have the peer copied; or, where it has just been, leave the gap to the cold path.
+    def _must_copy_for(self, gap: Gap) -> bool:
+        """Say whether to copy the peer; if not, the gap is left to the cold path.
 
-        A stream so short that it is trimmed while its peer is copied would be copied for ever. The
-        gap stays open in ledger and health until trees were compared, which not every peer has.
-        Returns whether to read on in the present mode.
+        A stream so short that it is trimmed while its peer is copied would be copied for ever; a
+        doubt may have come of a head that was noted while the stream was empty.
         """
-        if self._copied_to is None:
-            self._must_copy(orders, gap, gap.reason)
-            return False
-        await self._work_off(orders)
-        if self._queue:
-            return False
-        self._context.progress.stream_too_short = True
-        info = await self._go_on_from_oldest(gap, f"{gap.reason}, right after a bootstrap")
-        if orders.mode is Mode.READ_IN_BULK:
-            return True
-        orders.report(LinkFact.BEHIND, f"reading on from the oldest entry, {info.first_id}")
-        return False
+        return self._copies < (COPIES_FOR_DOUBT if gap.is_doubt else COPIES_FOR_LOSS)
+
+    async def _pass_gap(self, gap: Gap, start: Position) -> None:
+        """Note what is missing before ``start``, and read on from there.
+
+        The gap stays open in ledger and health until trees were compared, which not every peer has.
+        """
+        context = self._context
+        context.progress.stream_too_short = True
+        why = f"{gap.reason}, right after a bootstrap"
+        row = GapRow(context.peer_id, context.ports.wall_clock.now_ms(), gap.missed, why)
+        cursor = Cursor(start, self._incarnation)
+        store = context.ports.cursor_store
+        await store.pass_gap(context.peer_id, cursor, row)
+        context.progress.gaps_open = len((await store.load(context.peer_id)).gaps)
+        context.metrics.trimmed.inc()
+        context.log.warning("gap_not_healed", missed=gap.missed, why=why)
+        context.cursors.saved(context.peer_id, cursor)
+        context.progress.read = context.progress.settled = start
+        await self._read_from(start)
 
     def _must_copy(self, orders: _Orders, gap: Gap | None, why: str) -> None:
         self._gap = (gap, why)
@@ -441,37 +476,10 @@ class Tailer:
         context.copy_slot.release(self)
         if self._outstanding is not None:
             await self._reopen_reading()
-        self._reader.position = self._copied_to = head
-        context.progress.read = context.progress.settled = head
-        info = await ask_info(
-            self._lines.asking, self._keys.stream, context.settings.timeouts.command
-        )
-        self._report_distance(orders, head, info)
-
-    async def _go_on_from_oldest(self, gap: Gap | None, why: str) -> StreamInfo:
-        """Read on from the oldest entry; what the stream no longer holds is an open gap."""
-        context = self._context
-        timeout = context.settings.timeouts.command
-        info = await ask_info(self._lines.asking, self._keys.stream, timeout)
-        start = info.head if info.first_id is None else info.before_first
-        row = BootstrapRow(start, "", self._incarnation, why)
-        entry = None
-        missed = info.trimmed if gap is None else gap.missed
-        if missed != 0:
-            now = context.ports.wall_clock.now_ms()
-            entry = GapRow(context.peer_id, now, missed, why)
-            context.progress.gaps_open += 1
-            context.metrics.trimmed.inc()
-            context.log.warning("gap_not_healed", missed=missed, why=why)
-        store, cursor = context.ports.cursor_store, Cursor(start, self._incarnation)
-        await store.begin_bootstrap(context.peer_id, row, entry)
-        await store.finish_bootstrap(context.peer_id, cursor, None)
-        context.cursors.saved(context.peer_id, cursor)
-        if self._outstanding is not None:
-            await self._reopen_reading()
-        self._reader.position = start
-        context.progress.read = context.progress.settled = start
-        return info
+        self._reader.position = head
+        self._copies += 1
+        context.progress.go_on_from(head)
+        self._report_distance(orders, head, await self._ask_info())
 
     async def _enter_copy_slot(self, orders: _Orders) -> bool:
         """Wait for the turn to copy; False if the mode changed first."""
@@ -501,12 +509,17 @@ class Tailer:
                 self._ask(bulk=ask_bulk)
             read = await self._next_read(orders)
             if read is None:
+                await self._rest(orders)
                 continue
             if read.gap is not None:
                 await self._work_off(orders)
-                if await self._deal_with_gap(orders, read.gap):
-                    continue
-                return
+                if self._must_copy_for(read.gap):
+                    self._must_copy(orders, read.gap, str(read.gap))
+                    return
+                if self._queue:
+                    return  # Interrupted; what came is read again.
+                await self._pass_gap(read.gap, read.start)
+                self._reader.position = read.end
             self._queue.take_in(read)
             if read.at_head and not at_head:
                 await self._work_off(orders)
@@ -514,9 +527,11 @@ class Tailer:
                 orders.report(LinkFact.AT_HEAD, "a read reached the head")
                 return
             # At the head a full read means there may be more, and an empty one that there is time
-            # to compare counts: both ask for them once.
-            ask_bulk = not at_head or read.full or (not read.entries and read.info is None)
+            # to compare counts: both ask for them once. A flow that never rests is looked at too.
+            ask_bulk = not at_head or read.full or self._counts_are_due(read)
             await self._pace(orders, len(read.entries))
+            if not read.entries:
+                await self._rest(orders)
             if self._orders is orders:
                 self._ask(bulk=ask_bulk)
             await self._work_off(orders, self._next_is_here)
@@ -527,6 +542,14 @@ class Tailer:
                 if behind:
                     orders.report(LinkFact.BEHIND, behind)
         return
+
+    def _counts_are_due(self, read: Read) -> bool:
+        now = self._context.ports.clock.monotonic()
+        if read.info is not None:
+            self._counts_seen_at = now
+            return False
+        waited = now - self._counts_seen_at >= self._context.settings.hot_path.block_timeout
+        return waited or not read.entries
 
     def _ask(self, *, bulk: bool) -> None:
         reading = self._lines.reading
@@ -605,8 +628,7 @@ class Tailer:
         timeout = context.settings.timeouts.command
         ahead = await self._reader.look_ahead(self._lines.reading, timeout)
         if ahead is None:
-            info = await ask_info(self._lines.asking, self._keys.stream, timeout)
-            return self._reader.at_end(info)
+            return self._reader.at_end(await self._ask_info())
         await self._work_off(orders)
         if self._queue:
             return None
@@ -618,8 +640,8 @@ class Tailer:
         applier = self._applier
         assert applier is not None
         await applier.bury(applier.oversize_letter(end, size), end)
-        self._reader.position = end
-        context.progress.read = context.progress.settled = end
+        self._reader.position = context.progress.read = end
+        context.progress.settled_to(end, 1)
         return None
 
     async def _read_alone(self, end: Position) -> None:
@@ -660,7 +682,8 @@ class Tailer:
         progress.succeeded(context.ports.clock.monotonic())
         if read.info is not None or read.entries:
             progress.unread_events = 0
-        self._copied_to = None
+        if read.gap is None:
+            self._copies = 0
         if not self._queue:
             await context.note_synced()
 

@@ -1,0 +1,87 @@
+"""What a peer's server can do, as far as it matters here: asked of it, once per connection.
+
+Servers differ, and forks and proxies tell versions of their own, so nothing is guessed from one:
+
+==============================  =====================================  ==================================
+what                            how it is asked                        where it is missing
+==============================  =====================================  ==================================
+ranges that leave out an end    ``XRANGE key (0-1 0-1`` when           the link is refused: no server older
+(since Redis 6.2)               connecting                             than that was ever tried
+a stream's count of all its     ``entries-added`` in the first         entries are looked for by their ids,
+entries (since Redis 7.0)       ``XINFO STREAM`` of a stream that is   and blocking reads ask XINFO in the
+                                there                                  same flight, see ``history``
+documents (RedisJSON)           ``JSON.GET`` at the first item of a    strings are read with GET
+                                foreign node
+==============================  =====================================  ==================================
+
+Counts may be there and yet be wrong: a proxy, a fork, or somebody's XSETID. Where they contradict the
+entries that the same reply carries, the link copies its peer once, as for another stream; the
+second time it believes them no longer, and reads as if there were none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, Final
+
+from fsm_replication.errors import PeerRefusedError, PeerReplyError
+
+__all__ = ("Abilities", "Counts", "check_age", "question_of_age")
+
+_BAD_ID: Final = "invalid stream id"
+
+
+class Counts(Enum):
+    """What is known of a server's count of all entries that a stream ever had."""
+
+    UNKNOWN = auto()
+    """There was no stream yet whose count could have been asked for."""
+    KEPT = auto()
+    """The server counts."""
+    DOUBTED = auto()
+    """It counts, but once its counts contradicted its entries, or it was another stream."""
+    NONE = auto()
+    """It does not count, or what it counts is wrong."""
+
+
+@dataclass(slots=True)
+class Abilities:
+    """What was found out about the server that a link's connections lead to."""
+
+    counts: Counts = Counts.UNKNOWN
+    json_module: bool | None = None
+    """Whether a foreign node's Redis has RedisJSON; None until it was used."""
+
+    @property
+    def asks_with_each_read(self) -> bool:
+        """Whether a blocking read alone would not tell what is missing before its entries."""
+        return self.counts in (Counts.UNKNOWN, Counts.NONE)
+
+    def learn(self, *, counted: bool) -> None:
+        """Take in whether a stream that is there is counted."""
+        if self.counts is Counts.UNKNOWN or not counted:
+            self.counts = Counts.KEPT if counted else Counts.NONE
+
+    def doubt(self) -> bool:
+        """Take in that counts contradict entries; returns whether they are still believed."""
+        self.counts = Counts.DOUBTED if self.counts is Counts.KEPT else Counts.NONE
+        return self.counts is Counts.DOUBTED
+
+
+def question_of_age(stream_key: str) -> Sequence[str]:
+    """Return the command that only servers since Redis 6.2 understand; it reads nothing."""
+    return ("XRANGE", stream_key, "(0-1", "0-1")
+
+
+def check_age(reply: Any, where: str) -> None:
+    """Refuse a server that does not understand ``question_of_age``.
+
+    :raises PeerRefusedError: if it is older than Redis 6.2.
+    """
+    if isinstance(reply, PeerReplyError) and _BAD_ID in str(reply).lower():
+        raise PeerRefusedError(
+            f"{where}: its server does not understand ranges that leave out an end, so it is older"
+            " than Redis 6.2, which is the oldest that can be read. Upgrade that server"
+        )

@@ -1,0 +1,195 @@
+"""Whether a position is still in a stream's history: what XINFO says, and what is missing.
+
+Theory of operation. Ids grow and entries are trimmed from the front, so where the oldest entry left
+is at or before a position, or is the very next id after it, nothing after the position can have
+been trimmed. Where it is not, a server that counts tells: what was ever trimmed, minus what was
+read, is missing. One that does not count leaves a *doubt*: perhaps nothing is missing. A doubt is
+worth one copy, which costs a round trip where the trees are equal, and never a second in a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from fsm_replication.errors import PeerReplyError, ProtocolError
+from fsm_replication.ports import Connection, Position, StreamId
+from fsm_replication.workers.abilities import Abilities, Counts
+
+__all__ = ("Gap", "StreamInfo", "ask_info", "check_history", "find_gap", "learn_info", "parse_info")
+
+OTHER_STREAM: Final = "the stream's head is older than what was read: it is another stream"
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Entries that the stream no longer holds; ``missed`` is None where it cannot be told.
+
+    ``is_doubt`` says that perhaps none are missing, ``is_contradiction`` that the stream's counts
+    and its entries cannot both be right.
+    """
+
+    missed: int | None
+    reason: str
+    is_doubt: bool = False
+    is_contradiction: bool = False
+
+    def __str__(self) -> str:
+        return self.reason if self.missed is None else f"{self.missed} {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class StreamInfo:
+    """What XINFO STREAM says. ``added`` is None where the server does not count.
+
+    ``last_deleted`` is the largest id that XDEL has removed, None where that is not told.
+    """
+
+    length: int
+    last_id: StreamId
+    first_id: StreamId | None
+    added: int | None
+    last_deleted: StreamId | None = None
+
+    @property
+    def trimmed(self) -> int | None:
+        """How many entries were ever removed."""
+        return None if self.added is None else self.added - self.length
+
+    @property
+    def head(self) -> Position:
+        """The position of a reader who has read everything."""
+        return Position(self.last_id, self.added)
+
+    @property
+    def before_first(self) -> Position:
+        """The position of a reader to whom the oldest entry is the next one."""
+        assert self.first_id is not None, "an empty stream has no oldest entry"
+        return Position(self.first_id.previous, self.trimmed)
+
+    @property
+    def start(self) -> Position:
+        """The position before all that the stream holds."""
+        return self.head if self.first_id is None else self.before_first
+
+    def holds_all_after(self, at: StreamId) -> bool:
+        """Whether no entry after ``at`` can have been trimmed, as ids alone tell."""
+        if self.first_id is None:
+            return at >= self.last_id
+        return self.first_id <= at or self.first_id == at.next
+
+    def may_lack(self, at: StreamId) -> bool:
+        """Whether XDEL may have removed entries after ``at``."""
+        return self.last_deleted is not None and self.last_deleted > at
+
+
+EMPTY_STREAM: Final = StreamInfo(0, StreamId(0, 0), None, 0)
+
+
+def parse_info(reply: Any) -> StreamInfo:
+    """Read the reply of XINFO STREAM; a missing key is an empty stream.
+
+    :raises PeerReplyError: if the server answered with another error.
+    :raises ProtocolError: if the reply has another shape.
+    """
+    if isinstance(reply, PeerReplyError):
+        if "no such key" in str(reply):
+            return EMPTY_STREAM
+        raise reply
+    try:
+        named = dict(zip(reply[::2], reply[1::2], strict=True))
+        first = named[b"first-entry"]
+        added = named.get(b"entries-added")
+        deleted = named.get(b"max-deleted-entry-id")
+        return StreamInfo(
+            length=int(named[b"length"]),
+            last_id=StreamId.parse(named[b"last-generated-id"]),
+            first_id=StreamId.parse(first[0]) if first else None,
+            added=None if added is None else int(added),
+            last_deleted=None if deleted is None else StreamId.parse(deleted),
+        )
+    except (TypeError, KeyError, ValueError, IndexError) as error:
+        raise ProtocolError(f"XINFO STREAM: unexpected reply ({error!r})") from None
+
+
+def learn_info(info: StreamInfo, abilities: Abilities) -> StreamInfo:
+    """Learn whether the server counts; returns ``info`` without counts that are not believed."""
+    if info is EMPTY_STREAM:
+        return info
+    abilities.learn(counted=info.added is not None)
+    if abilities.counts is Counts.NONE and info.added is not None:
+        return replace(info, added=None)
+    return info
+
+
+async def ask_info(
+    connection: Connection, stream_key: str, timeout_sec: float, abilities: Abilities
+) -> StreamInfo:
+    """Ask for XINFO STREAM; entries of any size in the reply cost no memory.
+
+    :raises PeerReplyError: if the server answered with an error.
+    """
+    try:
+        reply = await connection.skim("XINFO", "STREAM", stream_key, timeout_sec=timeout_sec)
+    except PeerReplyError as error:
+        reply = error
+    return learn_info(parse_info(reply), abilities)
+
+
+def check_history(position: Position, info: StreamInfo, *, entry_is_there: bool) -> Gap | None:
+    """Say whether ``position`` is in this stream's history and nothing after it was trimmed.
+
+    None means that reading can go on from there.
+    """
+    if entry_is_there:
+        return None
+    at = position.stream_id
+    if at > info.last_id:
+        return Gap(None, OTHER_STREAM)
+    before_first = info.first_id is None or at < info.first_id
+    if info.trimmed is None or position.entries_read is None:
+        if at == info.last_id or (before_first and info.holds_all_after(at)):
+            return None
+        return _doubt()
+    if not before_first and position != info.head:
+        return Gap(None, "the entry last read is not in the stream: it is another stream")
+    missed = info.trimmed - position.entries_read
+    if before_first and missed < 0:
+        return Gap(None, "the stream has fewer entries than were read: it is another stream")
+    if before_first and missed > 0:
+        return _trimmed(missed)
+    return None
+
+
+def find_gap(before: Position, end: Position, info: StreamInfo, count: int) -> Gap | None:
+    """Say what is missing between ``before`` and the ``count`` entries that were read after it.
+
+    ``end`` is the position after them, ``info`` what the stream said at the same time.
+    """
+    if end.stream_id > info.last_id:
+        return Gap(None, OTHER_STREAM)
+    at = before.stream_id
+    unbroken = info.holds_all_after(at)
+    if info.trimmed is None or before.entries_read is None:
+        return None if unbroken else _doubt()
+    # What the counts say of trimming or deleting where ids tell that there was none.
+    odd = unbroken and not info.may_lack(at)
+    missed = info.trimmed - before.entries_read
+    if missed > 0:
+        return replace(_trimmed(missed), is_contradiction=odd)
+    if end.stream_id < info.last_id or end.entries_read == info.added:
+        return None
+    lost = (info.added or 0) - before.entries_read - count
+    if lost > 0:
+        return Gap(lost, "entries were removed before they were read", is_contradiction=odd)
+    reason = "the stream has fewer entries than were read: it is another stream"
+    return Gap(None, reason, is_contradiction=True)
+
+
+def _doubt() -> Gap:
+    reason = "the entry last read is gone, and this server does not count entries"
+    return Gap(None, reason, is_doubt=True)
+
+
+def _trimmed(missed: int) -> Gap:
+    return Gap(missed, "entries were trimmed before they were read")

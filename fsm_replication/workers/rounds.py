@@ -1,0 +1,49 @@
+"""Sees to it that a link's rounds make progress, or wait (G12).
+
+A *round* is one decision, one copy or one read. It made progress where an entry was settled that
+had not been settled before, or an item was fetched; it waited where it took as long as a blocking
+read may. A link needs a few rounds that do neither, to get from connecting to the head. Whatever
+goes on like that, though, is a peer that contradicts itself, a store that changes its mind, or a
+defect of ours: then each round begins later after the one before, twice as long each time.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fsm_replication.ports import Clock
+from fsm_replication.workers.context import LinkProgress
+
+__all__ = ("FREE_ROUNDS", "Rounds")
+
+FREE_ROUNDS: Final = 8
+FIRST_WAIT_SEC: Final = 0.01
+# Of the time that a blocking read may take; servers and floats are not exact.
+WAITED_SHARE: Final = 0.9
+
+
+class Rounds:
+    """Counts the rounds of one connection that have come to nothing."""
+
+    def __init__(self, clock: Clock, progress: LinkProgress) -> None:
+        self._clock = clock
+        self._progress = progress
+        self._advances = progress.advances
+        self._began = clock.monotonic()
+        self._vain = 0
+
+    def begin(self, longest_sec: float) -> float:
+        """Begin a round, at most ``longest_sec`` after the last; returns the seconds to wait first."""
+        now = self._clock.monotonic()
+        took, self._began = now - self._began, now
+        if self._advances != self._progress.advances or took >= longest_sec * WAITED_SHARE:
+            self._advances = self._progress.advances
+            self._vain = 0
+            return 0.0
+        self._vain += 1
+        doublings = self._vain - FREE_ROUNDS - 1
+        if doublings < 0:
+            return 0.0
+        wait = min(longest_sec, FIRST_WAIT_SEC * 2.0 ** min(doublings, 30))
+        self._began += max(0.0, wait - took)
+        return max(0.0, wait - took)
