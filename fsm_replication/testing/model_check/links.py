@@ -28,6 +28,7 @@ from fsm_replication.testing.model_check.stage import (
     on_stage,
     ticket_of,
 )
+from fsm_replication.workers.abilities import Abilities
 from fsm_replication.workers.tailer import Mode, Tailer, _Orders, passed_reason
 
 __all__ = ("CALLS_STORE", "Detail", "LinkModel", "LinkState", "LinkStep", "Needs", "is_over")
@@ -122,6 +123,7 @@ class _Lines:
     foreign = False
 
     def __init__(self) -> None:
+        self.abilities = Abilities()
         self.closed = False
 
     def close(self) -> None:
