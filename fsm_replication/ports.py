@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
 __all__ = (
+    "BEFORE_ALL",
     "LETTERS_BYTES",
     "BootstrapRow",
     "Clock",
@@ -129,6 +130,9 @@ class StreamId(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.ms}-{self.seq}"
+
+
+BEFORE_ALL: Final = StreamId(0, 0)
 
 
 class Position(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import redis
 import zstandard
-from conftest import Nodes, Peer, digest, held, peer_config, until
+from conftest import Nodes, Peer, counts_entries, digest, held, peer_config, until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -240,7 +240,7 @@ async def test_a_gap_is_found_at_connect_and_healed(nodes: Nodes, peer: Peer, re
             "missed.29": b"2",
         }
         (gap,) = await engine.ledger()
-        assert gap.missed == (20 if removed == "trim" else None)
+        assert gap.missed == (20 if removed == "trim" and peer.counts else None)
         # This peer has no tree, so nothing tells which deletes the gap held.
         assert gap.healed_by == ""
         assert gap.healed_at_ms is None
@@ -297,14 +297,22 @@ async def test_a_stream_too_short_for_a_copy_is_read_from_its_oldest_entry(
     await peer_store.put_many({f"k{n}": b"x" for n in range(20)})
     settings = Settings(cold_path=ColdPathConfig(interval_sec=3600))
     async with nodes.engine(peer_config(redis_server), store=store, settings=settings) as engine:
-        await until(lambda: engine.health_check().peers[0].gaps_open)
+        counts = counts_entries(redis_server)
+        link = engine._links["a"].context.progress
+        await until(lambda: link.stream_too_short if counts else len(store) == 40)
+        await until(lambda: link.gaps_open == int(counts))
         await tailing(engine)
         moves = [record.trigger for record in engine.journal if record.machine == "link:a"]
-        assert moves == ["connect", "connected", "bootstrap", "tail"]
         health = engine.health_check().peers[0]
-        assert (health.stream_too_short, health.gaps_open) == (True, 1)
         (gap,) = await engine.ledger()
-        assert (gap.missed, gap.healed_at_ms) == (19, None)
+        if counts:
+            assert moves == ["connect", "connected", "bootstrap", "tail"]
+            assert (health.stream_too_short, health.gaps_open) == (True, 1)
+            assert (gap.missed, gap.healed_at_ms) == (19, None)
+        else:
+            # Perhaps nothing was missing: that is worth one copy more, which heals it.
+            assert moves == ["connect", "connected", *["bootstrap", "tail"] * 2]
+            assert (health.stream_too_short, health.gaps_open) == (False, 0)
         await engine.repair()
         health = engine.health_check().peers[0]
         assert (health.stream_too_short, health.gaps_open) == (False, 0)
@@ -326,8 +334,9 @@ async def test_a_long_way_behind_is_caught_up_in_bulk(nodes: Nodes, peer: Peer) 
         pipe.execute_command("XADD", Keys().stream, "*", *fields)
     pipe.execute()
     async with nodes.engine(peer_config(peer.server), store=store) as engine:
-        await engine.wait_for_state(PeerState.CATCHING_UP, peer_id="a", timeout=10)
-        await tailing(engine)
+        if peer.counts:
+            await engine.wait_for_state(PeerState.CATCHING_UP, peer_id="a", timeout=10)
+        await caught_up(engine, peer)
         assert engine.health_check().peers[0].lag_events == 0
         assert len(store) == 3001
         assert (await held(store, "k2999")) == {"k2999": b"x11999"}
@@ -698,7 +707,7 @@ async def test_a_foreign_node_is_read_from_the_oldest_entry_of_its_stream(
         await caught_up(engine, peer)
         assert await store.stamps(["x"]) == [stamp], "content that is held live is current"
         (gap,) = await engine.ledger()
-        assert (gap.missed, gap.healed_at_ms) == (1, None)
+        assert (gap.missed, gap.healed_at_ms) == (1 if peer.counts else None, None)
         assert engine.health_check().peers[0].gaps_open == 1
     peer.close()
 
@@ -823,7 +832,8 @@ async def test_what_is_held_while_paused_is_applied_afterwards(nodes: Nodes, pee
             await asyncio.sleep(0.01)
         await caught_up(engine, peer)
         assert (link.copied, link.events_read) == (copied, 900), "what was held was not read anew"
-        assert engine.health_check().peers[0].gaps_open == 0
+        # Without counts nobody can tell that the first entry was the first there ever was.
+        assert engine.health_check().peers[0].gaps_open == (0 if peer.counts else 1)
 
 
 async def test_bad_entries_in_several_chunks_become_dead_letters(nodes: Nodes, peer: Peer) -> None:

@@ -14,7 +14,7 @@ from fsm_replication.current import Current
 from fsm_replication.errors import CursorStoreError, ReplicationError
 from fsm_replication.limiter import PrioritySlot, RateLimiter
 from fsm_replication.metrics import PeerMetrics
-from fsm_replication.ports import Ports, Position, StreamId
+from fsm_replication.ports import BEFORE_ALL, Ports, Position, StreamId
 from fsm_replication.stores.protocol import SyncEngine
 from fsm_replication.workers.arrivals import Arrivals
 from fsm_replication.workers.changes import ChangeFeed, Doubts
@@ -25,7 +25,6 @@ from fsm_replication.workers.slo import SloWatch
 
 __all__ = ("HEAD_OF_EMPTY", "LinkContext", "LinkProgress")
 
-BEFORE_ALL: Final = StreamId(0, 0)
 HEAD_OF_EMPTY: Final = Position(BEFORE_ALL, 0)
 
 

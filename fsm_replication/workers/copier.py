@@ -170,7 +170,8 @@ class Copier:
             context.settings.timeouts.command,
             self._lines.abilities,
         )
-        head = info.head
+        # What came to a stream that was empty is there to be read, whatever else may be missing.
+        head = info.start if gap is not None and gap.all_is_new else info.head
         if self._lines.foreign and info.first_id is not None:
             # Its tree is brought up to date in the background: what is not in it yet is in the
             # stream, where the head of now may already be past it.

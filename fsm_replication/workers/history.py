@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from fsm_replication.errors import PeerReplyError, ProtocolError
-from fsm_replication.ports import Connection, Position, StreamId
+from fsm_replication.ports import BEFORE_ALL, Connection, Position, StreamId
 from fsm_replication.workers.abilities import Abilities, Counts
 
 __all__ = ("Gap", "StreamInfo", "ask_info", "check_history", "find_gap", "learn_info", "parse_info")
@@ -26,13 +26,14 @@ class Gap:
     """Entries that the stream no longer holds; ``missed`` is None where it cannot be told.
 
     ``is_doubt`` says that perhaps none are missing, ``is_contradiction`` that the stream's counts
-    and its entries cannot both be right.
+    and its entries cannot both be right, ``all_is_new`` that nothing of the stream was ever read.
     """
 
     missed: int | None
     reason: str
     is_doubt: bool = False
     is_contradiction: bool = False
+    all_is_new: bool = False
 
     def __str__(self) -> str:
         return self.reason if self.missed is None else f"{self.missed} {self.reason}"
@@ -83,7 +84,7 @@ class StreamInfo:
         return self.last_deleted is not None and self.last_deleted > at
 
 
-EMPTY_STREAM: Final = StreamInfo(0, StreamId(0, 0), None, 0)
+EMPTY_STREAM: Final = StreamInfo(0, BEFORE_ALL, None, 0)
 
 
 def parse_info(reply: Any) -> StreamInfo:
@@ -150,7 +151,7 @@ def check_history(position: Position, info: StreamInfo, *, entry_is_there: bool)
     if info.trimmed is None or position.entries_read is None:
         if at == info.last_id or (before_first and info.holds_all_after(at)):
             return None
-        return _doubt()
+        return _doubt(at)
     if not before_first and position != info.head:
         return Gap(None, "the entry last read is not in the stream: it is another stream")
     missed = info.trimmed - position.entries_read
@@ -171,7 +172,7 @@ def find_gap(before: Position, end: Position, info: StreamInfo, count: int) -> G
     at = before.stream_id
     unbroken = info.holds_all_after(at)
     if info.trimmed is None or before.entries_read is None:
-        return None if unbroken else _doubt()
+        return None if unbroken else _doubt(at)
     # What the counts say of trimming or deleting where ids tell that there was none.
     odd = unbroken and not info.may_lack(at)
     missed = info.trimmed - before.entries_read
@@ -186,7 +187,10 @@ def find_gap(before: Position, end: Position, info: StreamInfo, count: int) -> G
     return Gap(None, reason, is_contradiction=True)
 
 
-def _doubt() -> Gap:
+def _doubt(at: StreamId) -> Gap:
+    if at == BEFORE_ALL:
+        reason = "entries came to an empty stream, and this server does not count them"
+        return Gap(None, reason, is_doubt=True, all_is_new=True)
     reason = "the entry last read is gone, and this server does not count entries"
     return Gap(None, reason, is_doubt=True)
 

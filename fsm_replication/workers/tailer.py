@@ -448,6 +448,7 @@ class Tailer:
             if unread > most:
                 return f"{unread} events behind"
         if position.stream_id >= info.last_id:
+            progress.unread_events = 0
             return ""
         lag_ms = info.last_id.ms - max(position.stream_id.ms, 0)
         return f"{lag_ms} ms behind" if lag_ms > BEHIND_MS else ""

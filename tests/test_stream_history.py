@@ -1,0 +1,353 @@
+"""Whether a position is still in a stream's history, with counts and without."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fsm_replication.config import Settings
+from fsm_replication.current import Current
+from fsm_replication.errors import PeerRefusedError, PeerReplyError, ProtocolError
+from fsm_replication.ports import PART_MAX, Position, StreamId
+from fsm_replication.workers.abilities import Abilities, Counts, check_age, question_of_age
+from fsm_replication.workers.context import HEAD_OF_EMPTY, LinkProgress
+from fsm_replication.workers.history import (
+    EMPTY_STREAM,
+    Gap,
+    StreamInfo,
+    check_history,
+    find_gap,
+    learn_info,
+)
+from fsm_replication.workers.reader import Read, StreamReader
+from fsm_replication.workers.rounds import FIRST_WAIT_SEC, FREE_ROUNDS, Rounds
+
+parts = st.integers(0, 3) | st.integers(PART_MAX - 2, PART_MAX)
+
+
+@given(at=st.builds(StreamId, parts, parts))
+def test_the_next_and_the_previous_id_are_neighbours(at: StreamId) -> None:
+    """If this fails a reader that goes on from the oldest entry misses it, or reads one twice."""
+    if at.ms <= PART_MAX - 1 or at.seq < PART_MAX:
+        assert at < at.next
+        assert at.next.previous == at
+    if at > (0, 0):
+        assert at.previous < at
+        assert at.previous.next == at
+
+
+# A stream as a server keeps it ------------------------------------------------------------------
+
+
+NOTHING = StreamId(0, 0)
+
+
+@dataclass
+class Stream:
+    """Entries by id, and what a server tells of them; ``counts`` as since Redis 7.0."""
+
+    counts: bool
+    entries: list[StreamId] = field(default_factory=list)
+    added: int = 0
+    last: StreamId = NOTHING
+    deleted: StreamId = NOTHING
+
+    def add(self, step: int) -> None:
+        """Append an entry; a step of 0 is the same millisecond."""
+        self.last = StreamId(self.last.ms + step, 0) if step else self.last.next
+        self.entries.append(self.last)
+        self.added += 1
+
+    def trim(self, keep: int) -> None:
+        """Remove the oldest entries but ``keep``."""
+        del self.entries[: max(0, len(self.entries) - keep)]
+
+    def delete(self, place: int) -> None:
+        """Remove one entry, wherever it stands."""
+        if self.entries:
+            self.deleted = max(self.deleted, self.entries.pop(place % len(self.entries)))
+
+    @property
+    def info(self) -> StreamInfo:
+        """What XINFO STREAM says."""
+        if not self.added:
+            return EMPTY_STREAM
+        first = self.entries[0] if self.entries else None
+        told = StreamInfo(len(self.entries), self.last, first, self.added, self.deleted)
+        return told if self.counts else replace(told, added=None, last_deleted=None)
+
+    def after(self, at: StreamId, count: int) -> list[StreamId]:
+        """Return the ids that XREAD gives."""
+        return [entry for entry in self.entries if entry > at][:count]
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(0, 2)),
+        st.tuples(st.just("trim"), st.integers(0, 4)),
+        st.tuples(st.just("read"), st.integers(1, 4)),
+        st.tuples(st.just("decide"), st.just(0)),
+    ),
+    max_size=40,
+)
+
+
+@given(counts=st.booleans(), made=steps, deletes=st.booleans(), seed=st.integers(0, 9))
+def test_a_reader_misses_nothing_unnoticed(
+    counts: bool, made: list[tuple[str, int]], deletes: bool, seed: int
+) -> None:
+    """If this fails entries are lost without a word, or a gap is found where there is none."""
+    dice = random.Random(seed)
+    stream, position = Stream(counts), HEAD_OF_EMPTY
+    ever: list[StreamId] = []
+    passed: set[StreamId] = set()  # What was lost, and nobody has noticed yet.
+    was_decided = False
+    for what, number in made:
+        if what == "add":
+            stream.add(number)
+            ever.append(stream.last)
+        elif what == "trim":
+            stream.trim(number)
+            if deletes and counts and dice.random() < 0.3:
+                stream.delete(dice.randrange(9))
+        info = stream.info
+        if what == "decide":
+            # As where a gap is noted and reading goes on behind it.
+            position, was_decided, passed = info.start, info.first_id is not None, set()
+        if what != "read":
+            continue
+        ids = stream.after(position.stream_id, number)
+        at_head = not ids or ids[-1] == stream.last
+        before = position if info.added is not None else position._replace(entries_read=None)
+        read = None if before.entries_read is None else before.entries_read + len(ids)
+        end = Position(ids[-1] if ids else before.stream_id, read)
+        gap = find_gap(before, end, info, len(ids))
+        missing = {e for e in ever if e > position.stream_id} - set(stream.entries)
+        passed |= {e for e in missing if at_head or e <= end.stream_id}
+        if passed and (at_head or not deletes):
+            assert gap is not None, f"{passed} are lost"
+        if gap is not None and not passed | missing:
+            assert gap.is_doubt, "only a server that does not count leaves a doubt"
+            assert position.stream_id not in stream.entries
+            assert not was_decided, "what was decided before the oldest entry is no gap"
+        if gap is not None:
+            position, was_decided, passed = info.start, info.first_id is not None, set()
+        elif ids:
+            position, was_decided = end, False
+
+
+def test_a_position_that_was_decided_is_no_gap_twice() -> None:
+    """If this fails a link on a server that does not count reads from one place for ever."""
+    stream = Stream(counts=False)
+    for _ in range(5):
+        stream.add(1)
+    stream.trim(3)
+    start = stream.info.start
+    assert start == Position(StreamId(2, PART_MAX), None)
+    assert find_gap(start, start, stream.info, 0) is None
+    assert check_history(start, stream.info, entry_is_there=False) is None
+    stream.trim(2)
+    assert find_gap(start, start, stream.info, 0) is not None
+    stream.trim(0)
+    head = stream.info.start
+    assert head == Position(StreamId(5, 0), None)
+    assert check_history(head, stream.info, entry_is_there=False) is None
+    stream.add(1)
+    doubt = check_history(head, stream.info, entry_is_there=False)
+    assert doubt is not None
+    assert doubt.is_doubt
+
+
+# What is believed -------------------------------------------------------------------------------
+
+
+def reader(abilities: Abilities, at: int, read: int | None) -> StreamReader:
+    """Return a reader of "s" at a position in whole milliseconds."""
+    made = StreamReader("s", Current(Settings()), abilities)
+    made.position = Position(StreamId(at, 0), read)
+    return made
+
+
+def told(length: int, added: int | None, first: int, last: int) -> StreamInfo:
+    """Return what XINFO says, with ids in whole milliseconds."""
+    return StreamInfo(length, StreamId(last, 0), StreamId(first, 0), added, StreamId(0, 0))
+
+
+def rows(*at: int) -> list[list[object]]:
+    """Return entries as XREAD gives them."""
+    return [[b"%d-0" % ms, [b"op", b"DEL"]] for ms in at]
+
+
+def known(abilities: Abilities) -> Counts:
+    """Return what is known by now."""
+    return abilities.counts
+
+
+def test_counts_that_contradict_entries_are_believed_once() -> None:
+    """If this fails a peer that miscounts is copied with every change, for ever."""
+    abilities = Abilities()
+    info = learn_info(told(10, 30, 1, 10), abilities)
+    assert known(abilities) is Counts.KEPT
+    first = reader(abilities, 9, 27)._interpret(rows(10), info)
+    assert first.gap is not None
+    assert first.gap.is_contradiction
+    assert known(abilities) is Counts.DOUBTED
+    # It was copied, and the head noted with the count that it told.
+    again = reader(abilities, 10, 30)._interpret(rows(11), told(11, 33, 1, 11))
+    assert again.gap is None
+    assert again.end == Position(StreamId(11, 0), None)
+    assert known(abilities) is Counts.NONE
+    assert abilities.asks_with_each_read
+    assert learn_info(told(11, 33, 1, 11), abilities).added is None
+    info = learn_info(told(13, 39, 1, 13), abilities)
+    third = reader(abilities, 11, None)._interpret(rows(12, 13), info)
+    assert (third.gap, third.end) == (None, Position(StreamId(13, 0), None))
+
+
+def test_a_stream_that_was_trimmed_is_no_contradiction() -> None:
+    """If this fails a stream that is too short passes for one that is not counted."""
+    abilities = Abilities(Counts.KEPT)
+    for _ in range(3):
+        read = reader(abilities, 5, 5)._interpret(rows(9, 10), told(2, 10, 9, 10))
+        assert read.gap == Gap(3, "entries were trimmed before they were read")
+        assert read.start == Position(StreamId(8, PART_MAX), 8)
+        assert read.end == Position(StreamId(10, 0), 10)
+    deleted = replace(told(8, 10, 1, 10), last_deleted=StreamId(7, 0))
+    read = reader(abilities, 5, 5)._interpret(rows(8, 9, 10), deleted)
+    assert read.gap is not None
+    assert (read.gap.missed, read.gap.is_contradiction) == (2, False)
+    assert read.end == Position(StreamId(10, 0), 10)
+    assert known(abilities) is Counts.KEPT
+
+
+def test_a_server_is_asked_once_whether_it_counts() -> None:
+    """If this fails the first stream of a peer, or one that was deleted, changes how it is read."""
+    abilities = Abilities()
+    assert learn_info(EMPTY_STREAM, abilities) is EMPTY_STREAM
+    assert known(abilities) is Counts.UNKNOWN
+    assert Abilities().asks_with_each_read
+    learn_info(told(1, 1, 1, 1), abilities)
+    assert not abilities.asks_with_each_read
+    without = Abilities()
+    learn_info(told(1, None, 1, 1), without)
+    assert known(without) is Counts.NONE
+    learn_info(EMPTY_STREAM, without)
+    assert without.asks_with_each_read
+
+
+@pytest.mark.parametrize("entries", [rows(4, 5), rows(5), rows(5, 6), rows(7, 6)])
+def test_entries_that_were_not_asked_for_are_a_protocol_error(entries: list[object]) -> None:
+    """If this fails a peer that repeats itself is read for ever, and passes for progress."""
+    with pytest.raises(ProtocolError, match="XREAD"):
+        reader(Abilities(), 5, 5)._interpret(entries, None)
+
+
+def test_a_gap_without_entries_goes_on_from_the_oldest() -> None:
+    """If this fails reading goes on where nothing ever comes."""
+    read = reader(Abilities(Counts.KEPT), 9, 9)._interpret((), told(2, 2, 3, 4))
+    assert read.gap is not None
+    assert read.start == read.end == Position(StreamId(2, PART_MAX), 0)
+
+
+def test_a_server_that_is_too_old_is_refused() -> None:
+    """If this fails a link to a server that nobody has tried goes wrong in some other way."""
+    assert question_of_age("cdc")[0] == "XRANGE"
+    old = PeerReplyError("ERR Invalid stream ID specified as stream command argument", peer="a")
+    with pytest.raises(PeerRefusedError, match=r"a: its server .* older than Redis 6\.2"):
+        check_age(old, "a")
+    replies: list[object] = [
+        [],
+        PeerReplyError("NOPERM no", peer="a"),
+        PeerReplyError("WRONGTYPE", peer="a"),
+    ]
+    for fine in replies:
+        check_age(fine, "a")
+
+
+# Rounds -----------------------------------------------------------------------------------------
+
+
+class Hand:
+    """A clock that is set by hand."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        """Return the time."""
+        return self.now
+
+
+def test_rounds_that_come_to_nothing_wait_longer_each_time() -> None:
+    """If this fails a peer that contradicts itself, or a defect of ours, makes a link spin (G12)."""
+    clock, progress = Hand(), LinkProgress()
+    rounds = Rounds(clock, progress)  # type: ignore[arg-type]
+
+    def vain(count: int) -> list[float]:
+        return [rounds.begin(5.0) for _ in range(count)]
+
+    assert vain(FREE_ROUNDS) == [0.0] * FREE_ROUNDS
+    waits = []
+    for _ in range(12):
+        waits.append(rounds.begin(5.0))
+        clock.now += waits[-1] + 0.001
+    assert waits[0] == FIRST_WAIT_SEC
+    assert all(b >= 1.8 * a for a, b in pairwise(waits) if b < 4.9)
+    assert waits[-1] == pytest.approx(5.0, abs=0.01)
+    progress.settled_to(Position(StreamId(3, 0), 3), 3)
+    assert vain(FREE_ROUNDS + 1) == [0.0] * (FREE_ROUNDS + 1)
+    assert rounds.begin(5.0) > 0
+    clock.now += 4.9
+    assert vain(2) == [0.0, 0.0], "a round that waits as long as a blocking read is no spin"
+
+
+def test_what_is_settled_again_is_no_progress() -> None:
+    """If this fails a peer whose stream jumps back is read over and over without a rest."""
+    progress = LinkProgress()
+    progress.settled_to(Position(StreamId(9, 0), 9), 9)
+    progress.settled_to(Position(StreamId(5, 0), 5), 5)
+    assert progress.advances == 9
+    assert progress.settled == Position(StreamId(5, 0), 5)
+    progress.go_on_from(Position(StreamId(1, 0), 1))
+    progress.settled_to(Position(StreamId(5, 0), 5), 4)
+    assert progress.advances == 13
+
+
+def test_reads_are_taken_with_or_without_counts() -> None:
+    """If this fails a blocking read on a server that does not count misses what was trimmed."""
+    sent: list[tuple[object, ...]] = []
+
+    class Line:
+        received_bytes = 0
+
+        def limit_reply(self, _limit: int) -> None:
+            """Note no limit."""
+
+        def send(self, *commands: object) -> None:
+            """Note what is sent."""
+            sent.append(commands)
+
+    line = Line()
+    unknown = reader(Abilities(), 5, 5)
+    unknown.ask_blocking(line)  # type: ignore[arg-type]
+    assert [command[0] for command in sent[-1]] == ["XREAD", "XINFO"]  # type: ignore[index]
+    info = [
+        *(b"length", 2, b"last-generated-id", b"9-0"),
+        *(b"first-entry", rows(8)[0], b"last-entry", rows(9)[0]),
+    ]
+    read: Read = unknown.take(line, [[[b"s", rows(8, 9)]], info])  # type: ignore[arg-type]
+    assert read.gap is not None
+    assert read.gap.is_doubt
+    assert (read.start, read.end) == (
+        Position(StreamId(7, PART_MAX), None),
+        Position(StreamId(9, 0), None),
+    )
+    counted = reader(Abilities(Counts.KEPT), 5, 5)
+    counted.ask_blocking(line)  # type: ignore[arg-type]
+    assert len(sent[-1]) == 1
+    read = counted.take(line, [[[b"s", rows(8, 9)]]])  # type: ignore[arg-type]
+    assert (read.gap, read.end) == (None, Position(StreamId(9, 0), 7))
