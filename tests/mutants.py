@@ -45,10 +45,52 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a reader that goes on from the oldest entry passes over it",
-        "workers/reader.py",
-        "        if first.seq:\n            return Position(StreamId(first.ms, first.seq - 1)",
-        "        if True:\n            return Position(StreamId(first.ms, first.seq)",
+        "workers/history.py",
+        "return Position(self.first_id.previous, self.trimmed)",
+        "return Position(self.first_id, self.trimmed)",
         "tests/test_hot_path.py tests/test_foreign_nodes.py",
+    ),
+    Mutant(
+        "what was decided before the oldest entry is a gap where nothing counts",
+        "workers/history.py",
+        "return self.first_id <= at or self.first_id == at.next",
+        "return self.first_id <= at",
+        "tests/test_rounds.py tests/test_stream_history.py",
+    ),
+    Mutant(
+        "counts are believed whatever the entries say",
+        "workers/reader.py",
+        "if gap is not None and gap.is_contradiction and not self._abilities.doubt():",
+        "if gap is not None and gap.is_contradiction and self._abilities is None:",
+        "tests/test_rounds.py tests/test_stream_history.py",
+    ),
+    Mutant(
+        "entries behind a gap are thrown away",
+        "workers/tailer.py",
+        "                self._reader.position = read.end\n            self._queue.take_in(read)\n",
+        "                continue\n            self._queue.take_in(read)\n",
+        "tests/test_rounds.py",
+    ),
+    Mutant(
+        "rounds that come to nothing do not wait",
+        "workers/rounds.py",
+        "        if doublings < 0:\n",
+        "        if doublings < 1000:\n",
+        "tests/test_rounds.py tests/test_stream_history.py",
+    ),
+    Mutant(
+        "the wait before the next connection begins anew with each connection",
+        "peer_link.py",
+        "return came or lasted > self.context.settings.reconnect.longest",
+        "return came or lasted > 0",
+        "tests/test_rounds.py",
+    ),
+    Mutant(
+        "what is read at the head is not looked at for gaps while it flows",
+        "workers/tailer.py",
+        "        return waited or not read.entries\n",
+        "        return not read.entries\n",
+        "tests/test_rounds.py",
     ),
     Mutant(
         "a store that lost its positions is not read again",
@@ -66,13 +108,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "gaps are counted after the batch",
-        "workers/reader.py",
-        "        missed = info.trimmed - before.entries_read\n        if missed > 0:\n"
-        '            return Gap(missed, f"{missed} entries were trimmed before they were read")\n'
-        "        if end.stream_id",
-        "        missed = info.trimmed - before.entries_read - count\n        if missed > 0:\n"
-        '            return Gap(missed, f"{missed} entries were trimmed before they were read")\n'
-        "        if end.stream_id",
+        "workers/history.py",
+        "    missed = info.trimmed - before.entries_read\n",
+        "    missed = info.trimmed - before.entries_read - count\n",
         "tests/test_hot_path.py tests/test_repair.py tests/test_convergence.py",
     ),
     Mutant(
