@@ -124,6 +124,8 @@ class LyingProxy:
         line = asyncio.create_task(self._run(reader, writer), name="lying-proxy-line")
         self._lines.add(line)
         line.add_done_callback(self._lines.discard)
+        # One that is cancelled before it has begun closes nothing itself.
+        line.add_done_callback(lambda _line: writer.transport.abort())
 
     async def _run(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writers = [writer]

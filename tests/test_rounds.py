@@ -347,6 +347,7 @@ def scan_goes_on(*cursors: bytes) -> Callable[[Command, Any], Any]:
 
 async def test_a_server_that_does_not_count_is_copied_once(nodes: Nodes, source: Source) -> None:
     """If this fails a link to a Redis before 7.0 copies again and again, or records false gaps."""
+    # Without a bound: 600 to 1100 commands/s, 1000 rows a little later, and no entry applied.
     async with reading(nodes, source, lie=about_stream(no_counts)) as site:
         await site.tailing()
         first = numbered("first", 20)
@@ -381,6 +382,7 @@ async def test_an_interruption_is_no_gap_where_nothing_is_counted(
     nodes: Nodes, source: Source, interrupted: Callable[[Site], Any], written_before: int
 ) -> None:
     """If this fails each pause or lost connection of a link to a Redis before 7.0 costs a copy."""
+    # Without a bound: 500 to 2300 commands/s and as many rows as the ledger keeps.
     async with reading(nodes, source, lie=about_stream(no_counts)) as site:
         await site.tailing()
         before = numbered("before", written_before)
@@ -403,10 +405,10 @@ async def test_what_was_trimmed_unread_is_one_gap_where_nothing_is_counted(
     nodes: Nodes, source: Source
 ) -> None:
     """If this fails a loss in the stream of a Redis before 7.0 is not noticed, or many times."""
+    await source.write(*numbered("before", 20))
     async with reading(nodes, source, lie=about_stream(no_counts)) as site:
-        await site.tailing()
-        await source.write(*numbered("before", 20))
         await site.holds(*numbered("before", 20))
+        await site.tailing()
         rows, bootstraps = await site.rows(), site.bootstraps()
         await site.line.refuse()
         await site.engine.wait_for_state(PeerState.BACKOFF, peer_id="a", timeout=PATIENCE_SEC)
@@ -437,6 +439,8 @@ async def test_a_peer_that_miscounts_is_read_all_the_same(
     nodes: Nodes, source: Source, miscount: str
 ) -> None:
     """If this fails a peer whose counts are wrong is copied, or asked for its counts, for ever."""
+    # Without a bound: 200 to 550 commands/s and up to 1000 rows, at random or backwards; 5 rows where
+    # nothing is counted; 60 commands/s and 3 rows otherwise.
     async with reading(nodes, source, lie=about_stream(MISCOUNTS[miscount]())) as site:
         await site.tailing()
         before, keys = len(site.proxy.seen), numbered("k", round(WRITES_PER_SEC * WRITING_SEC))
@@ -460,6 +464,7 @@ async def test_a_peer_that_miscounts_is_read_all_the_same(
 
 async def test_a_stream_shorter_than_a_round_trip_is_read_on(nodes: Nodes, source: Source) -> None:
     """If this fails a stream that is trimmed faster than it is read brings nothing, and copies."""
+    # Without a bound: 11 to 23 rows in 3 s, and none of 110 to 1210 entries read applied.
     keys, seconds = numbered("k", 200), 3.0
     async with reading(nodes, source) as site:
         await site.tailing()
@@ -498,10 +503,11 @@ async def test_a_read_that_does_not_wait_is_not_asked_again_at_once(
     nodes: Nodes, source: Source, lie: Callable[[Command, Any], Any]
 ) -> None:
     """If this fails a peer that answers blocking reads at once is asked without end."""
+    # Without a bound: 900 to 2600 commands in each second.
+    await source.write("before")
     async with reading(nodes, source) as site:
-        await site.tailing()
-        await source.write("before")
         await site.holds("before")
+        await site.tailing()
         site.proxy.tell(lie, does_not_block)
         # It ends the read that waits already.
         await source.write("meanwhile")
@@ -517,6 +523,8 @@ async def test_entries_that_were_read_already_are_no_progress(
     nodes: Nodes, source: Source, which: str
 ) -> None:
     """If this fails a peer that gives the same entries again and again keeps a link busy."""
+    # Without a bound: 300 to 1000 commands in each second.
+    await source.write("before")
     async with reading(nodes, source) as site:
         await site.tailing()
         await source.write("one", "two", "three")
@@ -558,6 +566,7 @@ async def test_a_peer_that_only_connects_is_waited_for_longer_each_time(
     nodes: Nodes, source: Source, failure: str
 ) -> None:
     """If this fails a peer on which all but connecting fails is connected to at full speed."""
+    # Without a bound: 20 to 42 attempts and 140 to 420 commands in 2 s, each wait about 0.06 s.
     lie = FAILURES[failure]
     await source.write("before")
     async with reading(nodes, source, lie=lie, block_sec=0.2) as site:
@@ -590,6 +599,7 @@ async def test_a_scan_that_never_ends_is_an_error(
     nodes: Nodes, treeless: Source, cursors: tuple[bytes, ...]
 ) -> None:
     """If this fails a peer whose SCAN goes round in a circle is scanned for ever, and none told."""
+    # Without a bound: 230 to 1270 commands in each second, and no error.
     await treeless.write("before")
     async with reading(nodes, treeless, lie=scan_goes_on(*cursors)) as site:
         counts = [await site.proxy.count(1.0) for _ in range(3)]
@@ -604,13 +614,14 @@ async def test_a_scan_that_never_ends_is_an_error(
 
 @pytest.mark.parametrize(
     ("ms", "added"),
-    [(1, 0), (600_000, 0), (1, 1), (600_000, 100_000)],
-    ids=["little", "far", "little, counted", "far, counted"],
+    [(1, 0), (600_000, 0), (1, 1), (0, 100_000)],
+    ids=["little", "far", "one more", "many more"],
 )
 async def test_a_head_that_is_never_reached_is_not_run_after(
     nodes: Nodes, source: Source, ms: int, added: int
 ) -> None:
     """If this fails a peer that tells of entries which no read gives keeps a link busy."""
+    await source.write("before")
     async with reading(nodes, source) as site:
         await site.tailing()
         await source.write(*numbered("k", 10))
@@ -697,6 +708,7 @@ async def test_a_store_that_is_out_of_order_costs_its_peers_little(
     nodes: Nodes, source: Source, make_store: Callable[[], MemorySyncEngine]
 ) -> None:
     """If this fails a store that is out of order has its node flood the peers with commands."""
+    # Without a bound: 450 to 1700 commands in each second where the store refuses.
     await source.write(*numbered("k", 20))
     async with reading(nodes, source, store=make_store()) as site:
         counts = []
