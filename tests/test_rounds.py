@@ -342,6 +342,19 @@ def scan_goes_on(*cursors: bytes) -> Callable[[Command, Any], Any]:
     return lie
 
 
+# The measure itself.
+
+
+async def test_the_truth_costs_little(nodes: Nodes, source: Source) -> None:
+    """If this fails the proxy breaks what it passes on, or a link that waits is not quiet."""
+    async with reading(nodes, source) as site:
+        await site.tailing()
+        await source.write(*numbered("k", 300))
+        await site.holds(*numbered("k", 300))
+        assert await site.proxy.count(2.0) <= 2 * HANDFUL
+        assert (await site.rows(), site.bootstraps()) == (0, 1)
+
+
 # 1. A server that does not count.
 
 
