@@ -19,7 +19,7 @@ from conftest import until
 from fsm_replication.items import Stamp, SyncItem, content_hash
 from fsm_replication.servers import RedisServer
 from fsm_replication.stores import RedisSyncEngine
-from fsm_replication.testing.fault_books import Books, Writer
+from fsm_replication.testing.fault_books import Books, Rounds, Writer
 from fsm_replication.testing.fault_suite import FAULTS, Fault, FaultResult, run_fault
 
 pytestmark = pytest.mark.usefixtures("no_tasks_left")
@@ -94,6 +94,30 @@ async def test_the_books_find_what_is_missing() -> None:
     now = asyncio.get_running_loop().time()
     assert books.count(0, now + 1) == 3
     assert books.count(now + 1, now + 2) == 0
+
+
+async def test_commands_without_progress_are_counted() -> None:
+    """If this fails the suite takes a link that spins for one that waits, or the other way."""
+    got_on, busy = 0, True
+    rounds = Rounds(lambda: got_on)
+    counting = asyncio.create_task(rounds.run())
+
+    async def ask() -> None:
+        nonlocal got_on
+        while True:
+            for _ in range(10):
+                rounds.note([b"XREAD"])
+            got_on += busy
+            await asyncio.sleep(0.01)
+
+    asking = asyncio.create_task(ask())
+    await asyncio.sleep(0.5)
+    assert rounds.most <= 200
+    busy = False
+    await until(lambda: rounds.most > 300)
+    for task in (asking, counting):
+        task.cancel()
+    await asyncio.wait((asking, counting))
 
 
 async def test_the_writer_keeps_its_rate_and_its_books(redis_server: RedisServer) -> None:

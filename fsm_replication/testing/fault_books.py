@@ -1,4 +1,4 @@
-"""A writer that keeps writing, and the books of what its node acknowledged.
+"""A writer that keeps writing, the books of what its node acknowledged, and of what links ask for.
 
 Only an acknowledged write stands in the books, with the order tuple it got. It is lost if a node
 holds nothing for its key, or something older: what is as new or newer has superseded it.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
@@ -15,7 +16,7 @@ from fsm_replication.errors import StoreError
 from fsm_replication.items import Stamp, SyncItem
 from fsm_replication.stores import RedisSyncEngine
 
-__all__ = ("Books", "Loss", "Write", "Writer")
+__all__ = ("Books", "Loss", "Rounds", "Write", "Writer")
 
 TICK_SEC: Final = 0.05
 # What falls behind is made up for slowly: a flood would be another fault.
@@ -26,6 +27,11 @@ SHARED_SHARE: Final = 0.1
 CONTENT_BYTES: Final = 200
 # One delete in so many ticks.
 DELETE_EVERY: Final = 2
+SAMPLE_SEC: Final = 0.1
+# Every round of a link's workers has one of these; the others fetch many items or nodes at once.
+ROUND_COMMANDS: Final = frozenset(
+    {b"CLIENT", b"HMGET", b"PING", b"SCAN", b"XINFO", b"XRANGE", b"XREAD"}
+)
 
 
 class Write(NamedTuple):
@@ -87,6 +93,36 @@ class Books:
                 if (held is None or held < write.stamp) and not excused(write):
                     found.append(Loss(write, name, held))
         return found
+
+
+class Rounds:
+    """Counts the commands of rounds that links send while none of them gets on.
+
+    ``note`` is told of every command, and ``progress`` returns another number as soon as any link has
+    got on. ``most`` is the largest number of such commands within a second without progress.
+    """
+
+    def __init__(self, progress: Callable[[], int]) -> None:
+        self.most = 0
+        self._progress = progress
+        self._commands = 0
+
+    def note(self, command: Sequence[bytes]) -> None:
+        """Count a command, if it is one of a round."""
+        self._commands += bool(command) and command[0].upper() in ROUND_COMMANDS
+
+    async def run(self) -> None:
+        """Look again and again, until cancelled."""
+        reached = self._progress()
+        window: deque[int] = deque(maxlen=round(1 / SAMPLE_SEC))
+        while True:
+            before = self._commands
+            await asyncio.sleep(SAMPLE_SEC)
+            window.append(self._commands - before)
+            before, reached = reached, self._progress()
+            if reached != before:
+                window.clear()
+            self.most = max(self.most, sum(window))
 
 
 class Writer:

@@ -193,7 +193,7 @@ class FaultProxy:
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        del self._lines[task]
+        self._lines.pop(task).abort()
 
     async def _close(self) -> None:
         server, self._server = self._server, None
@@ -272,6 +272,10 @@ class _Line:
             await _abort(client_writer)
             if server_writer is not None:
                 await _abort(server_writer)
+
+    def abort(self) -> None:
+        """Drop the client; one that was accepted just before the end has nobody else to do it."""
+        self._client[1].transport.abort()
 
     async def _take(
         self,

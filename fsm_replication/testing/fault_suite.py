@@ -43,7 +43,7 @@ from fsm_replication.journal import Transition
 from fsm_replication.servers import RedisServer
 from fsm_replication.stores import RedisSyncEngine
 from fsm_replication.tables import EngineState, PeerState
-from fsm_replication.testing.fault_books import Books, Write, Writer
+from fsm_replication.testing.fault_books import Books, Rounds, Write, Writer
 from fsm_replication.testing.fault_proxy import FaultProxy
 from fsm_replication.transport import RedisTransport
 from fsm_replication.workers.context import LinkProgress
@@ -59,6 +59,9 @@ FORGOTTEN_SEC: Final = 0.4
 WAIT_SEC: Final = 30.0
 POLL_SEC: Final = 0.02
 STORE_RESET_SEC: Final = 0.3
+# Commands of rounds that both links send in a second in which neither gets on; one that spins sends
+# thousands, and what waits for 0.1 to 0.4 s between two attempts about 70.
+ROUNDS_MAX: Final = 250
 # A script's stream entry gets its id a little later than its item its time.
 ID_MARGIN_MS: Final = 50
 _DOWN: Final = (PeerState.BACKOFF, PeerState.FAILED)
@@ -70,6 +73,7 @@ class Site:
 
     def __init__(self, fault: Fault, seed: int = 0) -> None:
         self.books = Books()
+        self.rounds = Rounds(self._got_on)
         self.stores: dict[str, RedisSyncEngine] = {}
         self.engines: dict[str, ReplicationEngine] = {}
         # When everything the peer's Redis held was put on its disk, in seconds of the loop's time.
@@ -100,7 +104,9 @@ class Site:
             keeps = name == PEER and not self._fault.forgets
             server = RedisServer(persist=keeps)
             self._servers[name] = await self._stack.enter_async_context(server)
-        self.proxy = await self._stack.enter_async_context(FaultProxy(self.server.port))
+        self.proxy = await self._stack.enter_async_context(
+            FaultProxy(self.server.port, on_request=self.rounds.note)
+        )
         for name, server in self._servers.items():
             store = RedisSyncEngine(server.url, node_id=name, timeout_sec=1.0)
             self.stores[name] = await self._stack.enter_async_context(store)
@@ -111,6 +117,9 @@ class Site:
                 circuit.reset_sec = STORE_RESET_SEC
             self.engines[name] = engine
             self._stack.push_async_callback(engine.shutdown)
+        counting = asyncio.create_task(self.rounds.run(), name="rounds")
+        self._stack.push_async_callback(asyncio.wait, (counting,))
+        self._stack.callback(counting.cancel)
 
     def _config(self, name: str, folder: Path) -> ReplicationConfig:
         urls = {peer: server.url for peer, server in self._servers.items() if peer != name}
@@ -236,6 +245,10 @@ class Site:
     def events_read(self) -> int:
         """Return how many events the readers have read from the peer."""
         return sum(self._progress(name).events_read for name in READERS)
+
+    def _got_on(self) -> int:
+        """Return how many events and items the readers have got from the peer, by any way."""
+        return self.events_read() + sum(self._progress(name).copied for name in READERS)
 
     def _progress(self, reader: str) -> LinkProgress:
         return self.engines[reader]._links[PEER].context.progress
@@ -366,7 +379,8 @@ class FaultResult:
     ``read_again``: events the readers read more than once; ``copied``: items they copied anew.
     ``lost``: writes missing at a node, which must be 0; ``gone``: acknowledged writes that died with
     the peer's Redis before anybody had read them. ``changes_per_sec``: acknowledged while the fault
-    lasted. ``problem``: what else is not as it must be, "" if all is well.
+    lasted. ``rounds``: the most commands of rounds that the readers' links sent to the peer within a
+    second in which none of them got on. ``problem``: what else is not as it must be, "" if all is well.
     """
 
     fault: str
@@ -378,6 +392,7 @@ class FaultResult:
     gone: int
     written: int
     changes_per_sec: float
+    rounds: int
     problem: str
 
     @property
@@ -446,6 +461,8 @@ class _Run:
         )
         if ended := site.ended():
             self._problems.append(ended)
+        if site.rounds.most > ROUNDS_MAX:
+            self._problems.append(f"{site.rounds.most} commands in a second, and nothing got on")
         return FaultResult(
             fault=fault.name,
             noticed_sec=noticed_sec,
@@ -456,6 +473,7 @@ class _Run:
             gone=gone,
             written=len(site.books.writes),
             changes_per_sec=round(rate, 1),
+            rounds=site.rounds.most,
             problem="; ".join(self._problems),
         )
 
