@@ -529,10 +529,11 @@ async def test_letters_that_were_dropped_stand_in_the_ledger(nodes: Nodes, peer:
             counted = engine.metrics.get("dead_letters", "a", "dropped")
             dropped = 5 if begin == 0 else 10
             await until(lambda: counted._value.get() == dropped)  # noqa: B023 - it waits here
-            (line,) = await engine.ledger("a")
+            *doubts, line = sorted(await engine.ledger("a"), key=lambda one: one.kind == "dropped")
             assert (line.kind, line.missed) == ("dropped", 5 if begin == 0 else 15)
             assert line.healed_at_ms is None
-            assert engine.health_check().peers[0].gaps_open == 1
+            assert len(doubts) == (0 if peer.counts else 1)
+            assert engine.health_check().peers[0].gaps_open == 1 + len(doubts)
             letters = await engine.dead_letters.list()
             assert [one.key for one in letters] == [f"k{n}" for n in range(begin + 5, begin + 10)]
             assert (await engine.dead_letters.show(letters[2].id)) == letters[2]

@@ -140,7 +140,7 @@ def tls_server(certificates: Certificates) -> Iterator[Callable[..., TlsServer]]
             except RedisServerError:
                 continue
             made.append(TlsServer(server, port))
-            made[-1].client.execute_command(*documented_acl())
+            make_user(made[-1].client, documented_acl())
             return made[-1]
         pytest.skip("no redis-server of this machine was built with TLS")
 
@@ -161,6 +161,16 @@ def documented_acl(name: str = "reader") -> list[str]:
         rf"^ACL SETUSER {name} .*$", DOCS.read_text(encoding="utf-8"), re.MULTILINE
     )
     return str(line).replace("PASSWORD", SECRET).split()
+
+
+def make_user(client: redis.Redis, rules: Sequence[str]) -> None:
+    """Make the documented user, as the docs tell for servers without permissions to read alone."""
+    try:
+        client.execute_command(*rules)
+    except redis.exceptions.ResponseError as error:
+        if "'%R~" not in str(error):
+            raise
+        client.execute_command(*(rule.replace("%R~", "~") for rule in rules))
 
 
 def link_to(url: str, *, prefix: str = "") -> PeerConfig:
@@ -331,7 +341,7 @@ async def test_the_documented_user_is_enough_and_not_too_much(
     server = new_redis_server()
     client = redis.Redis(port=server.port)
     rules = [rule.replace("%R~", f"%R~{prefix}") for rule in documented_acl()]
-    client.execute_command(*rules)
+    make_user(client, rules)
     used: set[str] = set()
     async with (
         FaultProxy(server.port, on_request=lambda args: used.add(name_of(args))) as proxy,
@@ -363,7 +373,7 @@ async def test_the_documented_user_is_enough_for_a_foreign_node(
     foreign = ForeignNode(server, prefix)
     # The server here has no RedisJSON, which makes it refuse a user that may use it.
     rules = [rule for rule in documented_acl("foreign-reader") if rule != "+json.get"]
-    foreign.client.execute_command(*rules)
+    make_user(foreign.client, rules)
     foreign.put("a.b", b"x")
     foreign.put("a.c", b"y")
     foreign.write_tree()
@@ -402,7 +412,7 @@ async def test_the_documented_user_can_harm_nothing(
     """If this fails a node whose configuration leaks gives its peers away."""
     server = new_redis_server()
     with redis.Redis(port=server.port) as client:
-        client.execute_command(*documented_acl())
+        make_user(client, documented_acl())
     with redis.Redis(port=server.port, username="reader", password=SECRET) as reader:
         for command in (
             ("SET", "item:k", "x"), ("DEL", "item:k"), ("XADD", "cdc", "*", "a", "b"),
@@ -436,14 +446,14 @@ async def test_rejected_credentials_that_are_mended_need_no_restart(
     async with nodes.engine(link_to(url), store=store, settings=QUICK) as engine:
         await reaches(engine, PeerState.FAILED)
         assert "rejected the credentials" in last_error(engine)
-        peer.client.execute_command(*documented_acl())
+        make_user(peer.client, documented_acl())
         await reaches(engine, PeerState.TAILING)
         # And while it tails: what is taken away is noticed, and found again.
         peer.client.execute_command("ACL", "SETUSER", "reader", "resetpass", ">other")
         peer.client.execute_command("CLIENT", "KILL", "USER", "reader")
         await reaches(engine, PeerState.FAILED)
         peer.send("k", b"1")
-        peer.client.execute_command(*documented_acl())
+        make_user(peer.client, documented_acl())
         await until(lambda: len(store) == 1)
         shown = f"{engine.journal} {engine.health_check()} {engine.config!r} {caplog.records}"
         assert SECRET not in shown + caplog.text
@@ -472,5 +482,8 @@ async def test_the_documented_user_of_the_store_is_enough(
             client.hset("fsm:node", mapping={"layouts": "", "partitions": 0})
             await store.open()
             assert [item.key async for item in store.scan()] == ["k"]
-            assert client.execute_command("ACL", "LOG") == []
+            log: Any = client.execute_command("ACL", "LOG")
+            # Before Redis 7.0 no part of CLIENT can be granted by itself; a name may be refused.
+            named = set() if peer.counts else {b"client"}
+            assert {entry["object"] for entry in log} <= named
     peer.close()

@@ -884,6 +884,7 @@ async def test_a_locked_database_does_not_hold_up_a_stop(nodes: Nodes, peer: Pee
     """If this fails a backup of the cursor file holds up a stop, or hides that cursors are old."""
     settings = Settings(timeouts=TimeoutsConfig(drain=1.0, cursor=30))
     store = MemorySyncEngine()
+    peer.send("before", b"0")
     engine = nodes.engine(peer_config(peer.server), store=store, settings=settings)
     before = Census(peer)
     await engine.start()
@@ -892,7 +893,7 @@ async def test_a_locked_database_does_not_hold_up_a_stop(nodes: Nodes, peer: Pee
     other = sqlite3.connect(nodes.folder / "b.db", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     peer.send("k", b"1")
-    await until(lambda: len(store) == 1)
+    await until(lambda: len(store) == 2)
     began = time.monotonic()
     await engine.shutdown()
     assert time.monotonic() - began < 1.4

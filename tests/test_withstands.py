@@ -50,7 +50,8 @@ async def test_meta_nested_too_deep_is_a_dead_letter(nodes: Nodes, peer: Peer) -
         peer.send_fields(fields)
         peer.send_fields([b"op", b"DEL", b"key", b"k", b"meta", meta])
         peer.send("good", b"1")
-        await until(lambda: len(store) == 1)
+        link = engine._links["a"].context.progress
+        await until(lambda: link.dead_letters == 2 and len(store) == 1)
         letters = await engine.dead_letters.list()
         assert [letter.key for letter in letters] == ["k", "k"]
 

@@ -115,11 +115,11 @@ class Fetcher:
         replies = await self._read(asking, group)
         for part in self._parts(group, replies, result):
             result.items += len(part.items)
-            self._context.progress.advances += len(part.items)
             # What came over the wire is counted, whatever of it is handed on.
             if self._source.looks_at_held:
                 part = await self._without_current(part)  # noqa: PLW2901 - the rest of it
             applied = await self._applier.hand_over(part, None, self._path)
+            self._context.progress.advances += len(part.items)
             self._count(part, applied, result)
 
     async def _without_current(self, part: Part) -> Part:

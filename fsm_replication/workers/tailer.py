@@ -141,7 +141,7 @@ class Tailer:
         self._reader = StreamReader(self._keys.stream, context.current, lines.abilities)
         self._rounds = Rounds(context.ports.clock, context.progress)
         self._queue = ChunkQueue(context)
-        self._asked_at = 0.0
+        self._asked_at = self._answered_at = 0.0
         self._asked_bulk = False
         self._asked_to_block_sec = 0.0
         self._counts_seen_at = 0.0
@@ -563,6 +563,11 @@ class Tailer:
         else:
             self._asked_to_block_sec = self._context.settings.hot_path.block_timeout
             self._outstanding = self._reader.ask_blocking(reading)
+        # By the time that somebody looks at it the store may have worked for long.
+        self._outstanding.add_done_callback(self._note_answered)
+
+    def _note_answered(self, _: asyncio.Future[list[Any]]) -> None:
+        self._answered_at = self._context.ports.clock.monotonic()
 
     async def _next_read(self, orders: _Orders) -> Read | None:
         """Wait for the outstanding reply; None if the mode changed or the read must be redone."""
@@ -601,7 +606,7 @@ class Tailer:
         metrics.read.inc(len(read.entries))
         context.progress.events_read += len(read.entries)
         if self._asked_bulk:
-            took = context.ports.clock.monotonic() - self._asked_at
+            took = self._answered_at - self._asked_at
             metrics.read_seconds.observe(took)
             context.slo.stream_read(took)
         metrics.adaptive_batch_size.set(self._reader.size)
