@@ -2,7 +2,8 @@
 
 A command is a function of the keyspace and the arguments after its name; it returns the reply, or
 raises PeerReplyError for an error reply. Orders of checks are those of Redis 7.0, because the first
-thing that is wrong decides which error is answered.
+thing that is wrong decides which error is answered; where other servers differ is said by the
+keyspace's ``dialect``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Protocol, TypeVar
 
 from fsm_replication.errors import PeerReplyError
+from fsm_replication.testing.sim_dialects import REDIS_7_0, Dialect
 
 __all__ = (
     "COMMANDS",
@@ -138,8 +140,9 @@ class Sorted(_Container):
 class Keyspace:
     """Keys with their values and times of expiry; ``ready`` names streams that got an entry."""
 
-    def __init__(self, now_ms: Callable[[], int]) -> None:
+    def __init__(self, now_ms: Callable[[], int], dialect: Dialect = REDIS_7_0) -> None:
         self.now_ms = now_ms
+        self.dialect = dialect
         self.ready: list[bytes] = []
         self._values: dict[bytes, Value] = {}
         self._expiries: dict[bytes, int] = {}
@@ -202,7 +205,7 @@ class Keyspace:
 
     def copy(self) -> Keyspace:
         """Return the same keys with values that change on their own."""
-        twin = Keyspace(self.now_ms)
+        twin = Keyspace(self.now_ms, self.dialect)
         twin.take(self)
         return twin
 
