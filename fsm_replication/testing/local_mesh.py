@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
@@ -30,8 +30,10 @@ from fsm_replication.merkle import OWN
 from fsm_replication.ports import Ports
 from fsm_replication.tables import PeerState
 from fsm_replication.testing.memory_cursor import MemoryCursorStore
+from fsm_replication.testing.sim_dialects import REDIS_7_0, Dialect
 from fsm_replication.testing.sim_redis import SimRedis, SimState
 from fsm_replication.testing.sim_store import SimStore
+from fsm_replication.testing.sim_streams import Stream
 from fsm_replication.testing.sim_transport import SimTransport
 from fsm_replication.testing.virtual_time import LoopClock, SkewedWallClock
 
@@ -100,6 +102,7 @@ class LocalMesh:
     """Nodes that read each other in pairs; use it inside a coroutine run on virtual time.
 
     Every call that lets time pass is a coroutine; what is written and broken happens at once.
+    ``dialect`` chooses what kind of server a node has, by its name.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class LocalMesh:
         seed: int = 0,
         settings: Settings | None = None,
         resolver: Resolver | None = None,
+        dialect: Callable[[str], Dialect] = lambda _name: REDIS_7_0,
     ) -> None:
         self._rng = random.Random(seed)  # noqa: S311 - a seed must give the same run
         self._clock = LoopClock()
@@ -123,11 +127,11 @@ class LocalMesh:
         self.servers: dict[str, SimRedis] = {}
         self.nodes: dict[str, LocalNode] = {}
         for name in names:
-            self._add(name, resolver)
+            self._add(name, resolver, dialect(name))
 
-    def _add(self, name: str, resolver: Resolver | None) -> None:
+    def _add(self, name: str, resolver: Resolver | None, dialect: Dialect) -> None:
         wall_clock = SkewedWallClock(self._clock, START_MS)
-        server = self.servers[name] = SimRedis(now_ms=wall_clock.now_ms)
+        server = self.servers[name] = SimRedis(now_ms=wall_clock.now_ms, dialect=dialect)
         tombstones = self._settings.tombstones
         store = SimStore(
             server,
@@ -261,12 +265,9 @@ class LocalMesh:
         """Return how many entries were ever added to each stream as it is now."""
         counts = {}
         for name, node in self.nodes.items():
-            info = node.server.execute("XINFO", "STREAM", node.store.keys.stream)
-            if isinstance(info, list):
-                fields = dict(zip(info[::2], info[1::2], strict=True))
-                counts[name] = int(fields[b"entries-added"])
-            else:
-                counts[name] = 0
+            # Not every server tells.
+            stream = node.server.db.get(node.store.keys.stream.encode(), Stream)
+            counts[name] = 0 if stream is None else stream.added
         return counts
 
     async def roots(self) -> set[bytes]:

@@ -17,6 +17,7 @@ __all__ = (
     "REDIS_8_0",
     "VALKEY_8_1",
     "Dialect",
+    "dialect_named",
     "dialect_of",
 )
 
@@ -39,12 +40,18 @@ class Dialect:
     subcommands_in_table: bool
     # XREAD takes + for the last entry of a stream.
     plus_is_last_entry: bool
+    # The last entry that is there. Elsewhere + finds nothing while the entry last added is deleted.
+    plus_passes_over_deleted: bool
     # A read that blocks is run again when one of its keys has got an entry, so that it answers
     # with all its streams. Where it is not, the answer is the one stream, without entries if those
     # that came have gone in the same transaction.
     reads_again: bool
     # MULTI inside of MULTI spoils the transaction.
     nested_multi_spoils: bool
+    # Scores have as few digits as tell them apart: 0.1 is 0.1, not 0.10000000000000001.
+    short_scores: bool
+    # A score of -0 stays one.
+    minus_zero: bool
 
     @property
     def info(self) -> str:
@@ -64,8 +71,11 @@ REDIS_7_0: Final = Dialect(
     half_ids=True,
     subcommands_in_table=True,
     plus_is_last_entry=False,
+    plus_passes_over_deleted=False,
     reads_again=False,
     nested_multi_spoils=False,
+    short_scores=False,
+    minus_zero=False,
 )
 REDIS_6_2: Final = replace(
     REDIS_7_0,
@@ -74,6 +84,7 @@ REDIS_6_2: Final = replace(
     like_redis="6.2.14",
     counts_entries=False,
     half_ids=False,
+    minus_zero=True,
     subcommands_in_table=False,
 )
 REDIS_8_0: Final = replace(
@@ -82,7 +93,9 @@ REDIS_8_0: Final = replace(
     version="8.0.2",
     like_redis="8.0.2",
     plus_is_last_entry=True,
+    plus_passes_over_deleted=True,
     reads_again=True,
+    short_scores=True,
 )
 VALKEY_8_1: Final = replace(
     REDIS_8_0,
@@ -90,9 +103,25 @@ VALKEY_8_1: Final = replace(
     kind="valkey",
     version="8.1.1",
     like_redis="7.2.4",
+    plus_passes_over_deleted=False,
     nested_multi_spoils=True,
 )
 DIALECTS: Final = (REDIS_6_2, REDIS_7_0, REDIS_8_0, VALKEY_8_1)
+
+
+def dialect_named(name: str) -> Dialect:
+    """Return the dialect of a name.
+
+    :raises LookupError: if there is none.
+    """
+    for dialect in DIALECTS:
+        if dialect.name == name:
+            return dialect
+    raise LookupError(f"there is no dialect {name!r}: {_names()}")
+
+
+def _names() -> str:
+    return ", ".join(dialect.name for dialect in DIALECTS)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -116,6 +145,5 @@ def dialect_of(info: bytes) -> Dialect:
         if dialect.kind == kind and _numbers(dialect.version) <= _numbers(version)
     ]
     if not older:
-        known = ", ".join(dialect.name for dialect in DIALECTS)
-        raise LookupError(f"there is no dialect of {kind} {version} or before: {known}")
+        raise LookupError(f"there is no dialect of {kind} {version} or before: {_names()}")
     return max(older, key=lambda dialect: _numbers(dialect.version))

@@ -165,7 +165,9 @@ class Session:
             self._spoilt = True
             if argv[0].upper() == b"EXEC":
                 self._queue = None
-                raise PeerReplyError(f"EXECABORT Transaction discarded because of: {error}") from None
+                raise PeerReplyError(
+                    f"EXECABORT Transaction discarded because of: {error}"
+                ) from None
             raise
         if self._queue is not None and name.decode() not in AT_ONCE:
             self._queue.append((run, args))

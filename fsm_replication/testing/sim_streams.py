@@ -370,15 +370,17 @@ class Wait:
 
     def answer(self, db: Keyspace, key: bytes) -> Any:
         """Return the reply now that a stream has got an entry, or None to wait on."""
+        stream = db.find(key)
+        if not isinstance(stream, Stream):
+            return None
         if db.dialect.reads_again:
             try:
                 return _read(db, self.streams, self.count)
             except PeerReplyError as error:
                 return PeerReplyError(str(error))
-        stream = db.find(key)
         # The first place of a key that is named twice is the one that counts.
         after = next(at for name, at in self.streams if name == key)
-        if not isinstance(stream, Stream) or stream.last <= after:
+        if stream.last <= after:
             return None
         return [[key, _entries_after(stream, after, self.count)]]
 
@@ -396,6 +398,21 @@ def _read(db: Keyspace, streams: Sequence[tuple[bytes, StreamId]], count: int) -
         if stream is not None and stream.entries and stream.entries[-1].id > after:
             found.append([key, _entries_after(stream, after, count)])
     return found or None
+
+
+def _reads_after(db: Keyspace, key: bytes, raw: bytes) -> StreamId:
+    stream = db.get(key, Stream)
+    if raw == b"$":
+        return stream.last if stream is not None else ZERO
+    if raw == b">":
+        raise PeerReplyError("ERR The > ID can be specified only when calling XREADGROUP")
+    if raw != b"+" or not db.dialect.plus_is_last_entry:
+        return _stream_id(raw)
+    if stream is None:
+        return ZERO
+    if db.dialect.plus_passes_over_deleted and stream.entries:
+        return _before(stream.entries[-1].id)
+    return _before(stream.last)
 
 
 @command("XREAD", -4)
@@ -420,17 +437,9 @@ def _xread(db: Keyspace, args: list[bytes]) -> Any:
             " specified."
         )
     half = len(rest) // 2
-    wanted: list[tuple[bytes, StreamId]] = []
-    for key, raw in zip(rest[:half], rest[half:], strict=True):
-        stream = db.get(key, Stream)
-        if raw == b"$":
-            wanted.append((key, stream.last if stream is not None else ZERO))
-        elif raw == b">":
-            raise PeerReplyError("ERR The > ID can be specified only when calling XREADGROUP")
-        elif raw == b"+" and db.dialect.plus_is_last_entry:
-            wanted.append((key, _before(stream.last) if stream is not None else ZERO))
-        else:
-            wanted.append((key, _stream_id(raw)))
+    wanted = [
+        (key, _reads_after(db, key, raw)) for key, raw in zip(rest[:half], rest[half:], strict=True)
+    ]
     found = _read(db, wanted, count)
     if found is not None:
         return found

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, ClassVar, Final, Protocol, TypeVar
 
 from fsm_replication.errors import PeerReplyError
@@ -277,8 +278,29 @@ def _given_score(raw: bytes) -> float:
     raise PeerReplyError("ERR value is not a valid float")
 
 
-def _score(value: float) -> bytes:
-    return format(value, ".17g").encode()
+def _score(value: float, dialect: Dialect) -> bytes:
+    if not dialect.short_scores or math.isinf(value):
+        return format(value, ".17g").encode()
+    if abs(value) <= INTEGER_MAX // 2 and value.is_integer():
+        return b"%d" % int(value)
+    return _short(value).encode()
+
+
+def _short(value: float) -> str:
+    # What grisu2 writes, as servers have it, but for the few numbers of which it finds one digit
+    # more than are needed.
+    sign, parts, exponent = Decimal(repr(value)).normalize().as_tuple()
+    assert isinstance(exponent, int), "neither infinite nor no number"
+    digits, minus = "".join(map(str, parts)), "-" if sign else ""
+    power = exponent + len(digits) - 1
+    if exponent >= 0 and abs(power) < len(digits) + 7:
+        return minus + digits + "0" * exponent
+    if exponent < 0 and (exponent > -7 or abs(power) < 4):
+        digits = digits.rjust(1 - exponent, "0")
+        return f"{minus}{digits[:exponent]}.{digits[exponent:]}"
+    digits = digits[: 18 - sign]
+    rest = f".{digits[1:]}" if len(digits) > 1 else ""
+    return f"{minus}{digits[0]}{rest}e{power:+d}"
 
 
 def glob(pattern: bytes) -> re.Pattern[bytes]:
@@ -436,7 +458,9 @@ def _zadd(db: Keyspace, args: list[bytes]) -> int:
         raise PeerReplyError(SYNTAX)
     if {b"NX", b"XX"} <= options:
         raise PeerReplyError("ERR XX and NX options at the same time are not compatible")
-    scores = [_given_score(raw) for raw in rest[::2]]
+    # Adding 0 makes 0 of -0.
+    zero = -0.0 if db.dialect.minus_zero else 0.0
+    scores = [_given_score(raw) + zero for raw in rest[::2]]
     if db.get(key, Sorted) is None and b"XX" in options:
         return 0
     held = db.make(key, Sorted).held
@@ -456,7 +480,7 @@ def _zadd(db: Keyspace, args: list[bytes]) -> int:
 def _zscore(db: Keyspace, args: list[bytes]) -> bytes | None:
     found = db.get(args[0], Sorted)
     score = None if found is None else found.held.get(args[1])
-    return None if score is None else _score(score)
+    return None if score is None else _score(score, db.dialect)
 
 
 @command("ZCARD", 2)
@@ -464,9 +488,9 @@ def _zcard(db: Keyspace, args: list[bytes]) -> int:
     return len((db.get(args[0], Sorted) or Sorted()).held)
 
 
-def _listed(pairs: Sequence[tuple[bytes, float]], with_scores: bool) -> list[bytes]:
+def _listed(db: Keyspace, pairs: Sequence[tuple[bytes, float]], with_scores: bool) -> list[bytes]:
     if with_scores:
-        return [part for member, score in pairs for part in (member, _score(score))]
+        return [part for member, score in pairs for part in (member, _score(score, db.dialect))]
     return [member for member, _ in pairs]
 
 
@@ -479,7 +503,7 @@ def _zrange(db: Keyspace, args: list[bytes]) -> list[bytes]:
     pairs = (db.get(key, Sorted) or Sorted()).in_order()
     start = max(0, start + len(pairs) if start < 0 else start)
     stop = stop + len(pairs) if stop < 0 else stop
-    return _listed(pairs[start : max(0, stop + 1)], with_scores=len(args) > 3)
+    return _listed(db, pairs[start : max(0, stop + 1)], with_scores=len(args) > 3)
 
 
 @command("ZRANGEBYSCORE", -4)
@@ -503,4 +527,4 @@ def _zrangebyscore(db: Keyspace, args: list[bytes]) -> list[bytes]:
     ]
     if offset < 0:
         return []
-    return _listed(pairs[offset : None if count < 0 else offset + count], with_scores)
+    return _listed(db, pairs[offset : None if count < 0 else offset + count], with_scores)
