@@ -9,6 +9,8 @@ with the same items. What must hold:
 - without the cold path (half of the runs) a link that reads has everything that its peer holds, or
   its health says that something is missing (G1, G2): what trees would heal must not hide a loss;
 - where no server lost anything, a node emits at most one event for each write (G11);
+- nothing spins (G12): what a node asks of a peer brings it entries or items that it did not have,
+  or is far between (see :mod:`fsm_replication.testing.spin_watch`);
 - every journal is a walk of the tables (G6), and nothing of an engine is left when it is down (G7).
 
 The same fate gives the same run, to the last await.
@@ -55,6 +57,7 @@ from fsm_replication.testing.sim_dialects import (
     Dialect,
     dialect_named,
 )
+from fsm_replication.testing.spin_watch import BrokenPromiseError
 from fsm_replication.testing.virtual_time import run
 
 __all__ = (
@@ -93,10 +96,6 @@ CHAOS_MAX_SEC: Final = TTL_SEC - BACKOFF_MAX_SEC - 50.0
 Step = tuple[Any, ...]
 
 
-class BrokenPromiseError(AssertionError):
-    """A run in which something did not hold."""
-
-
 @dataclass(frozen=True, slots=True)
 class Fate:
     """A mesh and what happens to it.
@@ -131,13 +130,17 @@ class Fate:
 
 @dataclass(slots=True)
 class Tally:
-    """What runs have covered: virtual seconds, steps by kind, moves, and servers by dialect."""
+    """What runs have covered: virtual seconds, steps by kind, moves, and servers by dialect.
+
+    ``peak`` is the most flights and commands that a node ever spent without getting on.
+    """
 
     runs: int = 0
     seconds: float = 0.0
     steps: Counter[str] = field(default_factory=Counter)
     moves: Counter[Move] = field(default_factory=Counter)
     servers: Counter[str] = field(default_factory=Counter)
+    peak: tuple[float, float] = (0.0, 0.0)
 
     def add(self, other: Tally) -> None:
         """Add what other runs have covered."""
@@ -146,6 +149,11 @@ class Tally:
         self.steps.update(other.steps)
         self.moves.update(other.moves)
         self.servers.update(other.servers)
+        self.spent(other.peak)
+
+    def spent(self, peak: tuple[float, float]) -> None:
+        """Note the most flights and commands that a node spent."""
+        self.peak = (max(self.peak[0], peak[0]), max(self.peak[1], peak[1]))
 
     def never_taken(self) -> list[Move]:
         """Return the moves of the tables that no run has taken."""
@@ -284,6 +292,9 @@ class _Run:
                 await self._stop(name)
             left = asyncio.all_tasks() - {asyncio.current_task()}
             _promise(not left, f"tasks are left behind: {left}")
+            for node in self.mesh.nodes.values():
+                assert node.transport.watch is not None
+                self._tally.spent(node.transport.watch.peak)
         finally:
             await self.mesh.close()
 

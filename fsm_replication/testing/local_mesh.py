@@ -35,7 +35,8 @@ from fsm_replication.testing.sim_redis import SimRedis, SimState
 from fsm_replication.testing.sim_store import SimStore
 from fsm_replication.testing.sim_streams import Stream
 from fsm_replication.testing.sim_transport import SimTransport
-from fsm_replication.testing.virtual_time import LoopClock, SkewedWallClock
+from fsm_replication.testing.spin_watch import BrokenPromiseError, Pace, SpinWatch
+from fsm_replication.testing.virtual_time import LoopClock, SkewedWallClock, VirtualTimeLoop
 
 __all__ = ("LocalMesh", "LocalNode", "kill_engine", "topology")
 
@@ -84,6 +85,12 @@ class LocalNode:
     saved: deque[tuple[float, SimState]] = field(default_factory=deque)
 
 
+def _end_run(error: BrokenPromiseError) -> None:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualTimeLoop)
+    loop.fail(error)
+
+
 async def kill_engine(engine: ReplicationEngine) -> None:
     """End every task of an engine where it stands, as kill -9 ends a process."""
     drivers = [engine._driver, *(link.driver for link in engine._links.owned)]
@@ -102,7 +109,8 @@ class LocalMesh:
     """Nodes that read each other in pairs; use it inside a coroutine run on virtual time.
 
     Every call that lets time pass is a coroutine; what is written and broken happens at once.
-    ``dialect`` chooses what kind of server a node has, by its name.
+    ``dialect`` chooses what kind of server a node has, by its name. A node that asks a peer for
+    more than ``pace`` allows without getting on ends the run with BrokenPromiseError.
     """
 
     def __init__(
@@ -114,7 +122,9 @@ class LocalMesh:
         settings: Settings | None = None,
         resolver: Resolver | None = None,
         dialect: Callable[[str], Dialect] = lambda _name: REDIS_7_0,
+        pace: Pace | None = None,
     ) -> None:
+        self._pace = pace or Pace()
         self._rng = random.Random(seed)  # noqa: S311 - a seed must give the same run
         self._clock = LoopClock()
         self._pairs = set(pairs)
@@ -144,6 +154,7 @@ class LocalMesh:
         store.open()
         transport = SimTransport(self.servers, self._clock, self._rng)
         transport.delay = lambda _name, _host: self._rng.choice((0.0, 0.001, 0.02))
+        transport.watch = SpinWatch(name, self._pace, now_sec=self._clock.monotonic, fail=_end_run)
         config = ReplicationConfig(
             local_node_id=name,
             peers=[
@@ -198,9 +209,11 @@ class LocalMesh:
         node.cursors.restore(on_disk)
 
     async def close(self) -> None:
-        """Stop every engine."""
+        """Stop every engine; where one spins they are killed, for it may not let time pass."""
+        watches = [node.transport.watch for node in self.nodes.values()]
+        spins = any(watch is not None and watch.failed for watch in watches)
         for name in self.nodes:
-            await self.stop(name)
+            await (self.kill(name) if spins else self.stop(name))
 
     # Lines and servers
 
