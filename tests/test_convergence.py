@@ -1,4 +1,4 @@
-"""G3, G4, G5 and G11: whatever happens between nodes, all end with the same, and come to rest.
+"""G3, G4, G5, G11 and G12: whatever happens between nodes, all end with the same, and come to rest.
 
 The nodes are whole engines on virtual time; what is simulated are Redis servers, lines, clocks and
 cursor files. A failing run is reported with the steps that hypothesis has reduced it to.
