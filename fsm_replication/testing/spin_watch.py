@@ -28,12 +28,16 @@ class BrokenPromiseError(AssertionError):
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How much one node may ask of one peer without getting on: at once, and each second."""
+    """How much one node may ask of one peer without getting on: at once, and each second.
+
+    To connect takes some ten flights, and a cycle that compares trees no more; a flight may ask for
+    a thousand items and more.
+    """
 
     flights: float = 100.0
     flights_per_sec: float = 20.0
-    commands: float = 2000.0
-    commands_per_sec: float = 400.0
+    commands: float = 20_000.0
+    commands_per_sec: float = 2_000.0
 
 
 @dataclass(slots=True)
