@@ -46,7 +46,7 @@ from fsm_replication.testing.moves import EXEMPT, moves_of_the_tables
 from fsm_replication.testing.sim_dialects import REDIS_6_2
 from fsm_replication.testing.sim_store import SimStore
 from fsm_replication.testing.sim_values import Status
-from fsm_replication.testing.spin_watch import Pace, SpinWatch
+from fsm_replication.testing.spin_watch import Given, Pace, SpinWatch
 from fsm_replication.testing.virtual_time import VirtualTimeLoop, run
 from fsm_replication.workers.reader import Read, StreamReader
 
@@ -246,19 +246,26 @@ def test_what_gets_on_may_ask_as_often_as_it_likes() -> None:
     watch = SpinWatch("b", pace, now_sec=lambda: now, fail=told.append)
     read = [b"XREAD", b"STREAMS", b"cdc", b"0"]
     get = [b"MGET", b"item:k", b"fsm:tree"]
+    line: Given = set()
 
     def entry(number: int) -> list[Any]:
         return [[b"cdc", [[b"%d-0" % number, [b"f", b"v"]]]]]
 
     for number in range(50):
         watch.sending("a", [read])
-        watch.replied("a", read, entry(number))
+        watch.replied("a", read, entry(number), line)
         watch.sending("a", [get])
-        watch.replied("a", get, [b"%d" % number, b""])
+        watch.replied("a", get, [b"%d" % number, b""], line)
     for _ in range(50):
         # Slow enough.
         now += 0.5
         watch.sending("a", [read])
+    now += 60
+    another: Given = set()
+    for number in range(50):
+        # What it had before comes again, but over another line.
+        watch.sending("a", [read])
+        watch.replied("a", read, entry(number), another)
     now += 60
     assert not told
     assert max(watch.peak) <= 2
@@ -272,12 +279,12 @@ def test_what_gets_on_may_ask_as_often_as_it_likes() -> None:
     ]
     for number in range(10):
         watch.sending("a", [read])
-        watch.replied("a", *in_vain[number % len(in_vain)])
+        watch.replied("a", *in_vain[number % len(in_vain)], line)
         watch.sending("c", [read])
     assert not told
     watch.connecting("a")
     assert len(told) == 1
-    assert "b spins on a: 61 flights with 60 commands in 85 s" in str(told[0])
+    assert "b spins on a: 111 flights with 110 commands in 145 s" in str(told[0])
     assert "The last was (connect); of the last 100 flights" in str(told[0])
     watch.sending("c", [read] * 100)
     assert len(told) == 1, "it is told once"

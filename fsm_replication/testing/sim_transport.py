@@ -25,7 +25,7 @@ from fsm_replication.ports import Clock
 from fsm_replication.testing.sim_redis import SimRedis
 from fsm_replication.testing.sim_streams import Wait
 from fsm_replication.testing.sim_values import Status
-from fsm_replication.testing.spin_watch import SpinWatch
+from fsm_replication.testing.spin_watch import Given, SpinWatch
 from fsm_replication.transport import Command, RedisConnection, RedisTransport
 
 __all__ = ("SimConnection", "SimTransport")
@@ -117,6 +117,7 @@ class _Wire(asyncio.Transport):
         self._still_to_run: int | None = None
         # Of a transaction whose replies come with EXEC.
         self._queued: list[list[bytes]] = []
+        self._given: Given = set()
 
     # The client's end
 
@@ -225,9 +226,9 @@ class _Wire(asyncio.Transport):
             queued, self._queued = self._queued, []
             if isinstance(reply, list):
                 for one, its_reply in zip(queued, reply, strict=True):
-                    watch.replied(self.host, one, its_reply)
+                    watch.replied(self.host, one, its_reply, self._given)
         else:
-            watch.replied(self.host, command, reply)
+            watch.replied(self.host, command, reply, self._given)
 
     def _end_wait(self) -> None:
         self._wait = None

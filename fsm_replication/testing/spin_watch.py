@@ -15,11 +15,14 @@ from typing import Any, Final
 from fsm_replication.errors import PeerReplyError
 from fsm_replication.testing.sim_values import Status
 
-__all__ = ("BrokenPromiseError", "Pace", "SpinWatch")
+__all__ = ("BrokenPromiseError", "Given", "Pace", "SpinWatch")
 
 SHOWN_BYTES: Final = 200
 REMEMBERED: Final = 100
 READS_OF_ITEMS: Final = frozenset({b"GET", b"MGET", b"GETRANGE"})
+
+# Ids of entries with their stream, and values of items with their key.
+Given = set[tuple[bytes, bytes]]
 
 
 class BrokenPromiseError(AssertionError):
@@ -48,12 +51,13 @@ class _Budget:
     began_sec: float
     flights: float = 0.0
     commands: float = 0.0
+    # How many commands the last flight had.
+    last: int = 0
     # Since it got on for the last time.
     flights_in_vain: int = 0
     commands_in_vain: int = 0
     sent: deque[str] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
-    # Ids of entries by stream, and values of items by key.
-    given: set[tuple[bytes, bytes]] = field(default_factory=set)
+    given: Given = field(default_factory=set)
 
 
 class SpinWatch:
@@ -93,6 +97,7 @@ class SpinWatch:
         budget.at_sec = now
         budget.flights = max(0.0, budget.flights - passed * pace.flights_per_sec) + 1
         budget.commands = max(0.0, budget.commands - passed * pace.commands_per_sec) + commands
+        budget.last = commands
         budget.flights_in_vain += 1
         budget.commands_in_vain += commands
         budget.sent.append(what)
@@ -111,11 +116,20 @@ class SpinWatch:
             f" last {len(budget.sent)} flights {times} were {often}"
         )
 
-    def replied(self, peer: str, command: Sequence[bytes], reply: Any) -> None:
-        """Look whether a reply lets the reader get on; it then has all of its budget again."""
+    def replied(self, peer: str, command: Sequence[bytes], reply: Any, line: Given) -> None:
+        """Look whether a reply lets the reader get on; it then has all of its budget again.
+
+        ``line`` is what came over this line before. Who has lost its place reads again over a new
+        one; what it had once costs nothing then, but gives nothing back either.
+        """
         news = _news(command, reply)
         budget = self._budgets.get(peer)
-        if budget is None or news <= budget.given:
+        if budget is None or news <= line:
+            return
+        line |= news
+        if news <= budget.given:
+            budget.flights = max(0.0, budget.flights - 1)
+            budget.commands = max(0.0, budget.commands - budget.last)
             return
         budget.given |= news
         budget.began_sec = self._now_sec()
@@ -123,7 +137,7 @@ class SpinWatch:
         budget.flights_in_vain = budget.commands_in_vain = 0
 
 
-def _news(command: Sequence[bytes], reply: Any) -> set[tuple[bytes, bytes]]:
+def _news(command: Sequence[bytes], reply: Any) -> Given:
     name = command[0].upper()
     if reply is None or isinstance(reply, (PeerReplyError, Status)):
         return set()
