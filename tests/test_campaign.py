@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,12 +18,15 @@ from fsm_replication.config import (
     StartupConfig,
     TombstonesConfig,
 )
+from fsm_replication.errors import PeerReplyError
 from fsm_replication.items import SyncItem
+from fsm_replication.ports import Connection
 from fsm_replication.stores.protocol import ApplyResult, Received
 from fsm_replication.tables import LINK
 from fsm_replication.testing import campaign, fates
 from fsm_replication.testing.campaign import Campaign, main, run_seeds
 from fsm_replication.testing.fates import (
+    COUNTING,
     BrokenPromiseError,
     Fate,
     Tally,
@@ -38,8 +43,12 @@ from fsm_replication.testing.local_mesh import (
     topology,
 )
 from fsm_replication.testing.moves import EXEMPT, moves_of_the_tables
+from fsm_replication.testing.sim_dialects import REDIS_6_2
 from fsm_replication.testing.sim_store import SimStore
+from fsm_replication.testing.sim_values import Status
+from fsm_replication.testing.spin_watch import Given, Pace, SpinWatch
 from fsm_replication.testing.virtual_time import VirtualTimeLoop, run
+from fsm_replication.workers.reader import Read, StreamReader
 
 
 def test_seeds_keep_every_promise(full: bool) -> None:
@@ -120,6 +129,32 @@ def test_a_broken_promise_is_found_and_made_short(monkeypatch: pytest.MonkeyPatc
     assert shrink(wordy, fails).steps == (put, delete)
 
 
+def test_fates_choose_a_dialect_for_each_server() -> None:
+    """If this fails the runs prove nothing of servers other than one kind."""
+    drawn = [random_fate(seed) for seed in range(50)]
+    assert all(len(fate.dialects) == fate.nodes for fate in drawn)
+    assert {name for fate in drawn for name in fate.dialects} >= {d.name for d in COUNTING}
+    assert any(len(set(fate.dialects)) > 1 for fate in drawn)
+    mixed = Fate("mesh", 3, 0, (("put", "a", "k", b"x"),), dialects=("redis-8.0", "valkey-8.1"))
+    tally = run_fate(mixed)
+    tally.add(run_fate(Fate("mesh", 2, 0, ())))
+    assert tally.servers == {"redis-8.0": 1, "valkey-8.1": 2, "redis-7.0": 2}
+    assert tally.peak[0] > 1
+
+
+def test_events_are_counted_of_servers_that_do_not_count() -> None:
+    """If this fails nobody can tell whether nodes on old servers come to rest."""
+
+    async def trace() -> dict[str, int]:
+        mesh = LocalMesh("ab", topology("mesh", "ab"), dialect=lambda _name: REDIS_6_2)
+        mesh.nodes["a"].store.put("k", b"x")
+        mesh.nodes["a"].store.put("k", b"y")
+        mesh.trim("a", 0)
+        return mesh.events()
+
+    assert run(trace, start_ms=START_MS) == {"a": 2, "b": 0}
+
+
 def test_moves_that_are_never_taken_fail_a_campaign(monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails a campaign passes that has proved nothing."""
     quiet = Fate("mesh", 2, 0, ())
@@ -143,7 +178,137 @@ def test_the_command_says_what_it_did(capsys: pytest.CaptureFixture[str]) -> Non
     said = json.loads(capsys.readouterr().out)
     assert (said["runs"], said["failed"]) == (3, [])
     assert said["virtual_hours"] > 0
+    assert sum(said["servers"].values()) >= 6
+    assert 0 < said["peak_in_vain"]["flights"] < 100
     assert code == (1 if said["moves_never_taken"] else 0)
+
+
+# Nothing spins (G12) -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delay_sec", [0.0, 0.02])
+def test_what_asks_for_ever_is_told(delay_sec: float) -> None:
+    """If this fails a worker that asks without a pause burns a core, and every test passes.
+
+    Without a delay time stands still: no timer ever comes, and with it no timeout and no end.
+    """
+    ended_at: list[float] = []
+
+    async def trace() -> None:
+        loop = asyncio.get_running_loop()
+        mesh = LocalMesh("ab", topology("mesh", "ab"))
+        for name in "ab":
+            await mesh.start(name)
+        await mesh.settle()
+        transport = mesh.nodes["b"].transport
+        transport.delay = lambda _name, _host: delay_sec
+        connection = await transport.connect("redis://a", timeout_sec=5, name="busy")
+        began = loop.time()
+        try:
+            while True:
+                await connection.call("PING")
+        finally:
+            ended_at.append(loop.time() - began)
+
+    with pytest.raises(BrokenPromiseError, match=r"^G12: b spins on a: .*The last was PING"):
+        run(trace, start_ms=START_MS)
+    assert ended_at[0] == 0 if delay_sec == 0 else ended_at[0] < 10
+
+
+def _reads_again_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = StreamReader.take
+
+    def takes_and_stays(self: StreamReader, connection: Connection, replies: list[Any]) -> Read:
+        before = self.position
+        read = take(self, connection, replies)
+        if read.entries:
+            self.position = before
+        return read
+
+    monkeypatch.setattr(StreamReader, "take", takes_and_stays)
+
+
+def test_a_reader_that_reads_again_for_ever_fails_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails a run of a campaign hangs, or passes, while a link reads the same for ever."""
+    _reads_again_for_ever(monkeypatch)
+    steps = (("wait", 3.0), ("put", "a", "k", b"x"), ("wait", 3.0))
+    fate = Fate("mesh", 2, 0, steps, cold=False)
+    monkeypatch.setattr(campaign, "random_fate", lambda _seed: fate)
+    (failure,) = run_seeds([0]).failures
+    assert re.match("BrokenPromiseError: G12: (a spins on b|b spins on a): ", failure.error)
+    assert "XREAD" in failure.error
+
+
+def test_what_gets_on_may_ask_as_often_as_it_likes() -> None:
+    """If this fails a link that reads much is taken for one that spins, or the other way round."""
+    now, told = 0.0, list[BrokenPromiseError]()
+    pace = Pace(flights=10, flights_per_sec=2, commands=30, commands_per_sec=6)
+    watch = SpinWatch("b", pace, now_sec=lambda: now, fail=told.append)
+    read = [b"XREAD", b"STREAMS", b"cdc", b"0"]
+    get = [b"MGET", b"item:k", b"fsm:tree"]
+    line: Given = set()
+
+    def entry(number: int) -> list[Any]:
+        return [[b"cdc", [[b"%d-0" % number, [b"f", b"v"]]]]]
+
+    for number in range(50):
+        watch.sending("a", [read])
+        watch.replied("a", read, entry(number), line)
+        watch.sending("a", [get])
+        watch.replied("a", get, [b"%d" % number, b""], line)
+    for _ in range(50):
+        # Slow enough.
+        now += 0.5
+        watch.sending("a", [read])
+    now += 60
+    another: Given = set()
+    for number in range(50):
+        # What it had before comes again, but over another line.
+        watch.sending("a", [read])
+        watch.replied("a", read, entry(number), another)
+    now += 60
+    assert not told
+    assert max(watch.peak) <= 2
+    in_vain: list[tuple[list[bytes], Any]] = [
+        (read, entry(7)),  # It had that before.
+        (read, None),
+        (read, PeerReplyError("ERR no")),
+        (get, [b"7", b"another node of the tree"]),
+        (get, [None, None]),
+        ([b"PING"], Status(b"PONG")),
+    ]
+    for number in range(10):
+        watch.sending("a", [read])
+        watch.replied("a", *in_vain[number % len(in_vain)], line)
+        watch.sending("c", [read])
+    assert not told
+    watch.connecting("a")
+    assert len(told) == 1
+    assert "b spins on a: 111 flights with 110 commands in 145 s" in str(told[0])
+    assert "The last was (connect); of the last 100 flights" in str(told[0])
+    watch.sending("c", [read] * 100)
+    assert len(told) == 1, "it is told once"
+
+
+def test_entries_within_a_transaction_are_seen() -> None:
+    """If this fails a link that reads in transactions is taken for one that spins."""
+
+    async def trace() -> tuple[float, float]:
+        mesh = LocalMesh("ab", topology("mesh", "ab"))
+        node = mesh.nodes["b"]
+        connection = await node.transport.connect("redis://a", timeout_sec=5, name="reader")
+        stream = mesh.nodes["a"].store.keys.stream
+        for number in range(300):
+            mesh.servers["a"].execute("XADD", stream, f"{number + 1}-0", "f", "v")
+            read = ("XREAD", "STREAMS", stream, number)
+            await connection.pipeline([("MULTI",), ("PING",), read, ("EXEC",)])
+            await connection.pipeline([("MULTI",), ("DISCARD",), ("MULTI",), ("EXEC",)])
+        assert node.transport.watch is not None
+        return node.transport.watch.peak
+
+    flights, commands = run(trace, start_ms=START_MS)
+    assert flights <= 10
+    assert commands <= 20
 
 
 # A crash at every await ------------------------------------------------------------------------

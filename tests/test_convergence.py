@@ -1,4 +1,4 @@
-"""G3, G4, G5 and G11: whatever happens between nodes, all end with the same, and come to rest.
+"""G3, G4, G5, G11 and G12: whatever happens between nodes, all end with the same, and come to rest.
 
 The nodes are whole engines on virtual time; what is simulated are Redis servers, lines, clocks and
 cursor files. A failing run is reported with the steps that hypothesis has reduced it to.
@@ -21,17 +21,21 @@ from fsm_replication.resolvers import GrowOnlySet
 from fsm_replication.tables import PeerState
 from fsm_replication.testing.fates import (
     CONTENTS,
+    COUNTING,
     KEYS,
     NAMES,
     SHAPES,
+    UNCOUNTED_SHARE,
     Fate,
     Step,
     run_fate,
 )
 from fsm_replication.testing.local_mesh import START_MS, TTL_SEC, LocalMesh, topology
+from fsm_replication.testing.sim_dialects import REDIS_6_2
 from fsm_replication.testing.virtual_time import run
 
 PARTS = 5
+DRAWN = (*COUNTING, *([REDIS_6_2] if UNCOUNTED_SHARE else []))
 
 
 def steps_of(names: str) -> st.SearchStrategy[list[Step]]:
@@ -59,7 +63,9 @@ def fates(draw: Callable[..., Any]) -> Fate:
     shape = draw(st.sampled_from(SHAPES))
     seed = draw(st.integers(0, 2**16))
     steps = tuple(draw(steps_of(NAMES[:nodes])))
-    return Fate(shape, nodes, seed, steps, cold=draw(st.booleans()))
+    kinds = [dialect.name for dialect in DRAWN]
+    dialects = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=nodes).map(tuple))
+    return Fate(shape, nodes, seed, steps, cold=draw(st.booleans()), dialects=dialects)
 
 
 # In parts, so that they share the cores; each tries other runs, also where CI is set.

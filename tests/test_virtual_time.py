@@ -40,6 +40,27 @@ def test_a_year_takes_no_time() -> None:
     assert time.monotonic() - began < 5
 
 
+def test_a_run_ends_with_what_it_was_failed_with() -> None:
+    """If this fails a run in which time stands still for ever never ends."""
+    ended: list[str] = []
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualTimeLoop)
+        loop.call_soon(loop.fail, ValueError("enough"))
+        try:
+            while True:  # noqa: ASYNC110 - this is what must be ended
+                await asyncio.sleep(0)
+        finally:
+            # Who is ended this way still ends as he would otherwise.
+            await asyncio.sleep(1)
+            ended.append("in order")
+
+    with pytest.raises(ValueError, match="enough"):
+        run(scenario)
+    assert ended == ["in order"]
+
+
 def test_timers_fire_in_the_order_of_their_times() -> None:
     """If this fails what was due later happens first."""
 

@@ -12,6 +12,13 @@ from fsm_replication.testing.fates import BrokenPromiseError, Fate, random_fate,
 from fsm_replication.testing.fault_proxy import FaultProxy
 from fsm_replication.testing.local_mesh import LocalMesh, LocalNode, topology
 from fsm_replication.testing.memory_cursor import CursorSnapshot, MemoryCursorStore
+from fsm_replication.testing.sim_dialects import (
+    REDIS_6_2,
+    REDIS_7_0,
+    REDIS_8_0,
+    VALKEY_8_1,
+    Dialect,
+)
 from fsm_replication.testing.sim_redis import SimRedis, SimState
 from fsm_replication.testing.sim_store import SimStore
 from fsm_replication.testing.sim_transport import SimConnection, SimTransport
@@ -24,9 +31,14 @@ from fsm_replication.testing.virtual_time import (
 )
 
 __all__ = (
+    "REDIS_6_2",
+    "REDIS_7_0",
+    "REDIS_8_0",
+    "VALKEY_8_1",
     "BrokenPromiseError",
     "CursorSnapshot",
     "DeadlockError",
+    "Dialect",
     "Fate",
     "FaultProxy",
     "LocalMesh",

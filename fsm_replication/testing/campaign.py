@@ -119,6 +119,8 @@ def _as_json(done: Campaign) -> dict[str, object]:
         "seconds": round(done.took_sec, 1),
         "runs_per_second": round(tally.runs / done.took_sec, 2) if done.took_sec else 0.0,
         "virtual_hours": round(tally.seconds / 3600, 1),
+        "servers": dict(sorted(tally.servers.items())),
+        "peak_in_vain": {"flights": round(tally.peak[0]), "commands": round(tally.peak[1])},
         "steps": dict(tally.steps.most_common()),
         "moves_taken": len(tally.moves),
         "moves_never_taken": [" ".join(move) for move in done.never_taken],
@@ -131,6 +133,9 @@ def _show(done: Campaign, say: Callable[[str], None]) -> None:
         f"{said['runs']:,} runs in {said['seconds']} s ({said['runs_per_second']} a second),"
         f" {said['virtual_hours']} hours of virtual time, {said['moves_taken']} different moves"
     )
+    say("servers: " + ", ".join(f"{name} {n:,}" for name, n in sorted(done.tally.servers.items())))
+    flights, commands = done.tally.peak
+    say(f"most in vain: {flights:.0f} flights, {commands:.0f} commands")
     say("steps: " + ", ".join(f"{kind} {n:,}" for kind, n in done.tally.steps.most_common()))
     for failure in done.failures:
         say(f"FAILED seed {failure.seed}: {failure.error}\n  {failure.fate}")

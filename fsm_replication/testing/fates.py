@@ -9,6 +9,8 @@ with the same items. What must hold:
 - without the cold path (half of the runs) a link that reads has everything that its peer holds, or
   its health says that something is missing (G1, G2): what trees would heal must not hide a loss;
 - where no server lost anything, a node emits at most one event for each write (G11);
+- nothing spins (G12): what a node asks of a peer brings it entries or items that it did not have,
+  or is far between (see :mod:`fsm_replication.testing.spin_watch`);
 - every journal is a walk of the tables (G6), and nothing of an engine is left when it is down (G7).
 
 The same fate gives the same run, to the last await.
@@ -34,7 +36,7 @@ from fsm_replication.engine import ReplicationEngine
 from fsm_replication.errors import CursorStoreError, ReplicationError, StoreError
 from fsm_replication.items import Stamp, SyncItem
 from fsm_replication.journal import Transition
-from fsm_replication.ports import PeerRecord
+from fsm_replication.ports import PeerRecord, StreamId
 from fsm_replication.tables import EngineState, PeerState
 from fsm_replication.testing.local_mesh import (
     BLOCK_SEC,
@@ -47,13 +49,24 @@ from fsm_replication.testing.local_mesh import (
     topology,
 )
 from fsm_replication.testing.moves import Move, moves_of_the_tables
+from fsm_replication.testing.sim_dialects import (
+    REDIS_6_2,
+    REDIS_7_0,
+    REDIS_8_0,
+    VALKEY_8_1,
+    Dialect,
+    dialect_named,
+)
+from fsm_replication.testing.spin_watch import BrokenPromiseError
 from fsm_replication.testing.virtual_time import run
 
 __all__ = (
     "CONTENTS",
+    "COUNTING",
     "KEYS",
     "NAMES",
     "SHAPES",
+    "UNCOUNTED_SHARE",
     "BrokenPromiseError",
     "Fate",
     "Step",
@@ -83,16 +96,14 @@ CHAOS_MAX_SEC: Final = TTL_SEC - BACKOFF_MAX_SEC - 50.0
 Step = tuple[Any, ...]
 
 
-class BrokenPromiseError(AssertionError):
-    """A run in which something did not hold."""
-
-
 @dataclass(frozen=True, slots=True)
 class Fate:
     """A mesh and what happens to it.
 
     ``hot`` is false for nodes that only compare trees, ``cold`` for nodes that only read streams;
     ``strict`` nodes do not start without a peer; ``batch`` is how many entries they read at once.
+    ``dialects`` names what each node's server speaks, the last of them also for further nodes; all
+    speak that of Redis 7.0 where none is named.
     """
 
     shape: str
@@ -103,6 +114,13 @@ class Fate:
     cold: bool = True
     strict: bool = False
     batch: int = 100
+    dialects: tuple[str, ...] = ()
+
+    def dialect(self, name: str) -> Dialect:
+        """Return what a node's server speaks."""
+        if not self.dialects:
+            return REDIS_7_0
+        return dialect_named(self.dialects[min(NAMES.index(name), len(self.dialects) - 1)])
 
     @property
     def names(self) -> str:
@@ -112,12 +130,17 @@ class Fate:
 
 @dataclass(slots=True)
 class Tally:
-    """What runs have covered: virtual seconds, steps by kind, and moves of machines."""
+    """What runs have covered: virtual seconds, steps by kind, moves, and servers by dialect.
+
+    ``peak`` is the most flights and commands that a node ever spent without getting on.
+    """
 
     runs: int = 0
     seconds: float = 0.0
     steps: Counter[str] = field(default_factory=Counter)
     moves: Counter[Move] = field(default_factory=Counter)
+    servers: Counter[str] = field(default_factory=Counter)
+    peak: tuple[float, float] = (0.0, 0.0)
 
     def add(self, other: Tally) -> None:
         """Add what other runs have covered."""
@@ -125,6 +148,12 @@ class Tally:
         self.seconds += other.seconds
         self.steps.update(other.steps)
         self.moves.update(other.moves)
+        self.servers.update(other.servers)
+        self.spent(other.peak)
+
+    def spent(self, peak: tuple[float, float]) -> None:
+        """Note the most flights and commands that a node spent."""
+        self.peak = (max(self.peak[0], peak[0]), max(self.peak[1], peak[1]))
 
     def never_taken(self) -> list[Move]:
         """Return the moves of the tables that no run has taken."""
@@ -146,6 +175,10 @@ _TICKETS: Final = tuple(tickets for _, tickets in _LOTTERY)
 EXPIRE_SHARE: Final = 0.005
 WIPE_SHARE: Final = 0.2
 COLD_SHARE: Final = 0.5
+# How often a server is one that does not count what is added to a stream. None is for as long as a
+# reader of such a server may ask it for ever without a pause.
+UNCOUNTED_SHARE: Final = 0.0
+COUNTING: Final = (REDIS_7_0, REDIS_8_0, VALKEY_8_1)
 # After these a stream may begin anew.
 _BREAKS: Final = frozenset({"lose", "drop", "wipe"})
 
@@ -170,6 +203,8 @@ def random_fate(seed: int) -> Fate:
     apart = random.Random(f"wipe {seed}")  # noqa: S311 - as above
     if apart.random() < WIPE_SHARE:
         steps.insert(apart.randint(0, len(steps)), ("wipe", apart.choice(names)))
+    kinds = random.Random(f"dialects {seed}")  # noqa: S311 - as above
+    dialects = tuple(_random_dialect(kinds).name for _ in names)
     shape, hot = rng.choice(SHAPES), rng.random() > 0.1
     return Fate(
         shape,
@@ -180,7 +215,13 @@ def random_fate(seed: int) -> Fate:
         cold=not hot or apart.random() < COLD_SHARE,
         strict=rng.random() < 0.1,
         batch=rng.choice((1, 100)),
+        dialects=dialects,
     )
+
+
+def _random_dialect(rng: random.Random) -> Dialect:
+    counting = rng.choice(COUNTING)
+    return REDIS_6_2 if rng.random() < UNCOUNTED_SHARE else counting
 
 
 def _random_step(kind: str, names: str, rng: random.Random) -> Step:
@@ -219,6 +260,7 @@ class _Run:
             fate.names,
             topology(fate.shape, fate.names),
             seed=fate.seed,
+            dialect=fate.dialect,
             settings=Settings(
                 hot_path=HotPathConfig(
                     enabled=fate.hot,
@@ -250,6 +292,9 @@ class _Run:
                 await self._stop(name)
             left = asyncio.all_tasks() - {asyncio.current_task()}
             _promise(not left, f"tasks are left behind: {left}")
+            for node in self.mesh.nodes.values():
+                assert node.transport.watch is not None
+                self._tally.spent(node.transport.watch.peak)
         finally:
             await self.mesh.close()
 
@@ -372,7 +417,7 @@ class _Run:
         self._blind |= {
             (reader, name)
             for reader, node in self.mesh.nodes.items()
-            if name in self.mesh.read_by(reader) and not _entries_read(node, name)
+            if name in self.mesh.read_by(reader) and not _has_read(node, name)
         }
         self.mesh.delete_stream(name)
         self._lost = True
@@ -602,14 +647,20 @@ def _has_given_up(engine: ReplicationEngine) -> bool:
     return ended or PeerState.FAILED in engine.peers.values()
 
 
-def _entries_read(node: LocalNode, peer: str) -> int:
-    """Return how many entries of a peer's stream a node has settled, as far as it would know."""
+def _has_read(node: LocalNode, peer: str) -> bool:
+    """Whether a node knows of anything that it has read of a peer's stream as it is now."""
+    position = None
     if node.engine is not None:
-        settled = node.engine._links[peer].context.progress.settled
-        if settled is not None:
-            return settled.entries_read or 0
-    cursor = node.cursors.snapshot().tables().peers.get(peer, PeerRecord()).cursor
-    return 0 if cursor is None else cursor.position.entries_read or 0
+        position = node.engine._links[peer].context.progress.settled
+    if position is None:
+        cursor = node.cursors.snapshot().tables().peers.get(peer, PeerRecord()).cursor
+        position = None if cursor is None else cursor.position
+    if position is None:
+        return False
+    if position.entries_read is None:
+        # The server does not count; who has read something stands at an id.
+        return position.stream_id > StreamId(0, 0)
+    return position.entries_read > 0
 
 
 def _promise(kept: bool, otherwise: str) -> None:
@@ -632,6 +683,7 @@ async def carry_out(fate: Fate, tally: Tally) -> None:
     async with asyncio.timeout(LIMIT_SEC):
         await _Run(fate, tally).run(fate.steps)
     tally.runs += 1
+    tally.servers.update(fate.dialect(name).name for name in fate.names)
     tally.seconds += asyncio.get_running_loop().time()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
@@ -30,10 +30,13 @@ from fsm_replication.merkle import OWN
 from fsm_replication.ports import Ports
 from fsm_replication.tables import PeerState
 from fsm_replication.testing.memory_cursor import MemoryCursorStore
+from fsm_replication.testing.sim_dialects import REDIS_7_0, Dialect
 from fsm_replication.testing.sim_redis import SimRedis, SimState
 from fsm_replication.testing.sim_store import SimStore
+from fsm_replication.testing.sim_streams import Stream
 from fsm_replication.testing.sim_transport import SimTransport
-from fsm_replication.testing.virtual_time import LoopClock, SkewedWallClock
+from fsm_replication.testing.spin_watch import BrokenPromiseError, Pace, SpinWatch
+from fsm_replication.testing.virtual_time import LoopClock, SkewedWallClock, VirtualTimeLoop
 
 __all__ = ("LocalMesh", "LocalNode", "kill_engine", "topology")
 
@@ -82,6 +85,12 @@ class LocalNode:
     saved: deque[tuple[float, SimState]] = field(default_factory=deque)
 
 
+def _end_run(error: BrokenPromiseError) -> None:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualTimeLoop)
+    loop.fail(error)
+
+
 async def kill_engine(engine: ReplicationEngine) -> None:
     """End every task of an engine where it stands, as kill -9 ends a process."""
     drivers = [engine._driver, *(link.driver for link in engine._links.owned)]
@@ -100,6 +109,8 @@ class LocalMesh:
     """Nodes that read each other in pairs; use it inside a coroutine run on virtual time.
 
     Every call that lets time pass is a coroutine; what is written and broken happens at once.
+    ``dialect`` chooses what kind of server a node has, by its name. A node that asks a peer for
+    more than ``pace`` allows without getting on ends the run with BrokenPromiseError.
     """
 
     def __init__(
@@ -110,7 +121,10 @@ class LocalMesh:
         seed: int = 0,
         settings: Settings | None = None,
         resolver: Resolver | None = None,
+        dialect: Callable[[str], Dialect] = lambda _name: REDIS_7_0,
+        pace: Pace | None = None,
     ) -> None:
+        self._pace = pace or Pace()
         self._rng = random.Random(seed)  # noqa: S311 - a seed must give the same run
         self._clock = LoopClock()
         self._pairs = set(pairs)
@@ -123,11 +137,11 @@ class LocalMesh:
         self.servers: dict[str, SimRedis] = {}
         self.nodes: dict[str, LocalNode] = {}
         for name in names:
-            self._add(name, resolver)
+            self._add(name, resolver, dialect(name))
 
-    def _add(self, name: str, resolver: Resolver | None) -> None:
+    def _add(self, name: str, resolver: Resolver | None, dialect: Dialect) -> None:
         wall_clock = SkewedWallClock(self._clock, START_MS)
-        server = self.servers[name] = SimRedis(now_ms=wall_clock.now_ms)
+        server = self.servers[name] = SimRedis(now_ms=wall_clock.now_ms, dialect=dialect)
         tombstones = self._settings.tombstones
         store = SimStore(
             server,
@@ -140,6 +154,7 @@ class LocalMesh:
         store.open()
         transport = SimTransport(self.servers, self._clock, self._rng)
         transport.delay = lambda _name, _host: self._rng.choice((0.0, 0.001, 0.02))
+        transport.watch = SpinWatch(name, self._pace, now_sec=self._clock.monotonic, fail=_end_run)
         config = ReplicationConfig(
             local_node_id=name,
             peers=[
@@ -194,9 +209,11 @@ class LocalMesh:
         node.cursors.restore(on_disk)
 
     async def close(self) -> None:
-        """Stop every engine."""
+        """Stop every engine; where one spins they are killed, for it may not let time pass."""
+        watches = [node.transport.watch for node in self.nodes.values()]
+        spins = any(watch is not None and watch.failed for watch in watches)
         for name in self.nodes:
-            await self.stop(name)
+            await (self.kill(name) if spins else self.stop(name))
 
     # Lines and servers
 
@@ -261,12 +278,9 @@ class LocalMesh:
         """Return how many entries were ever added to each stream as it is now."""
         counts = {}
         for name, node in self.nodes.items():
-            info = node.server.execute("XINFO", "STREAM", node.store.keys.stream)
-            if isinstance(info, list):
-                fields = dict(zip(info[::2], info[1::2], strict=True))
-                counts[name] = int(fields[b"entries-added"])
-            else:
-                counts[name] = 0
+            # Not every server tells.
+            stream = node.server.db.get(node.store.keys.stream.encode(), Stream)
+            counts[name] = 0 if stream is None else stream.added
         return counts
 
     async def roots(self) -> set[bytes]:

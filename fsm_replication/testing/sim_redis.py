@@ -1,6 +1,6 @@
-"""A Redis 7.0 in a dictionary: in process, synchronous, and the same on every run.
+"""A Redis in a dictionary: in process, synchronous, and the same on every run.
 
-It knows the commands that nodes send to their peers, and those that tests write with; anything else
+It speaks the dialect that is given to it: Redis 7.0 if nothing is. It knows the commands that nodes send to their peers, and those that tests write with; anything else
 is an unknown command, as it would be to a real server. Time is a function given to it. What it
 does not have: databases but 0, scripts, persistence, memory limits, encodings and their orders
 (hashes and sets keep the order of insertion).
@@ -14,7 +14,8 @@ from functools import partial
 from typing import Any, Final
 
 from fsm_replication.errors import PeerReplyError
-from fsm_replication.testing.sim_streams import Wait, read_after
+from fsm_replication.testing.sim_dialects import REDIS_7_0, Dialect
+from fsm_replication.testing.sim_streams import Stream, Wait
 from fsm_replication.testing.sim_values import (
     COMMANDS,
     NOT_INTEGER,
@@ -30,9 +31,8 @@ from fsm_replication.testing.sim_values import (
     wrong_arity,
 )
 
-__all__ = ("VERSION", "Session", "SimRedis", "SimState")
+__all__ = ("Session", "SimRedis", "SimState")
 
-VERSION: Final = "7.0.15"
 STRING_MAX: Final = 512 * 1024 * 1024
 INTEGER_MAX: Final = 2**63 - 1
 PARENTS: Final = (b"XINFO", b"CLIENT")
@@ -57,12 +57,21 @@ class SimState:
 class SimRedis:
     """One server. ``now_ms`` is its time of day; with ``password`` sessions must give it first.
 
+    ``dialect`` says which kind and version of server it is like.
+
     Replies are what hiredis makes of RESP2: bytes, int, None, lists; an error reply is returned as
     a PeerReplyError object.
     """
 
-    def __init__(self, *, now_ms: Callable[[], int], password: str | None = None) -> None:
-        self.db = Keyspace(now_ms)
+    def __init__(
+        self,
+        *,
+        now_ms: Callable[[], int],
+        password: str | None = None,
+        dialect: Dialect = REDIS_7_0,
+    ) -> None:
+        self.dialect = dialect
+        self.db = Keyspace(now_ms, dialect)
         self.password = password
         self._waits: list[Wait] = []
         self._own = Session(self, trusted=True)
@@ -105,14 +114,11 @@ class SimRedis:
         """Answer the reads whose streams have got entries, in the order in which they came."""
         while self.db.ready:
             key = self.db.ready.pop(0)
-            for wait in [wait for wait in self._waits if key in wait.streams]:
-                try:
-                    found = read_after(self.db, key, wait.streams[key], wait.count)
-                except PeerReplyError:
-                    continue
-                if found is not None:
+            for wait in [wait for wait in self._waits if wait.waits_for(key)]:
+                reply = wait.answer(self.db, key)
+                if reply is not None:
                     self._waits.remove(wait)
-                    wait.wake([found])
+                    wait.wake(reply)
 
 
 class Session:
@@ -133,6 +139,8 @@ class Session:
             b"SELECT": (2, _select),
             b"CLIENT|SETNAME": (3, self._set_name),
         }
+        if not server.dialect.subcommands_in_table:
+            self._table |= {name: (-2, partial(self._subcommand, name)) for name in PARENTS}
 
     def execute(self, *args: bytes | str | float, wake: Callable[[Any], None] | None = None) -> Any:
         """Run one command and return its reply.
@@ -153,8 +161,13 @@ class Session:
     def _run(self, argv: list[bytes]) -> Any:
         try:
             name, run, args = self._resolve(argv)
-        except PeerReplyError:
+        except PeerReplyError as error:
             self._spoilt = True
+            if argv[0].upper() == b"EXEC":
+                self._queue = None
+                raise PeerReplyError(
+                    f"EXECABORT Transaction discarded because of: {error}"
+                ) from None
             raise
         if self._queue is not None and name.decode() not in AT_ONCE:
             self._queue.append((run, args))
@@ -163,10 +176,17 @@ class Session:
 
     def _resolve(self, argv: list[bytes]) -> tuple[bytes, _Bound, list[bytes]]:
         name, args = argv[0].upper(), argv[1:]
-        if name in PARENTS:
+        if name in PARENTS and name not in self._table:
             if not args:
                 raise wrong_arity(name.decode())
             name, args = name + b"|" + args[0].upper(), args[1:]
+        run = self._look_up(name, argv)
+        if self._server.password is not None and not self._trusted and name != b"AUTH":
+            raise PeerReplyError("NOAUTH Authentication required.")
+        return name, run, args
+
+    def _look_up(self, name: bytes, argv: list[bytes]) -> _Bound:
+        run: _Bound
         if name in self._table:
             arity, run = self._table[name]
         elif name in COMMANDS:
@@ -178,12 +198,18 @@ class Session:
             raise PeerReplyError(f"ERR unknown command '{argv[0].decode('utf-8', 'replace')}'")
         if len(argv) < -arity or (arity > 0 and len(argv) != arity):
             raise wrong_arity(name.decode())
-        if self._server.password is not None and not self._trusted and name != b"AUTH":
-            raise PeerReplyError("NOAUTH Authentication required.")
-        return name, run, args
+        return run
+
+    def _subcommand(self, parent: bytes, args: list[bytes]) -> Any:
+        """Run what a table without subcommands knows by the parent's name alone."""
+        if parent == b"XINFO" and len(args) > 1 and self._server.db.get(args[1], Stream) is None:
+            raise PeerReplyError("ERR no such key")
+        run = self._look_up(parent + b"|" + args[0].upper(), [parent, *args])
+        return run(args[1:])
 
     def _multi(self, _: list[bytes]) -> bytes:
         if self._queue is not None:
+            self._spoilt |= self._server.dialect.nested_multi_spoils
             raise PeerReplyError("ERR MULTI calls can not be nested")
         self._queue, self._spoilt = [], False
         return OK
@@ -256,10 +282,10 @@ def _echo(_: Keyspace, args: list[bytes]) -> bytes:
 
 
 @command("INFO", -1)
-def _info(_: Keyspace, args: list[bytes]) -> bytes:
+def _info(db: Keyspace, args: list[bytes]) -> bytes:
     if args and not {name.lower() for name in args} & {b"server", b"default", b"all"}:
         return b""
-    return f"# Server\r\nredis_version:{VERSION}\r\nredis_mode:standalone\r\n".encode()
+    return f"# Server\r\n{db.dialect.info}redis_mode:standalone\r\n".encode()
 
 
 @command("TIME", 1)
@@ -269,7 +295,9 @@ def _time(db: Keyspace, _: list[bytes]) -> list[bytes]:
 
 
 @command("FLUSHALL", -1)
-def _flushall(db: Keyspace, _: list[bytes]) -> bytes:
+def _flushall(db: Keyspace, args: list[bytes]) -> bytes:
+    if args and [name.upper() for name in args] not in ([b"SYNC"], [b"ASYNC"]):
+        raise PeerReplyError(SYNTAX)
     db.clear()
     return OK
 

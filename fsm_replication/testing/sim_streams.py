@@ -6,6 +6,7 @@ with ``~`` removes whole nodes only; bytes are estimated, so where a node ends m
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from fsm_replication.testing.sim_values import (
     wrong_arity,
 )
 
-__all__ = ("Stream", "Wait", "read_after")
+__all__ = ("Stream", "Wait")
 
 NODE_ENTRIES_MAX: Final = 100
 NODE_BYTES_MAX: Final = 4096
@@ -29,6 +30,8 @@ TRIMMED_MAX: Final = 100 * NODE_ENTRIES_MAX
 PART_MAX: Final = 2**64 - 1
 ZERO: Final = StreamId(0, 0)
 LAST: Final = StreamId(PART_MAX, PART_MAX)
+# As strtoull reads it.
+_ID: Final = re.compile(rb"\s*\+?([0-9]+)(?:-\s*\+?([0-9]+))?")
 BAD_ID: Final = "ERR Invalid stream ID specified as stream command argument"
 
 
@@ -143,11 +146,11 @@ class Stream:
 
 
 def _stream_id(raw: bytes, missing_seq: int = 0) -> StreamId:
-    try:
-        parsed = StreamId.parse(raw)
-    except ValueError:
-        raise PeerReplyError(BAD_ID) from None
-    return parsed if b"-" in raw else StreamId(parsed.ms, missing_seq)
+    found = _ID.fullmatch(raw)
+    parts = [int(part) for part in found.groups(default=missing_seq)] if found is not None else []
+    if not parts or max(parts) > PART_MAX:
+        raise PeerReplyError(BAD_ID)
+    return StreamId(*parts)
 
 
 def _loose_id(raw: bytes, missing_seq: int = 0) -> StreamId:
@@ -209,7 +212,7 @@ class _Trim:
             self.whole_nodes = rest.pop(0) == b"~"
         raw = rest.pop(0)
         if option == b"MINID":
-            self.minid = _loose_id(raw)
+            self.minid = _stream_id(raw)
             return
         self.maxlen = integer(raw)
         if self.maxlen < 0:
@@ -252,7 +255,7 @@ def _xadd(db: Keyspace, args: list[bytes]) -> bytes | None:
         pass
     raw = rest.pop(0) if rest else None
     given: StreamId | None = None
-    counts_on = raw is not None and raw.endswith(b"-*") and raw.count(b"-") == 1
+    counts_on = db.dialect.half_ids and raw is not None and _is_half(raw)
     if raw is not None and raw != b"*":
         given = _stream_id(raw.removesuffix(b"-*") if counts_on else raw)
     trim.check(adding=True)
@@ -269,6 +272,10 @@ def _xadd(db: Keyspace, args: list[bytes]) -> bytes | None:
     trim.run(stream)
     db.ready.append(key)
     return str(at).encode()
+
+
+def _is_half(raw: bytes) -> bool:
+    return raw.endswith(b"-*") and raw.count(b"-") == 1
 
 
 def _next_id(stream: Stream, given: StreamId | None, *, counts_on: bool, now_ms: int) -> StreamId:
@@ -352,20 +359,60 @@ def _xrevrange(db: Keyspace, args: list[bytes]) -> Any:
 class Wait:
     """Stands for the reply to a read that blocks; ``timeout_ms`` 0 is for ever."""
 
-    streams: dict[bytes, StreamId]
+    streams: list[tuple[bytes, StreamId]]
     count: int
     timeout_ms: int
     wake: Callable[[Any], None] = field(default=lambda _: None)
 
+    def waits_for(self, key: bytes) -> bool:
+        """Whether an entry of a stream may end this."""
+        return any(name == key for name, _ in self.streams)
 
-def read_after(db: Keyspace, key: bytes, after: StreamId, count: int) -> list[Any] | None:
-    """Return a stream's entries after an id as XREAD puts them, or None."""
-    stream = db.get(key, Stream)
-    if stream is None or not stream.entries or stream.entries[-1].id <= after:
-        return None
+    def answer(self, db: Keyspace, key: bytes) -> Any:
+        """Return the reply now that a stream has got an entry, or None to wait on."""
+        stream = db.find(key)
+        if not isinstance(stream, Stream):
+            return None
+        if db.dialect.reads_again:
+            try:
+                return _read(db, self.streams, self.count)
+            except PeerReplyError as error:
+                return PeerReplyError(str(error))
+        # The first place of a key that is named twice is the one that counts.
+        after = next(at for name, at in self.streams if name == key)
+        if stream.last <= after:
+            return None
+        return [[key, _entries_after(stream, after, self.count)]]
+
+
+def _entries_after(stream: Stream, after: StreamId, count: int) -> list[Any]:
     begin = stream.index(_after(after))
     entries = stream.entries[begin : begin + count if count else None]
-    return [key, [entry.reply() for entry in entries]]
+    return [entry.reply() for entry in entries]
+
+
+def _read(db: Keyspace, streams: Sequence[tuple[bytes, StreamId]], count: int) -> Any:
+    found: list[Any] = []
+    for key, after in streams:
+        stream = db.get(key, Stream)
+        if stream is not None and stream.entries and stream.entries[-1].id > after:
+            found.append([key, _entries_after(stream, after, count)])
+    return found or None
+
+
+def _reads_after(db: Keyspace, key: bytes, raw: bytes) -> StreamId:
+    stream = db.get(key, Stream)
+    if raw == b"$":
+        return stream.last if stream is not None else ZERO
+    if raw == b">":
+        raise PeerReplyError("ERR The > ID can be specified only when calling XREADGROUP")
+    if raw != b"+" or not db.dialect.plus_is_last_entry:
+        return _stream_id(raw)
+    if stream is None:
+        return ZERO
+    if db.dialect.plus_passes_over_deleted and stream.entries:
+        return _before(stream.entries[-1].id)
+    return _before(stream.last)
 
 
 @command("XREAD", -4)
@@ -390,19 +437,13 @@ def _xread(db: Keyspace, args: list[bytes]) -> Any:
             " specified."
         )
     half = len(rest) // 2
-    wanted: list[tuple[bytes, StreamId]] = []
-    for key, raw in zip(rest[:half], rest[half:], strict=True):
-        stream = db.get(key, Stream)
-        if raw == b"$":
-            wanted.append((key, stream.last if stream is not None else ZERO))
-        elif raw == b">":
-            raise PeerReplyError("ERR The > ID can be specified only when calling XREADGROUP")
-        else:
-            wanted.append((key, _stream_id(raw)))
-    found = [part for key, at in wanted if (part := read_after(db, key, at, count)) is not None]
-    if found:
+    wanted = [
+        (key, _reads_after(db, key, raw)) for key, raw in zip(rest[:half], rest[half:], strict=True)
+    ]
+    found = _read(db, wanted, count)
+    if found is not None:
         return found
-    return None if timeout_ms is None else Wait(dict(wanted), count, timeout_ms)
+    return None if timeout_ms is None else Wait(wanted, count, timeout_ms)
 
 
 @command("XINFO|STREAM", -3)
@@ -414,14 +455,19 @@ def _xinfo_stream(db: Keyspace, args: list[bytes]) -> list[Any]:
     if rest:
         raise PeerReplyError(SYNTAX)
     nodes = stream.nodes
+    counts: tuple[Any, ...] = ()
+    if db.dialect.counts_entries:
+        counts = (
+            *(b"max-deleted-entry-id", str(stream.max_deleted).encode()),
+            *(b"entries-added", stream.added),
+            *(b"recorded-first-entry-id", str(stream.first).encode()),
+        )
     return [
         *(b"length", len(stream.entries)),
         *(b"radix-tree-keys", nodes),
         *(b"radix-tree-nodes", nodes + 1),
         *(b"last-generated-id", str(stream.last).encode()),
-        *(b"max-deleted-entry-id", str(stream.max_deleted).encode()),
-        *(b"entries-added", stream.added),
-        *(b"recorded-first-entry-id", str(stream.first).encode()),
+        *counts,
         *(b"groups", 0),
         *(b"first-entry", stream.entries[0].reply() if stream.entries else None),
         *(b"last-entry", stream.entries[-1].reply() if stream.entries else None),

@@ -15,6 +15,7 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import hiredis
@@ -24,6 +25,7 @@ from fsm_replication.ports import Clock
 from fsm_replication.testing.sim_redis import SimRedis
 from fsm_replication.testing.sim_streams import Wait
 from fsm_replication.testing.sim_values import Status
+from fsm_replication.testing.spin_watch import Given, SpinWatch
 from fsm_replication.transport import Command, RedisConnection, RedisTransport
 
 __all__ = ("SimConnection", "SimTransport")
@@ -113,6 +115,9 @@ class _Wire(asyncio.Transport):
         self._wait: Wait | None = None
         self._alarm: asyncio.TimerHandle | None = None
         self._still_to_run: int | None = None
+        # Of a transaction whose replies come with EXEC.
+        self._queued: list[list[bytes]] = []
+        self._given: Given = set()
 
     # The client's end
 
@@ -129,6 +134,8 @@ class _Wire(asyncio.Transport):
         commands: list[list[bytes]] = []
         while (parsed := self._parser.gets()) is not False:
             commands.append(parsed)
+        if not self._network.may_send(self.host, commands):
+            return
         delay = self._network.delay(self._name, self.host)
         self._going.put(_Batch(commands, delay), delay / 2)
 
@@ -185,8 +192,9 @@ class _Wire(asyncio.Transport):
         self._network.note(self, over=self._protocol is None and not self._has_commands())
 
     def _run(self, batch: _Batch, command: list[bytes]) -> None:
-        reply = self._session.execute(*command, wake=self._wake)
+        reply = self._session.execute(*command, wake=partial(self._wake, command))
         if not isinstance(reply, Wait):
+            self._show(command, reply)
             batch.replies += _encode(reply)
         elif self._protocol is None:
             self._server.forget(reply)
@@ -199,12 +207,28 @@ class _Wire(asyncio.Transport):
     def _time_out(self) -> None:
         assert self._wait is not None
         self._server.forget(self._wait)
-        self._wake(None)
+        self._wait.wake(None)
 
-    def _wake(self, reply: Any) -> None:
+    def _wake(self, command: list[bytes], reply: Any) -> None:
         self._end_wait()
+        self._show(command, reply)
         self._inbox[0].replies += _encode(reply)
         self._work()
+
+    def _show(self, command: list[bytes], reply: Any) -> None:
+        """Show replies to who watches the reader, each with its command."""
+        watch = self._network.watch
+        if watch is None:
+            return
+        if reply == b"QUEUED" and isinstance(reply, Status):
+            self._queued.append(command)
+        elif command[0].upper() in (b"EXEC", b"DISCARD", b"MULTI"):
+            queued, self._queued = self._queued, []
+            if isinstance(reply, list):
+                for one, its_reply in zip(queued, reply, strict=True):
+                    watch.replied(self.host, one, its_reply, self._given)
+        else:
+            watch.replied(self.host, command, reply, self._given)
 
     def _end_wait(self) -> None:
         self._wait = None
@@ -275,7 +299,8 @@ class SimTransport(RedisTransport):
     One for all nodes is one network; one for each node lets each lose its own lines. ``delay`` is
     called with the connection's name and the host for each flight, and returns the seconds that it
     takes there and back; while nothing was set, replies come after a turn of the loop or two.
-    ``flights`` and ``commands`` count what all connections have sent, greetings included.
+    ``flights`` and ``commands`` count what all connections have sent, greetings included. ``watch``
+    sees what is sent and replied; once it has failed nothing that is sent arrives any more.
     """
 
     def __init__(self, servers: Mapping[str, SimRedis], clock: Clock, rng: random.Random) -> None:
@@ -283,6 +308,7 @@ class SimTransport(RedisTransport):
         self.servers = servers
         self.rng = rng
         self.delay: Callable[[str, str], float] = lambda _name, _host: 0.0
+        self.watch: SpinWatch | None = None
         self.flights = 0
         self.commands = 0
         self.down: set[str] = set()
@@ -320,6 +346,14 @@ class SimTransport(RedisTransport):
             raise KeyError(f"there is no server {host!r}")
         return host
 
+    def may_send(self, host: str, commands: Sequence[list[bytes]]) -> bool:
+        """Show a flight to who watches; whether it goes on its way."""
+        if self.watch is None:
+            return True
+        if not self.watch.failed:
+            self.watch.sending(host, commands)
+        return not self.watch.failed
+
     def note(self, wire: _Wire, *, over: bool) -> None:
         """Forget a line when it is over."""
         if over:
@@ -338,6 +372,8 @@ class SimTransport(RedisTransport):
 
     async def _open(self, options: dict[str, Any], where: str, name: str) -> SimConnection:
         host = str(options.get("host", "localhost"))
+        if self.watch is not None:
+            self.watch.connecting(host)
         await self._clock.sleep(self.delay(name, host))
         if host not in self.servers or host in self.down:
             raise ConnectionLostError(f"{where} cannot be reached: connection refused")

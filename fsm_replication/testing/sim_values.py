@@ -2,7 +2,8 @@
 
 A command is a function of the keyspace and the arguments after its name; it returns the reply, or
 raises PeerReplyError for an error reply. Orders of checks are those of Redis 7.0, because the first
-thing that is wrong decides which error is answered.
+thing that is wrong decides which error is answered; where other servers differ is said by the
+keyspace's ``dialect``.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, ClassVar, Final, Protocol, TypeVar
 
 from fsm_replication.errors import PeerReplyError
+from fsm_replication.testing.sim_dialects import REDIS_7_0, Dialect
 
 __all__ = (
     "COMMANDS",
@@ -138,8 +141,9 @@ class Sorted(_Container):
 class Keyspace:
     """Keys with their values and times of expiry; ``ready`` names streams that got an entry."""
 
-    def __init__(self, now_ms: Callable[[], int]) -> None:
+    def __init__(self, now_ms: Callable[[], int], dialect: Dialect = REDIS_7_0) -> None:
         self.now_ms = now_ms
+        self.dialect = dialect
         self.ready: list[bytes] = []
         self._values: dict[bytes, Value] = {}
         self._expiries: dict[bytes, int] = {}
@@ -202,7 +206,7 @@ class Keyspace:
 
     def copy(self) -> Keyspace:
         """Return the same keys with values that change on their own."""
-        twin = Keyspace(self.now_ms)
+        twin = Keyspace(self.now_ms, self.dialect)
         twin.take(self)
         return twin
 
@@ -274,8 +278,29 @@ def _given_score(raw: bytes) -> float:
     raise PeerReplyError("ERR value is not a valid float")
 
 
-def _score(value: float) -> bytes:
-    return format(value, ".17g").encode()
+def _score(value: float, dialect: Dialect) -> bytes:
+    if not dialect.short_scores or math.isinf(value):
+        return format(value, ".17g").encode()
+    if abs(value) <= INTEGER_MAX // 2 and value.is_integer():
+        return b"%d" % int(value)
+    return _short(value).encode()
+
+
+def _short(value: float) -> str:
+    # What grisu2 writes, as servers have it, but for the few numbers of which it finds one digit
+    # more than are needed.
+    sign, parts, exponent = Decimal(repr(value)).normalize().as_tuple()
+    assert isinstance(exponent, int), "neither infinite nor no number"
+    digits, minus = "".join(map(str, parts)), "-" if sign else ""
+    power = exponent + len(digits) - 1
+    if exponent >= 0 and abs(power) < len(digits) + 7:
+        return minus + digits + "0" * exponent
+    if exponent < 0 and (exponent > -7 or abs(power) < 4):
+        digits = digits.rjust(1 - exponent, "0")
+        return f"{minus}{digits[:exponent]}.{digits[exponent:]}"
+    digits = digits[: 18 - sign]
+    rest = f".{digits[1:]}" if len(digits) > 1 else ""
+    return f"{minus}{digits[0]}{rest}e{power:+d}"
 
 
 def glob(pattern: bytes) -> re.Pattern[bytes]:
@@ -433,7 +458,9 @@ def _zadd(db: Keyspace, args: list[bytes]) -> int:
         raise PeerReplyError(SYNTAX)
     if {b"NX", b"XX"} <= options:
         raise PeerReplyError("ERR XX and NX options at the same time are not compatible")
-    scores = [_given_score(raw) for raw in rest[::2]]
+    # Adding 0 makes 0 of -0.
+    zero = -0.0 if db.dialect.minus_zero else 0.0
+    scores = [_given_score(raw) + zero for raw in rest[::2]]
     if db.get(key, Sorted) is None and b"XX" in options:
         return 0
     held = db.make(key, Sorted).held
@@ -453,7 +480,7 @@ def _zadd(db: Keyspace, args: list[bytes]) -> int:
 def _zscore(db: Keyspace, args: list[bytes]) -> bytes | None:
     found = db.get(args[0], Sorted)
     score = None if found is None else found.held.get(args[1])
-    return None if score is None else _score(score)
+    return None if score is None else _score(score, db.dialect)
 
 
 @command("ZCARD", 2)
@@ -461,9 +488,9 @@ def _zcard(db: Keyspace, args: list[bytes]) -> int:
     return len((db.get(args[0], Sorted) or Sorted()).held)
 
 
-def _listed(pairs: Sequence[tuple[bytes, float]], with_scores: bool) -> list[bytes]:
+def _listed(db: Keyspace, pairs: Sequence[tuple[bytes, float]], with_scores: bool) -> list[bytes]:
     if with_scores:
-        return [part for member, score in pairs for part in (member, _score(score))]
+        return [part for member, score in pairs for part in (member, _score(score, db.dialect))]
     return [member for member, _ in pairs]
 
 
@@ -476,7 +503,7 @@ def _zrange(db: Keyspace, args: list[bytes]) -> list[bytes]:
     pairs = (db.get(key, Sorted) or Sorted()).in_order()
     start = max(0, start + len(pairs) if start < 0 else start)
     stop = stop + len(pairs) if stop < 0 else stop
-    return _listed(pairs[start : max(0, stop + 1)], with_scores=len(args) > 3)
+    return _listed(db, pairs[start : max(0, stop + 1)], with_scores=len(args) > 3)
 
 
 @command("ZRANGEBYSCORE", -4)
@@ -500,4 +527,4 @@ def _zrangebyscore(db: Keyspace, args: list[bytes]) -> list[bytes]:
     ]
     if offset < 0:
         return []
-    return _listed(pairs[offset : None if count < 0 else offset + count], with_scores)
+    return _listed(db, pairs[offset : None if count < 0 else offset + count], with_scores)

@@ -85,6 +85,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         self._now = 0.0
         self._turns = 0
         self._at_turn: dict[int, Callable[[], None]] = {}
+        self._failure: Exception | None = None
         super().__init__(_JumpingSelector(self._jump, self._turn))
         # With the machine's own, a nanosecond, a timer after 97 days would never be due.
         self._clock_resolution = RESOLUTION_SEC
@@ -106,8 +107,18 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         """Call something between two turns: what a coroutine did until then is all it will do."""
         self._at_turn[number] = call
 
+    def fail(self, error: Exception) -> None:
+        """End the run with an error at the next turn, also where time stands still.
+
+        Whoever sees that a run cannot end, from within what must end, has no other way out.
+        """
+        self._failure = error
+
     def _turn(self) -> None:
         self._turns += 1
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
         call = self._at_turn.pop(self._turns, None)
         if call is not None:
             call()
@@ -133,6 +144,7 @@ def run(main: Callable[..., Coroutine[Any, Any, _T]], *args: Any, start_ms: int 
     Tasks that are left when it ends are cancelled.
 
     :raises DeadlockError: if nothing could ever wake it again.
+    :raises Exception: what :meth:`VirtualTimeLoop.fail` was given.
     """
     with asyncio.Runner(loop_factory=lambda: VirtualTimeLoop(start_ms)) as runner:
         return runner.run(main(*args))
