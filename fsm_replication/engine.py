@@ -746,11 +746,11 @@ class ReplicationEngine(Observer):
         """Start what Running owns."""
         clock = self._ports.clock
         self._supervise("cursor-flush", lambda r: flush_cursors(self._book, clock, r))
-        circuits = (self.circuit.writes, self.circuit.reads)
+        writes, reads = self.circuit.writes, self.circuit.reads
         self._supervise(
             "prober",
             lambda _r: probe_circuits(
-                circuits, self._links.grant_probe, clock, self._circuit_moved
+                writes, reads, self._links.grant_probe, clock, self._circuit_moved
             ),
         )
         # These two do nothing while they are not enabled, which may change.

@@ -59,6 +59,7 @@ class LinkProgress:
     stream_too_short: bool = False
     layout: str = ""
     advances: int = 0
+    rounds_delayed: int = 0
     furthest: StreamId = BEFORE_ALL
 
     def settled_to(self, end: Position, entries: int) -> None:

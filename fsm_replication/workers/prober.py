@@ -19,22 +19,25 @@ PROBE_INTERVAL_SEC: Final = 0.25
 
 
 async def probe_circuits(
-    circuits: tuple[Circuit, ...],
+    writes: Circuit,
+    reads: Circuit,
     grant_probe: Callable[[], bool],
     clock: Clock,
     changed: asyncio.Event,
 ) -> None:
     """When a reset time is over, let one paused link try; until cancelled.
 
+    A link that goes on begins by reading, so it can try nothing while reads may not be tried.
     ``grant_probe`` lets one link go on and says whether there was one. ``changed`` is set when a
     circuit changes: as long as all are closed there is nothing to look after.
     """
+    circuits = (writes, reads)
     while True:
         if all(circuit.state is CircuitState.CLOSED for circuit in circuits):
             changed.clear()
             await changed.wait()
             continue
         waits = [c.probe_in_sec for c in circuits if c.state is not CircuitState.CLOSED]
-        if waits and min(waits) <= 0:
+        if min(waits, default=1.0) <= 0 and reads.probe_in_sec <= 0:
             grant_probe()
         await clock.sleep(PROBE_INTERVAL_SEC)

@@ -1,10 +1,10 @@
 """Sees to it that a link's rounds make progress, or wait (G12).
 
 A *round* is one decision, one copy or one read. It made progress where an entry was settled that
-had not been settled before, or an item was fetched; it waited where it took as long as a blocking
-read may. A link needs a few rounds that do neither, to get from connecting to the head. Whatever
-goes on like that, though, is a peer that contradicts itself, a store that changes its mind, or a
-defect of ours: then each round begins later after the one before, twice as long each time.
+had not been settled before, or an item was fetched; it waited where it took a second, or as long as
+a blocking read may. A link needs a few rounds that do neither, to get from connecting to the head.
+Whatever goes on like that, though, is a peer that contradicts itself, a store that changes its mind,
+or a defect of ours: then each round begins later after the one before, twice as long each time.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from fsm_replication.workers.context import LinkProgress
 
 __all__ = ("FREE_ROUNDS", "Rounds")
 
-FREE_ROUNDS: Final = 8
+FREE_ROUNDS: Final = 12
 FIRST_WAIT_SEC: Final = 0.01
-# Of the time that a blocking read may take; servers and floats are not exact.
+# A round that takes longer is no spin, nor one that takes this share of what a blocking read may;
+# servers and floats are not exact.
+WAITED_SEC: Final = 1.0
 WAITED_SHARE: Final = 0.9
 
 
@@ -36,7 +38,8 @@ class Rounds:
         """Begin a round, at most ``longest_sec`` after the last; returns the seconds to wait first."""
         now = self._clock.monotonic()
         took, self._began = now - self._began, now
-        if self._advances != self._progress.advances or took >= longest_sec * WAITED_SHARE:
+        waited = took >= min(WAITED_SEC, longest_sec * WAITED_SHARE)
+        if waited or self._advances != self._progress.advances:
             self._advances = self._progress.advances
             self._vain = 0
             return 0.0

@@ -255,6 +255,7 @@ class Tailer:
             return
         wait = self._rounds.begin(self._context.settings.hot_path.block_timeout)
         if wait > 0:
+            self._context.progress.rounds_delayed += 1
             self._context.log.debug("round_delayed", seconds=wait)
             await self._until_changed(orders, wait)
 
