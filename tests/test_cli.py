@@ -263,6 +263,7 @@ def make_repository(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [("mesh", 3), ("chain", 4), ("ring", 3), ("mesh", 1)])
+@pytest.mark.server
 def test_the_demo_ends_in_agreement(tmp_path: Path, shape: tuple[str, int]) -> None:
     """If this fails a newcomer's first command fails."""
     make_repository(tmp_path / "repo")
@@ -281,6 +282,7 @@ def test_the_demo_ends_in_agreement(tmp_path: Path, shape: tuple[str, int]) -> N
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.server
 def test_the_demo_survives_an_outage(tmp_path: Path) -> None:
     """If this fails a node that was cut off for longer than streams remember stays behind."""
     make_repository(tmp_path / "repo")
@@ -294,6 +296,7 @@ def test_the_demo_survives_an_outage(tmp_path: Path) -> None:
     assert run("demo", "--nodes", "1", "--outage").returncode == 1
 
 
+@pytest.mark.server
 def test_the_demo_replays_a_directory_outside_a_repository(tmp_path: Path) -> None:
     """If this fails the demo is of no use to somebody without a repository."""
     folder = tmp_path / "files"
@@ -307,6 +310,7 @@ def test_the_demo_replays_a_directory_outside_a_repository(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.server
 def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
     """If this fails Ctrl-C leaves Redis servers and files on the machine."""
     make_repository(tmp_path / "repo")
