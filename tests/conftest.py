@@ -101,6 +101,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say how many tests ran on a server, and on which."""
+    if terminalreporter.config.option.collectonly:
+        return
     counts = dict.fromkeys(("passed", "failed", "error", "skipped"), 0)
     for outcome in counts:
         for report in terminalreporter.stats.get(outcome, ()):
