@@ -344,3 +344,12 @@ def test_without_a_server_the_demo_says_what_to_install(tmp_path: Path) -> None:
     assert ended.returncode == 1
     assert "apt install redis-server" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("command", [["demo"], ["bench"]], ids=lambda command: command[0])
+def test_demo_and_bench_use_the_chosen_server(command: list[str]) -> None:
+    """If this fails FSM_REDIS_SERVER chooses for the tests, and demo and bench run on another."""
+    ended = run(*command, FSM_REDIS_SERVER="/nowhere/redis-server")
+    assert ended.returncode == 1
+    assert "FSM_REDIS_SERVER is '/nowhere/redis-server'" in " ".join(ended.stderr.split())
+    assert "Traceback" not in ended.stderr
