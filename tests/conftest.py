@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import AsyncExitStack
 from enum import StrEnum
 from pathlib import Path
@@ -18,9 +19,15 @@ from hypothesis import HealthCheck, settings
 
 from fsm_replication.config import CursorConfig, PeerConfig, ReplicationConfig, Settings
 from fsm_replication.engine import ReplicationEngine
+from fsm_replication.errors import ReplicationError
 from fsm_replication.items import LastWriterWins, SyncItem, content_hash
 from fsm_replication.layout import FORMAT, Keys, encode_value
-from fsm_replication.servers import RedisServer
+from fsm_replication.servers import (
+    SERVER_VARIABLE,
+    RedisServer,
+    describe_redis_server,
+    find_redis_server,
+)
 from fsm_replication.stores import MemorySyncEngine, RedisSyncEngine, SyncEngine
 from fsm_replication.stream import encode_data, encode_fields
 from fsm_replication.tables import Table
@@ -42,7 +49,16 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile("quick", max_examples=60, **quiet)  # type: ignore[arg-type]
     settings.register_profile("full", max_examples=1000, **quiet)  # type: ignore[arg-type]
     settings.load_profile("full" if config.getoption("--full") else "quick")
+    if config.getoption("--full") and config.option.markexpr == NOT_SLOW:
+        config.option.markexpr = ""
 
+
+# What pyproject.toml sets, unless the command line chooses tests by other marks.
+NOT_SLOW = "not slow"
+# A test with one of these touches a real server.
+SERVER_FIXTURES = {"any_redis_server", "new_redis_server", "real", "redis_server_pool"}
+# What a test finds as FSM_REDIS_SERVER that is not marked so; the message of its error shows it.
+UNMARKED = "/a test that starts a server is to be marked `server`"
 
 # The longest first: what is left at the end is short then, and no core waits for another.
 LONGEST = (
@@ -56,9 +72,47 @@ LONGEST = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest tests first."""
+    """Put the longest tests first, and mark those that touch a server by their fixtures."""
     items.sort(key=lambda item: not item.name.startswith(LONGEST))
+    for item in items:
+        if isinstance(item, pytest.Function) and SERVER_FIXTURES & set(item.fixturenames):
+            item.add_marker("server")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Let a test, or a process it starts, find no server unless it is marked ``server``.
+
+    Not a fixture: one for each test comes after those that several share.
+    """
+    if item.get_closest_marker("server"):
+        return (yield)
+    before = os.environ.get(SERVER_VARIABLE)
+    os.environ[SERVER_VARIABLE] = UNMARKED
+    try:
+        return (yield)
+    finally:
+        del os.environ[SERVER_VARIABLE]
+        if before is not None:
+            os.environ[SERVER_VARIABLE] = before
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how many tests ran on a server, and on which."""
+    if terminalreporter.config.option.collectonly:
+        return
+    counts = dict.fromkeys(("passed", "failed", "error", "skipped"), 0)
+    for outcome in counts:
+        for report in terminalreporter.stats.get(outcome, ()):
+            counts[outcome] += "server" in getattr(report, "keywords", ())
+    try:
+        server = describe_redis_server(find_redis_server())
+    except ReplicationError:
+        server = "no server"
+    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    terminalreporter.write_line(f"tests on {server}: {told}")
 
 
 @pytest.fixture(scope="session")

@@ -468,6 +468,8 @@ def _try(mutant: Mutant, folder: Path) -> str:
         "0",
         "-p",
         "no:cacheprovider",
+        "-m",
+        "",
         *selected,
     ]
     environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}

@@ -263,6 +263,7 @@ def make_repository(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [("mesh", 3), ("chain", 4), ("ring", 3), ("mesh", 1)])
+@pytest.mark.server
 def test_the_demo_ends_in_agreement(tmp_path: Path, shape: tuple[str, int]) -> None:
     """If this fails a newcomer's first command fails."""
     make_repository(tmp_path / "repo")
@@ -281,6 +282,7 @@ def test_the_demo_ends_in_agreement(tmp_path: Path, shape: tuple[str, int]) -> N
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.server
 def test_the_demo_survives_an_outage(tmp_path: Path) -> None:
     """If this fails a node that was cut off for longer than streams remember stays behind."""
     make_repository(tmp_path / "repo")
@@ -294,6 +296,7 @@ def test_the_demo_survives_an_outage(tmp_path: Path) -> None:
     assert run("demo", "--nodes", "1", "--outage").returncode == 1
 
 
+@pytest.mark.server
 def test_the_demo_replays_a_directory_outside_a_repository(tmp_path: Path) -> None:
     """If this fails the demo is of no use to somebody without a repository."""
     folder = tmp_path / "files"
@@ -307,6 +310,7 @@ def test_the_demo_replays_a_directory_outside_a_repository(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.server
 def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
     """If this fails Ctrl-C leaves Redis servers and files on the machine."""
     make_repository(tmp_path / "repo")
@@ -339,4 +343,13 @@ def test_without_a_server_the_demo_says_what_to_install(tmp_path: Path) -> None:
     )
     assert ended.returncode == 1
     assert "apt install redis-server" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("command", [["demo"], ["bench"]], ids=lambda command: command[0])
+def test_demo_and_bench_use_the_chosen_server(command: list[str]) -> None:
+    """If this fails FSM_REDIS_SERVER chooses for the tests, and demo and bench run on another."""
+    ended = run(*command, FSM_REDIS_SERVER="/nowhere/redis-server")
+    assert ended.returncode == 1
+    assert "FSM_REDIS_SERVER is '/nowhere/redis-server'" in " ".join(ended.stderr.split())
     assert "Traceback" not in ended.stderr

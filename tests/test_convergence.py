@@ -25,7 +25,6 @@ from fsm_replication.testing.fates import (
     KEYS,
     NAMES,
     SHAPES,
-    UNCOUNTED_SHARE,
     Fate,
     Step,
     run_fate,
@@ -34,8 +33,9 @@ from fsm_replication.testing.local_mesh import START_MS, TTL_SEC, LocalMesh, top
 from fsm_replication.testing.sim_dialects import REDIS_6_2
 from fsm_replication.testing.virtual_time import run
 
-PARTS = 5
-DRAWN = (*COUNTING, *([REDIS_6_2] if UNCOUNTED_SHARE else []))
+PARTS = 10
+QUICK_PARTS = 3
+DRAWN = (*COUNTING, REDIS_6_2)
 
 
 def steps_of(names: str) -> st.SearchStrategy[list[Step]]:
@@ -70,7 +70,13 @@ def fates(draw: Callable[..., Any]) -> Fate:
 
 # In parts, so that they share the cores; each tries other runs, also where CI is set.
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize(
+    "part",
+    [
+        *range(QUICK_PARTS),
+        *(pytest.param(part, marks=pytest.mark.slow) for part in range(QUICK_PARTS, PARTS)),
+    ],
+)
 def test_nodes_converge_whatever_happens(part: int, full: bool) -> None:
     """If this fails there is a run that ends with different items, or never ends."""
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
 
@@ -19,6 +21,7 @@ def files() -> dict[str, str]:
     return dict(found)
 
 
+@pytest.mark.server
 def test_every_piece_of_python_runs(tmp_path: Path) -> None:
     """If this fails a user copies something that does not work."""
     pieces = files()

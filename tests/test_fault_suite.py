@@ -50,6 +50,7 @@ def check(result: FaultResult, fault: Fault) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+@pytest.mark.server
 async def test_a_link_comes_back_and_nothing_is_lost(fault: Fault, full: bool) -> None:
     """If this fails a node must be restarted after this fault, or changes are missing for good."""
     await run_and_check(fault)
@@ -59,6 +60,7 @@ async def test_a_link_comes_back_and_nothing_is_lost(fault: Fault, full: bool) -
             await run_and_check(fault, longer_sec=longer_sec, seed=seed)
 
 
+@pytest.mark.server
 async def test_a_fault_that_is_not_mended_is_told() -> None:
     """If this fails the suite says that all is well when a link never comes back."""
     fault = next(fault for fault in FAULTS if fault.name == "behind a dead port")
@@ -152,6 +154,7 @@ def run_command(*args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.server
 def test_the_command_prints_the_table() -> None:
     """If this fails the table of the docs cannot be made again."""
     ended = run_command("dead port", "--json")

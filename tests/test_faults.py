@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pytest
-import pytest_asyncio
 from conftest import Nodes, Peer, held, peer_config, until, until_async
 
 from fsm_replication.config import (
@@ -36,11 +35,10 @@ QUICK = Settings(
 )
 
 
-@pytest_asyncio.fixture
-async def server() -> AsyncIterator[RedisServer]:
+@pytest.fixture
+def server(new_redis_server: Callable[..., RedisServer]) -> RedisServer:
     """A server of the test's own, to be killed and frozen, that keeps what it acknowledged."""
-    with RedisServer(persist=True) as made:
-        yield made
+    return new_redis_server(persist=True)
 
 
 async def reaches(engine: ReplicationEngine, state: PeerState) -> None:

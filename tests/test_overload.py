@@ -321,6 +321,7 @@ async def test_a_slow_line_slows_nobody_else(
         assert all(later < 4 * earlier for earlier, later in pairwise(took)), took
 
 
+@pytest.mark.server
 async def test_the_bench_shows_what_each_peer_gets() -> None:
     """If this fails the command that shows the shares does not work, or shows nothing."""
     shares = await run_fairness_bench(5000, 0.2)

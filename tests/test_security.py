@@ -120,7 +120,9 @@ class TlsServer:
 
 
 @pytest.fixture
-def tls_server(certificates: Certificates) -> Iterator[Callable[..., TlsServer]]:
+def tls_server(
+    certificates: Certificates, new_redis_server: Callable[..., RedisServer]
+) -> Iterator[Callable[..., TlsServer]]:
     """A function that starts a server with a certificate."""
     made: list[TlsServer] = []
 
@@ -134,9 +136,8 @@ def tls_server(certificates: Certificates) -> Iterator[Callable[..., TlsServer]]
             ("tls-auth-clients", clients),
         ]
         for executable in find_all_redis_servers():
-            server = RedisServer(executable, config=config)
             try:
-                server.start()
+                server = new_redis_server(executable, config=config)
             except RedisServerError:
                 continue
             made.append(TlsServer(server, port))
@@ -147,7 +148,6 @@ def tls_server(certificates: Certificates) -> Iterator[Callable[..., TlsServer]]
     yield start
     for one in made:
         one.client.close()
-        one.server.stop()
 
 
 def _free_port() -> int:

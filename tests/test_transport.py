@@ -159,6 +159,7 @@ async def test_data_that_nobody_asked_for_is_a_protocol_error() -> None:
             await connection.call("PING", timeout_sec=5)
 
 
+@pytest.mark.server
 async def test_who_cannot_be_reached_is_told_apart_from_who_refuses() -> None:
     """If this fails a link waits for what cannot be mended, or gives up on what can."""
     transport = RedisTransport()
@@ -182,6 +183,7 @@ async def test_who_cannot_be_reached_is_told_apart_from_who_refuses() -> None:
             )
 
 
+@pytest.mark.server
 async def test_a_reader_needs_read_commands_only() -> None:
     """If this fails the access that the README tells to grant is not enough."""
     acl = "user reader on >pw ~* +@read +@connection +multi +exec"

@@ -66,7 +66,6 @@ __all__ = (
     "KEYS",
     "NAMES",
     "SHAPES",
-    "UNCOUNTED_SHARE",
     "BrokenPromiseError",
     "Fate",
     "Step",
@@ -175,8 +174,7 @@ _TICKETS: Final = tuple(tickets for _, tickets in _LOTTERY)
 EXPIRE_SHARE: Final = 0.005
 WIPE_SHARE: Final = 0.2
 COLD_SHARE: Final = 0.5
-# How often a server is one that does not count what is added to a stream. None is for as long as a
-# reader of such a server may ask it for ever without a pause.
+# How often a server is one that does not count what is added to a stream.
 UNCOUNTED_SHARE: Final = 0.4
 # How many rounds of one link may come to nothing after those that are free: a few, by bad luck.
 DELAYED_MAX: Final = 3

@@ -1,13 +1,15 @@
 """Fixtures of pytest that give real Redis servers.
 
 Put ``pytest_plugins = ["fsm_replication.testing.fixtures"]`` into your topmost ``conftest.py``. Servers run
-on free ports of this machine and end with the tests, however these end.
+on free ports of this machine and end with the tests, however these end. FSM_REDIS_SERVER chooses the
+server (a path, or ``embedded``); pytest's header names it and its version.
 
 * ``redis_server``: one empty server;
 * ``redis_servers``: a function that returns one empty server after the other;
 * ``new_redis_server``: a function that starts a server nobody else will use, for tests that kill it
   or give it a configuration;
-* ``any_redis_server``: an empty server of each version this machine has, one after the other.
+* ``any_redis_server``: an empty server of each version this machine has, one after the other; with
+  FSM_REDIS_SERVER only of that one.
 
 The first two come from a pool, so that a test does not wait for a server to start. A test may kill
 a server of the pool too: that one is not used again.
@@ -15,14 +17,22 @@ a server of the pool too: that one is not used again.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import redis
 
 from fsm_replication.servers import (
+    EMBEDDED,
+    SERVER_VARIABLE,
     RedisServer,
+    RedisServerError,
+    RedisServerNotFoundError,
+    describe_redis_server,
     find_all_redis_servers,
+    find_redis_server,
+    redis_server_kind,
     redis_server_version,
 )
 from fsm_replication.testing.needs import require
@@ -121,12 +131,49 @@ def new_redis_server() -> Iterator[Callable[..., RedisServer]]:
 
 
 def version_id(executable: Path) -> str:
-    """Return the name of a server's version in the ids of tests."""
-    return "redis-" + ".".join(map(str, redis_server_version(executable)))
+    """Return the name of a server's kind and version in the ids of tests."""
+    version = ".".join(map(str, redis_server_version(executable)))
+    return f"{redis_server_kind(executable).lower()}-{version}"
 
 
-@pytest.fixture(params=find_all_redis_servers(), ids=version_id)
+@pytest.fixture
 def any_redis_server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
     """A server of each version that this machine has."""
     with RedisServer(request.param) as server:
         yield server
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that wants it on each version."""
+    if "any_redis_server" in metafunc.fixturenames:
+        metafunc.parametrize(
+            "any_redis_server", find_all_redis_servers(), indirect=True, ids=version_id
+        )
+
+
+def pytest_configure() -> None:
+    """Refuse to begin with a server that FSM_REDIS_SERVER names and that cannot be used."""
+    try:
+        chosen = find_all_redis_servers()
+        if os.environ.get(SERVER_VARIABLE, EMBEDDED) not in ("", EMBEDDED):
+            describe_redis_server(chosen[0])
+            # A test may go to another folder, where a relative path leads nowhere.
+            os.environ[SERVER_VARIABLE] = str(chosen[0])
+    except RedisServerError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def pytest_report_header() -> list[str]:
+    """Say which server tests run on."""
+    try:
+        said = describe_redis_server(find_redis_server())
+    except RedisServerNotFoundError as error:
+        return [f"redis server: none, so each test that starts one will fail: {error}"]
+    except RedisServerError as error:
+        return [f"redis server: {error}"]
+    chosen = f", chosen by {SERVER_VARIABLE}" if os.environ.get(SERVER_VARIABLE) else ""
+    others = ", ".join(map(version_id, find_all_redis_servers()[1:]))
+    return [
+        f"redis server: {said}{chosen}",
+        *([f"any_redis_server also gives: {others}"] if others else []),
+    ]
