@@ -307,12 +307,14 @@ async def test_a_slow_disk_does_not_hold_up_the_drain(
 
 async def test_a_drain_that_left_nothing_ends_in_stopped(nodes: Nodes, peer: Peer) -> None:
     """If this fails every deploy during a slow store call looks like a failure."""
+    called = asyncio.Event()
 
     class Hanging(MemorySyncEngine):
         async def apply_many(
             self, changes: Sequence[SyncItem], received: Received | None = None
         ) -> ApplyResult:
             if changes:
+                called.set()
                 await asyncio.sleep(100)
             return await super().apply_many(changes, received)
 
@@ -321,7 +323,7 @@ async def test_a_drain_that_left_nothing_ends_in_stopped(nodes: Nodes, peer: Pee
     await engine.start()
     await tailing(engine)
     peer.send("x", b"1")
-    await until(lambda: engine.health_check().peers[0].events_read == 1)
+    await asyncio.wait_for(called.wait(), 20)
     await engine.shutdown()
     assert (engine.state, engine.error) == (EngineState.STOPPED, None)
 

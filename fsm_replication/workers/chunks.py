@@ -42,6 +42,8 @@ class ChunkQueue:
         entries = read.entries
         if not entries:
             return
+        progress.events_read += len(entries)
+        self._context.metrics.read.inc(len(entries))
         now = self._context.ports.clock.monotonic()
         count = read.end.entries_read
         before = None if count is None else count - len(entries)

@@ -33,6 +33,8 @@ class Rounds:
         self._advances = progress.advances
         self._began = clock.monotonic()
         self._vain = 0
+        self.delays = 0
+        """How many rounds in a row had to wait by now."""
 
     def begin(self, longest_sec: float) -> float:
         """Begin a round, at most ``longest_sec`` after the last; returns the seconds to wait first."""
@@ -41,12 +43,13 @@ class Rounds:
         waited = took >= min(WAITED_SEC, longest_sec * WAITED_SHARE)
         if waited or self._advances != self._progress.advances:
             self._advances = self._progress.advances
-            self._vain = 0
+            self._vain = self.delays = 0
             return 0.0
         self._vain += 1
         doublings = self._vain - FREE_ROUNDS - 1
         if doublings < 0:
             return 0.0
+        self.delays += 1
         wait = min(longest_sec, FIRST_WAIT_SEC * 2.0 ** min(doublings, 30))
         self._began += max(0.0, wait - took)
         return max(0.0, wait - took)

@@ -255,9 +255,16 @@ class Tailer:
             return
         wait = self._rounds.begin(self._context.settings.hot_path.block_timeout)
         if wait > 0:
-            self._context.progress.rounds_delayed += 1
-            self._context.log.debug("round_delayed", seconds=wait)
+            self._note_delay(wait)
             await self._until_changed(orders, wait)
+
+    def _note_delay(self, wait_sec: float) -> None:
+        context = self._context
+        context.progress.rounds_delayed += 1
+        context.metrics.error("round_in_vain")
+        if self._rounds.delays == 1:
+            why = "the peer contradicts itself, the local store does, or this is a defect"
+            context.log.warning("rounds_in_vain", seconds=wait_sec, why=why)
 
     # Waiting: always for the thing itself, a change of mode, or the loss of a connection.
 
@@ -604,8 +611,6 @@ class Tailer:
         context = self._context
         metrics = context.metrics
         metrics.reads.inc()
-        metrics.read.inc(len(read.entries))
-        context.progress.events_read += len(read.entries)
         if self._asked_bulk:
             took = self._answered_at - self._asked_at
             metrics.read_seconds.observe(took)
