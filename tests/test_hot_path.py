@@ -16,6 +16,7 @@ from conftest import Nodes, Peer, counts_entries, digest, held, peer_config, unt
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fsm_replication.abilities import Abilities
 from fsm_replication.batch import BatchBuilder
 from fsm_replication.config import (
     ColdPathConfig,
@@ -38,7 +39,6 @@ from fsm_replication.stores import MemorySyncEngine, RedisSyncEngine
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received
 from fsm_replication.stream import encode_fields
 from fsm_replication.tables import PeerState
-from fsm_replication.workers.abilities import Abilities
 from fsm_replication.workers.history import StreamInfo, check_history, find_gap, parse_info
 from fsm_replication.workers.reader import Read, StreamReader
 

@@ -577,12 +577,15 @@ async def test_an_old_redis_is_refused(
 ) -> None:
     """If this fails a Redis without the commands we need fails later and in the dark."""
 
-    async def info(_section: str) -> dict[str, str]:
-        return {"redis_version": "6.0.16"}
+    async def answer(*_command: str) -> None:
+        # As Redis 6.0.16 does.
+        raise redis.exceptions.ResponseError(
+            "Invalid stream ID specified as stream command argument"
+        )
 
     store = RedisSyncEngine(redis_server.url, node_id="here")
-    monkeypatch.setattr(store._redis, "info", info)
-    with pytest.raises(StoreError, match=r"6\.0\.16.*6\.2"):
+    monkeypatch.setattr(store._redis, "execute_command", answer)
+    with pytest.raises(StoreError, match=r"older than Redis 6\.2"):
         await store.open()
     await store.close()
 

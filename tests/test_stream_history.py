@@ -5,16 +5,21 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
+import hiredis
 import pytest
+from conftest import Nodes, Peer
 from hypothesis import given
 from hypothesis import strategies as st
+from lying_proxy import Command, LyingProxy
 
-from fsm_replication.config import Settings
+from fsm_replication.abilities import Abilities, Counts, is_too_old, question_of_age
+from fsm_replication.config import PeerConfig, Settings, StartupConfig
 from fsm_replication.current import Current
-from fsm_replication.errors import PeerRefusedError, PeerReplyError, ProtocolError
+from fsm_replication.errors import ProtocolError
 from fsm_replication.ports import PART_MAX, Position, StreamId
-from fsm_replication.workers.abilities import Abilities, Counts, check_age, question_of_age
+from fsm_replication.tables import PeerState
 from fsm_replication.workers.context import HEAD_OF_EMPTY, LinkProgress
 from fsm_replication.workers.history import (
     EMPTY_STREAM,
@@ -254,19 +259,29 @@ def test_a_gap_without_entries_goes_on_from_the_oldest() -> None:
     assert read.start == read.end == Position(StreamId(2, PART_MAX), 0)
 
 
-def test_a_server_that_is_too_old_is_refused() -> None:
-    """If this fails a link to a server that nobody has tried goes wrong in some other way."""
-    assert question_of_age("cdc")[0] == "XRANGE"
-    old = PeerReplyError("ERR Invalid stream ID specified as stream command argument", peer="a")
-    with pytest.raises(PeerRefusedError, match=r"a: its server .* older than Redis 6\.2"):
-        check_age(old, "a")
-    replies: list[object] = [
-        [],
-        PeerReplyError("NOPERM no", peer="a"),
-        PeerReplyError("WRONGTYPE", peer="a"),
-    ]
-    for fine in replies:
-        check_age(fine, "a")
+def test_a_server_that_is_too_old_is_told_by_its_answer() -> None:
+    """If this fails a server that nobody has tried is read, or a good one is refused."""
+    assert question_of_age("cdc") == ("XRANGE", "cdc", "(0-1", "0-1")
+    assert is_too_old("ERR Invalid stream ID specified as stream command argument")
+    assert not is_too_old("NOPERM this user has no permissions to run the 'xrange' command")
+    assert not is_too_old("WRONGTYPE Operation against a key holding the wrong kind of value")
+
+
+async def test_a_peer_that_is_too_old_is_refused_with_a_reason(nodes: Nodes, peer: Peer) -> None:
+    """If this fails a link to an old server goes round for ever, and nobody is told why."""
+
+    def old(command: Command, reply: Any) -> Any:
+        is_question = tuple(command) == tuple(part.encode() for part in question_of_age("cdc"))
+        text = "ERR Invalid stream ID specified as stream command argument"
+        return hiredis.ReplyError(text) if is_question else reply
+
+    async with LyingProxy(peer.server.port) as proxy:
+        proxy.tell(old)
+        link = PeerConfig(node_id="a", redis_url=proxy.url)
+        engine = nodes.engine(link, settings=Settings(startup=StartupConfig(when_no_peer="run")))
+        await engine.start()
+        await engine.wait_for_state(PeerState.FAILED, peer_id="a", timeout=10)
+        assert "older than Redis 6.2" in engine.health_check().peers[0].last_error
 
 
 # Rounds -----------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ LAYERS = (
     ("errors", "items", "config", "config_change", "metrics", "log"),
     ("ports", "reports", "circuits", "retry", "current", "limiter"),
     (
+        "abilities",
         "resolvers",
         "stream",
         "merkle",

@@ -13,7 +13,7 @@ from typing import Any, Final
 from rich.table import Table
 
 from fsm_replication.bench.workload import EVENTS, KEYS, fill
-from fsm_replication.servers import RedisServer
+from fsm_replication.servers import RedisServer, describe_redis_server, find_redis_server
 from fsm_replication.transport import RedisTransport
 
 __all__ = ("BenchReport", "Line", "run_bench")
@@ -113,12 +113,9 @@ async def run_bench(
         transport = RedisTransport()
         connection = await transport.connect(source.url, timeout_sec=10, name="bench")
         await fill(connection, events)
-        info = await connection.call("INFO", "server", timeout_sec=10)
         connection.close()
-        version = info.decode().partition("redis_version:")[2].split()[0]
-        report = BenchReport(
-            rounds, events, f"Redis {version}", [Line(title) for title, _ in CONTENDERS]
-        )
+        server = describe_redis_server(find_redis_server())
+        report = BenchReport(rounds, events, server, [Line(title) for title, _ in CONTENDERS])
         for number in range(rounds):
             await _round(report, number, source.url, target.url, note)
         return report

@@ -28,6 +28,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
+from fsm_replication.abilities import TOO_OLD, is_too_old, question_of_age
 from fsm_replication.errors import (
     BadEntryError,
     ConfigError,
@@ -295,13 +296,13 @@ class RedisSyncEngine(SyncEngine):
         return int(await self._call("GET", self.keys.live) or 0)
 
     async def _check_server(self) -> None:
+        question: Any = self._redis.execute_command
         try:
-            info: dict[str, Any] = await self._redis.info("server")
+            await question(*question_of_age(self.keys.stream))
         except (RedisError, OSError) as error:
+            if is_too_old(str(error)):
+                raise StoreError(f"{self._where}: {TOO_OLD}") from None
             raise self._store_error(error) from None
-        version = tuple(int(part) for part in str(info["redis_version"]).split(".")[:2])
-        if version < (6, 2):
-            raise StoreError(f"{self._where} runs Redis {info['redis_version']}, 6.2 is needed")
 
     async def close(self) -> None:
         """Close all connections; calls under way and later ones fail; a second call does nothing."""

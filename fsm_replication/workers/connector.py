@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from fsm_replication.abilities import TOO_OLD, Abilities, is_too_old, question_of_age
 from fsm_replication.config import PeerConfig, Settings
 from fsm_replication.errors import (
     PeerRefusedError,
@@ -19,7 +20,6 @@ from fsm_replication.layout import FORMAT, Keys
 from fsm_replication.merkle import OWN, PARTITIONS
 from fsm_replication.ports import Connection, Transport
 from fsm_replication.reports import LinkFact, Reporter
-from fsm_replication.workers.abilities import Abilities, check_age, question_of_age
 from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.slo import TimedConnection
 
@@ -149,9 +149,10 @@ async def _read_marker(
         [["HGETALL", keys.marker], ["EXISTS", keys.stream], question_of_age(keys.stream)],
         timeout_sec=timeout_sec,
     )
-    check_age(replies[-1], peer.display_url)
     for reply in replies:
         if isinstance(reply, PeerReplyError):
+            if reply is replies[-1] and is_too_old(str(reply)):
+                raise PeerRefusedError(f"{peer.display_url}: {TOO_OLD}")
             if reply.code == "NOPERM":
                 raise PeerRefusedError(
                     f"{peer.display_url}: the user may not read: {reply}", credentials=True

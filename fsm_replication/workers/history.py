@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from fsm_replication.abilities import Abilities, Counts
 from fsm_replication.errors import PeerReplyError, ProtocolError
 from fsm_replication.ports import BEFORE_ALL, Connection, Position, StreamId
-from fsm_replication.workers.abilities import Abilities, Counts
 
 __all__ = ("Gap", "StreamInfo", "ask_info", "check_history", "find_gap", "learn_info", "parse_info")
 

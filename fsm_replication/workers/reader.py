@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from fsm_replication.abilities import Abilities
 from fsm_replication.config import HotPathConfig, Settings
 from fsm_replication.current import Current
 from fsm_replication.errors import PeerReplyError, ProtocolError
 from fsm_replication.ports import Connection, Oversize, Position, StreamId
-from fsm_replication.workers.abilities import Abilities
 from fsm_replication.workers.history import Gap, StreamInfo, find_gap, learn_info, parse_info
 
 __all__ = ("Read", "StreamReader")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple
 
+from fsm_replication.abilities import Abilities
 from fsm_replication.circuits import CircuitState
 from fsm_replication.errors import ConnectionLostError, PeerRefusedError
 from fsm_replication.machine import Move
@@ -28,7 +29,6 @@ from fsm_replication.testing.model_check.stage import (
     on_stage,
     ticket_of,
 )
-from fsm_replication.workers.abilities import Abilities
 from fsm_replication.workers.tailer import Mode, Tailer, _Orders, passed_reason
 
 __all__ = ("CALLS_STORE", "Detail", "LinkModel", "LinkState", "LinkStep", "Needs", "is_over")

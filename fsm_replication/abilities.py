@@ -1,12 +1,12 @@
-"""What a peer's server can do, as far as it matters here: asked of it, once per connection.
+"""What a server can do, as far as it matters here: asked of it, once per connection.
 
 Servers differ, and forks and proxies tell versions of their own, so nothing is guessed from one:
 
 ==============================  =====================================  ==================================
 what                            how it is asked                        where it is missing
 ==============================  =====================================  ==================================
-ranges that leave out an end    ``XRANGE key (0-1 0-1`` when           the link is refused: no server older
-(since Redis 6.2)               connecting                             than that was ever tried
+ranges that leave out an end    ``XRANGE key (0-1 0-1`` when           it is refused: no server older
+(since Redis 6.2)               connecting, or opening the store       than that was ever tried
 a stream's count of all its     ``entries-added`` in the first         entries are looked for by their ids,
 entries (since Redis 7.0)       ``XINFO STREAM`` of a stream that is   and blocking reads ask XINFO in the
                                 there                                  same flight, see ``history``
@@ -24,11 +24,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Final
+from typing import Final
 
-from fsm_replication.errors import PeerRefusedError, PeerReplyError
+__all__ = ("TOO_OLD", "Abilities", "Counts", "is_too_old", "question_of_age")
 
-__all__ = ("Abilities", "Counts", "check_age", "question_of_age")
+TOO_OLD: Final = (
+    "its server does not understand ranges that leave out an end, so it is older than Redis 6.2,"
+    " which is the oldest that will do. Upgrade that server"
+)
 
 _BAD_ID: Final = "invalid stream id"
 
@@ -75,13 +78,6 @@ def question_of_age(stream_key: str) -> Sequence[str]:
     return ("XRANGE", stream_key, "(0-1", "0-1")
 
 
-def check_age(reply: Any, where: str) -> None:
-    """Refuse a server that does not understand ``question_of_age``.
-
-    :raises PeerRefusedError: if it is older than Redis 6.2.
-    """
-    if isinstance(reply, PeerReplyError) and _BAD_ID in str(reply).lower():
-        raise PeerRefusedError(
-            f"{where}: its server does not understand ranges that leave out an end, so it is older"
-            " than Redis 6.2, which is the oldest that can be read. Upgrade that server"
-        )
+def is_too_old(error_text: str) -> bool:
+    """Say whether the error that answers ``question_of_age`` comes from a server before 6.2."""
+    return _BAD_ID in error_text.lower()
