@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -18,8 +19,13 @@ from fsm_replication.abilities import Abilities, Counts, is_too_old, question_of
 from fsm_replication.config import PeerConfig, Settings, StartupConfig
 from fsm_replication.current import Current
 from fsm_replication.errors import ProtocolError
+from fsm_replication.items import SyncItem, content_hash
 from fsm_replication.ports import PART_MAX, Position, StreamId
+from fsm_replication.stream import encode_fields
 from fsm_replication.tables import PeerState
+from fsm_replication.testing.local_mesh import START_MS, LocalMesh, topology
+from fsm_replication.testing.sim_dialects import REDIS_6_2, REDIS_7_0, Dialect
+from fsm_replication.testing.virtual_time import run
 from fsm_replication.workers.context import HEAD_OF_EMPTY, LinkProgress
 from fsm_replication.workers.history import (
     EMPTY_STREAM,
@@ -282,6 +288,39 @@ async def test_a_peer_that_is_too_old_is_refused_with_a_reason(nodes: Nodes, pee
         await engine.start()
         await engine.wait_for_state(PeerState.FAILED, peer_id="a", timeout=10)
         assert "older than Redis 6.2" in engine.health_check().peers[0].last_error
+
+
+@pytest.mark.parametrize("dialect", [REDIS_6_2, REDIS_7_0], ids=lambda one: one.name)
+def test_a_flow_that_never_rests_is_looked_at_for_gaps(dialect: Dialect) -> None:
+    """If this fails entries that were trimmed at the head are missed for as long as others come."""
+
+    async def scenario() -> None:
+        mesh = LocalMesh("ab", topology("mesh", "ab"), dialect=lambda _: dialect)
+        a, session = mesh.nodes["a"].store, mesh.servers["a"].session()
+        a.put("first", b"x")
+        await mesh.start("b")
+        engine = mesh.nodes["b"].engine
+        assert engine is not None
+        await engine.wait_for_state(PeerState.TAILING, peer_id="a")
+        await asyncio.sleep(1)
+        for number in range(30):
+            # Of two entries that come together the first is gone before anybody can read it.
+            lost, kept = (item_of(f"{kind}.{number}") for kind in ("lost", "kept"))
+            session.execute("MULTI")
+            for item in (lost, kept):
+                session.execute("XADD", a.keys.stream, "*", *encode_fields(item))
+            session.execute("XTRIM", a.keys.stream, "MAXLEN", 1)
+            session.execute("EXEC")
+            await asyncio.sleep(1)
+        assert await engine.ledger("a"), "the flow goes on, and nobody has noticed"
+        await mesh.close()
+
+    run(scenario, start_ms=START_MS)
+
+
+def item_of(key: str) -> SyncItem:
+    """Return an item that only a stream has."""
+    return SyncItem(key, b"x", "binary", content_hash(b"x"), 1, START_MS, False, "a")
 
 
 # Rounds -----------------------------------------------------------------------------------------
