@@ -333,13 +333,13 @@ class Tailer:
         applied = await applier.call(
             context.reads, lambda: context.store.applied_position(context.peer_id)
         )
-        position = cursor.position
         if applied is None and context.store.keeps_positions:
             # It came back as it was before the first batch of this peer.
             applied = HEAD_OF_EMPTY
-        if applied is not None and applied.stream_id < position.stream_id:
-            position = applied
-        return await self._decide_by_stream(orders, position)
+        known = {cursor.position.stream_id: cursor.position}
+        if applied is not None:
+            known.setdefault(applied.stream_id, applied)
+        return await self._decide_by_stream(orders, *(known[at] for at in sorted(known)))
 
     async def _get_applier(self) -> Applier:
         """Return what applies, for the store as it is now: it may have come back as another."""
@@ -361,17 +361,20 @@ class Tailer:
             self._copier = None
         return self._applier
 
-    async def _decide_by_stream(self, orders: _Orders, position: Position) -> None:
-        asking, timeout = self._lines.asking, self._context.settings.timeouts.command
-        at = str(position.stream_id)
-        # In this order: what is trimmed between the two questions is seen by the second.
-        found = await asking.skim(
-            "XRANGE", self._keys.stream, at, at, "COUNT", 1, timeout_sec=timeout
-        )
+    async def _decide_by_stream(
+        self, orders: _Orders, position: Position, *later: Position
+    ) -> None:
+        """Go on from ``position``, if nothing is missing; ``later`` ones were reached once too.
+
+        A stream that was made anew since may look as if all of it came after ``position``.
+        """
+        # In this order: what is trimmed between the questions is seen by the last.
+        there = {at: await self._is_there(at) for at in (position, *later)}
         info = await self._ask_info()
-        if position.stream_id > info.last_id:
+        if max(there).stream_id > info.last_id:
             await self._note_older_peer(info)
-        gap = check_history(position, info, entry_is_there=bool(found))
+        gaps = (check_history(at, info, entry_is_there=found) for at, found in there.items())
+        gap = next(filter(None, gaps), None)
         if gap is not None:
             if self._must_copy_for(gap):
                 self._must_copy(orders, gap, str(gap))
@@ -382,6 +385,16 @@ class Tailer:
             await self._read_from(position)
         self._context.progress.read = self._context.progress.settled = position
         self._report_distance(orders, position, info)
+
+    async def _is_there(self, position: Position) -> bool:
+        at = str(position.stream_id)
+        found = await self._lines.asking.skim(
+            "XRANGE",
+            self._keys.stream,
+            *(at, at, "COUNT", 1),
+            timeout_sec=self._context.settings.timeouts.command,
+        )
+        return bool(found)
 
     async def _ask_info(self) -> StreamInfo:
         return await ask_info(
