@@ -5,8 +5,8 @@ Servers differ, and forks and proxies tell versions of their own, so nothing is 
 ==============================  =====================================  ==================================
 what                            how it is asked                        where it is missing
 ==============================  =====================================  ==================================
-ranges that leave out an end    ``XRANGE key (0-1 0-1`` when           it is refused: no server older
-(since Redis 6.2)               connecting, or opening the store       than that was ever tried
+exclusive ranges                 ``XRANGE key (0-1 0-1`` when           it is refused: older servers are
+(since Redis 6.2)               connecting, or opening the store       not supported
 a stream's count of all its     ``entries-added`` in the first         entries are looked for by their ids,
 entries (since Redis 7.0)       ``XINFO STREAM`` of a stream that is   and blocking reads ask XINFO in the
                                 there                                  same flight, see ``history``
@@ -15,8 +15,8 @@ documents (RedisJSON)           ``JSON.GET`` at the first item of a    strings a
 ==============================  =====================================  ==================================
 
 Counts may be there and yet be wrong: a proxy, a fork, or somebody's XSETID. Where they contradict the
-entries that the same reply carries, the link copies its peer once, as for another stream; the
-second time it believes them no longer, and reads as if there were none.
+entries that the same reply carries, the link copies its peer once, as for another stream; when
+it happens again before they have agreed it believes them no longer, and reads as if there were none.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from typing import Final
 __all__ = ("TOO_OLD", "Abilities", "Counts", "is_too_old", "question_of_age")
 
 TOO_OLD: Final = (
-    "its server does not understand ranges that leave out an end, so it is older than Redis 6.2,"
-    " which is the oldest that will do. Upgrade that server"
+    "its server is older than Redis 6.2 (it rejects exclusive ranges), and 6.2 is the oldest that is"
+    " supported: upgrade it"
 )
 
 _BAD_ID: Final = "invalid stream id"
@@ -44,7 +44,7 @@ class Counts(Enum):
     KEPT = auto()
     """The server counts."""
     DOUBTED = auto()
-    """It counts, but once its counts contradicted its entries, or it was another stream."""
+    """It counts, but the last time its counts contradicted its entries."""
     NONE = auto()
     """It does not count, or what it counts is wrong."""
 
@@ -56,6 +56,8 @@ class Abilities:
     counts: Counts = Counts.UNKNOWN
     json_module: bool | None = None
     """Whether a foreign node's Redis has RedisJSON; None until it was used."""
+    seen_empty: bool = False
+    """Whether this server had no stream: then its count from there on is known, and only then."""
 
     @property
     def asks_with_each_read(self) -> bool:
@@ -66,6 +68,11 @@ class Abilities:
         """Take in whether a stream that is there is counted."""
         if self.counts is Counts.UNKNOWN or not counted:
             self.counts = Counts.KEPT if counted else Counts.NONE
+
+    def agree(self) -> None:
+        """Take in that counts agreed with entries that came since they agreed for the last time."""
+        if self.counts is Counts.DOUBTED:
+            self.counts = Counts.KEPT
 
     def doubt(self) -> bool:
         """Take in that counts contradict entries; returns whether they are still believed."""

@@ -109,8 +109,13 @@ class PeerLink:
         """Begin to end; does nothing if that has begun."""
         self.driver.request_if_legal("shutdown", why=why)
 
+    def _forgive(self) -> None:
+        if self._tailer is not None:
+            self._tailer.forgive()
+
     def pause(self) -> None:
         """Take in an operator's wish to pause; in force at once or at the next Resuming."""
+        self._forgive()
         self._reasons.add(PauseReason.OPERATOR)
         self.driver.request_if_legal("pause", why="an operator paused it")
 
@@ -119,6 +124,7 @@ class PeerLink:
         if PauseReason.INTERLOCK in self._reasons:
             self.context.interlock.forgive()
         self._reasons -= {PauseReason.OPERATOR, PauseReason.INTERLOCK}
+        self._forgive()
         self.driver.request_if_legal("resume", why="an operator resumed it")
 
     def clear(self, reason: PauseReason, why: str) -> None:
@@ -141,6 +147,7 @@ class PeerLink:
 
         A link that is about to decide, or will, needs no telling.
         """
+        self._forgive()
         self.driver.react(LinkFact.OUTDATED, why=why)
 
     def configure(self, peer: PeerConfig, new_circuit: Callable[[PeerConfig], Circuit]) -> None:
@@ -271,14 +278,15 @@ class PeerLink:
         self.driver.start_worker("timer", str(PeerState.BACKOFF), work)
 
     def _has_advanced(self) -> bool:
-        """Say whether the last connection was of use: something came by it, or it has lasted."""
-        advances, connected_at = self.context.progress.advances, self._connected_at
-        came, self._advances_seen = advances != self._advances_seen, advances
-        self._connected_at = None
-        if connected_at is None:
+        """Whether the last connection made progress, or was of use for long enough."""
+        progress, settings = self.context.progress, self.context.settings
+        connected_at, self._connected_at = self._connected_at, None
+        came, self._advances_seen = progress.advances != self._advances_seen, progress.advances
+        if came or connected_at is None:
             return came
         lasted = self.context.ports.clock.monotonic() - connected_at
-        return came or lasted > self.context.settings.reconnect.longest
+        answered = (progress.last_success or connected_at) - connected_at
+        return answered > settings.hot_path.block_timeout or lasted > settings.reconnect.longest
 
     def _retry_profile(self) -> RetryProfile:
         reconnect = self.context.settings.reconnect

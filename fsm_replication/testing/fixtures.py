@@ -168,7 +168,7 @@ def pytest_report_header() -> list[str]:
     try:
         said = describe_redis_server(find_redis_server())
     except RedisServerNotFoundError as error:
-        return [f"redis server: none, so each test that starts one will fail: {error}"]
+        return [f"redis server: none, so tests that need one fail or are skipped: {error}"]
     except RedisServerError as error:
         return [f"redis server: {error}"]
     chosen = f", chosen by {SERVER_VARIABLE}" if os.environ.get(SERVER_VARIABLE) else ""

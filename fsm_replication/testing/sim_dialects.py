@@ -48,9 +48,9 @@ class Dialect:
     reads_again: bool
     # MULTI inside of MULTI spoils the transaction.
     nested_multi_spoils: bool
-    # Scores have as few digits as tell them apart: 0.1 is 0.1, not 0.10000000000000001.
+    # Scores use the shortest form that round-trips: 0.1, not 0.10000000000000001.
     short_scores: bool
-    # A score of -0 stays one.
+    # A score of -0 is kept as -0.
     minus_zero: bool
 
     @property

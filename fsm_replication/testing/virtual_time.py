@@ -110,7 +110,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def fail(self, error: Exception) -> None:
         """End the run with an error at the next turn, also where time stands still.
 
-        Whoever sees that a run cannot end, from within what must end, has no other way out.
+        For code inside the run that finds that it can never end.
         """
         self._failure = error
 

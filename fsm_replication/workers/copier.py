@@ -298,7 +298,7 @@ class Copier:
             scan = await self._step(scan)
             if scan == b"0":
                 return True
-            # A cursor that comes again comes for ever (found as Brent does, BIT 20, 1980).
+            # A repeated cursor means an endless loop (cycle detection by Brent, BIT 20, 1980).
             if scan == mark:
                 raise ProtocolError(f"SCAN goes round and never ends: cursor {scan[:32]!r} again")
             steps += 1

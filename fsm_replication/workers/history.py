@@ -116,6 +116,7 @@ def parse_info(reply: Any) -> StreamInfo:
 def learn_info(info: StreamInfo, abilities: Abilities) -> StreamInfo:
     """Learn whether the server counts; returns ``info`` without counts that are not believed."""
     if info is EMPTY_STREAM:
+        abilities.seen_empty = True
         return info
     abilities.learn(counted=info.added is not None)
     if abilities.counts is Counts.NONE and info.added is not None:
@@ -162,29 +163,38 @@ def check_history(position: Position, info: StreamInfo, *, entry_is_there: bool)
     return None
 
 
-def find_gap(before: Position, end: Position, info: StreamInfo, count: int) -> Gap | None:
+def find_gap(
+    before: Position,
+    end: Position,
+    info: StreamInfo,
+    count: int,
+    *,
+    at_head: bool,
+    agreed_at: StreamId,
+) -> Gap | None:
     """Say what is missing between ``before`` and the ``count`` entries that were read after it.
 
-    ``end`` is the position after them, ``info`` what the stream said at the same time.
+    ``end`` is the position after them, and ``at_head`` says that nothing came after it when ``info``
+    was told. Up to ``agreed_at`` counts and entries agreed: what was read since, without asking for
+    counts, may have jumped over a hole that shows only now.
     """
     if end.stream_id > info.last_id:
         return Gap(None, OTHER_STREAM)
-    at = before.stream_id
-    unbroken = info.holds_all_after(at)
     if info.trimmed is None or before.entries_read is None:
-        return None if unbroken else _doubt(at)
+        at = before.stream_id
+        return None if info.holds_all_after(at) else _doubt(at)
     # What the counts say of trimming or deleting where ids tell that there was none.
-    odd = unbroken and not info.may_lack(at)
+    odd = info.holds_all_after(agreed_at) and not info.may_lack(agreed_at)
     missed = info.trimmed - before.entries_read
     if missed > 0:
         return replace(_trimmed(missed), is_contradiction=odd)
-    if end.stream_id < info.last_id or end.entries_read == info.added:
+    if not at_head or end.entries_read == info.added:
         return None
     lost = (info.added or 0) - before.entries_read - count
     if lost > 0:
         return Gap(lost, "entries were removed before they were read", is_contradiction=odd)
     reason = "the stream has fewer entries than were read: it is another stream"
-    return Gap(None, reason, is_contradiction=True)
+    return Gap(None, reason, is_contradiction=odd)
 
 
 def _doubt(at: StreamId) -> Gap:

@@ -24,13 +24,15 @@ from fsm_replication.abilities import Abilities
 from fsm_replication.config import HotPathConfig, Settings
 from fsm_replication.current import Current
 from fsm_replication.errors import PeerReplyError, ProtocolError
-from fsm_replication.ports import Connection, Oversize, Position, StreamId
+from fsm_replication.ports import BEFORE_ALL, Connection, Oversize, Position, StreamId
 from fsm_replication.workers.history import Gap, StreamInfo, find_gap, learn_info, parse_info
 
 __all__ = ("Read", "StreamReader")
 
 MEAN_BYTES_AT_FIRST: Final = 512.0
 REPLY_SHARE: Final = 0.5
+# MULTI, what is queued, EXEC.
+TRANSACTION_REPLIES: Final = 4
 
 
 @dataclass(slots=True)
@@ -71,7 +73,18 @@ class StreamReader:
         self._count_max: int | None = None
         self._asked = 0
         self._received_before = 0
-        self.position = Position(StreamId(0, 0), 0)
+        self._position = Position(BEFORE_ALL, 0)
+        # The id up to which the stream's counts and its entries agreed, or were made to.
+        self._agreed_at = BEFORE_ALL
+
+    @property
+    def position(self) -> Position:
+        """Where the next read begins."""
+        return self._position
+
+    @position.setter
+    def position(self, position: Position) -> None:
+        self._position, self._agreed_at = position, position.stream_id
 
     # How much to ask for
 
@@ -159,22 +172,32 @@ class StreamReader:
         :raises ProtocolError: if the reply has another shape.
         """
         reply, about = self._take_apart(replies)
+        atomic = len(replies) == TRANSACTION_REPLIES
         if isinstance(reply, PeerReplyError):
             raise reply
         info = None if about is None else learn_info(parse_info(about), self._abilities)
-        read = self._interpret(self._entries(reply), info)
+        read = self._interpret(self._entries(reply), info, atomic=atomic)
         if read.gap is None:
-            self.position = read.end
+            self._move_on(read)
         if read.entries:
             size = (connection.received_bytes - self._received_before) / len(read.entries)
             self._mean_bytes += (size - self._mean_bytes) / 4
         self.adapt(read)
         return read
 
+    def _move_on(self, read: Read) -> None:
+        self._position = read.end
+        if read.info is None:
+            return
+        at = read.end.stream_id
+        if read.at_head and read.end.entries_read is not None and at > self._agreed_at:
+            self._abilities.agree()
+        self._agreed_at = at
+
     @staticmethod
     def _take_apart(replies: list[Any]) -> tuple[Any, Any]:
         """Return the replies of XREAD and of XINFO, which is None where it was not asked."""
-        if len(replies) < 4:
+        if len(replies) < TRANSACTION_REPLIES:
             return replies[0], replies[1] if len(replies) > 1 else None
         executed = replies[-1]
         if isinstance(executed, PeerReplyError):
@@ -201,7 +224,10 @@ class StreamReader:
                 raise ProtocolError("XREAD: unexpected reply")
         return rows
 
-    def _interpret(self, entries: Sequence[Any], info: StreamInfo | None) -> Read:
+    def _interpret(
+        self, entries: Sequence[Any], info: StreamInfo | None, *, atomic: bool = False
+    ) -> Read:
+        """Say what a reply means; ``atomic`` if entries and ``info`` are of the same moment."""
         before = self.position
         if info is not None and info.added is None:
             before = before._replace(entries_read=None)
@@ -209,10 +235,18 @@ class StreamReader:
         full = len(entries) >= self._asked
         if info is None:
             return Read(entries, at_head=not full, full=full, end=end)
-        gap = find_gap(before, end, info, len(entries))
+        reached = end.stream_id >= info.last_id
+        gap = find_gap(
+            before,
+            end,
+            info,
+            len(entries),
+            at_head=reached or (atomic and not full),
+            agreed_at=self._agreed_at,
+        )
         if gap is not None and gap.is_contradiction and not self._abilities.doubt():
-            return self._interpret(entries, learn_info(info, self._abilities))
-        at_head = end.stream_id >= info.last_id or not full
+            return self._interpret(entries, learn_info(info, self._abilities), atomic=atomic)
+        at_head = reached or not full
         if gap is not None:
             end = self._end_behind_gap(entries, info, at_head=at_head)
         elif at_head and end.entries_read is None and info.added is not None:

@@ -4,7 +4,8 @@ A *round* is one decision, one copy or one read. It made progress where an entry
 had not been settled before, or an item was fetched; it waited where it took a second, or as long as
 a blocking read may. A link needs a few rounds that do neither, to get from connecting to the head.
 Whatever goes on like that, though, is a peer that contradicts itself, a store that changes its mind,
-or a defect of ours: then each round begins later after the one before, twice as long each time.
+or a defect of ours: then each round begins later after the one before, twice as long each time, up
+to a second. What somebody asked for, an operator or a change of settings, is no such round.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ __all__ = ("FREE_ROUNDS", "Rounds")
 
 FREE_ROUNDS: Final = 12
 FIRST_WAIT_SEC: Final = 0.01
-# A round that takes longer is no spin, nor one that takes this share of what a blocking read may;
-# servers and floats are not exact.
+# A round at least this long counts as having waited, or one with this share of ``block_timeout``: the
+# share allows for imprecise timers.
 WAITED_SEC: Final = 1.0
 WAITED_SHARE: Final = 0.9
 
@@ -36,10 +37,15 @@ class Rounds:
         self.delays = 0
         """How many rounds in a row had to wait by now."""
 
+    def forgive(self) -> None:
+        """Count anew: somebody asked for the round that comes."""
+        self._vain = self.delays = 0
+
     def begin(self, longest_sec: float) -> float:
-        """Begin a round, at most ``longest_sec`` after the last; returns the seconds to wait first."""
+        """Begin a round; returns the seconds to wait first, at most a second or ``longest_sec``."""
         now = self._clock.monotonic()
-        took, self._began = now - self._began, now
+        # A wait may have been cut short; then this round begins before the last one should have.
+        took, self._began = max(0.0, now - self._began), now
         waited = took >= min(WAITED_SEC, longest_sec * WAITED_SHARE)
         if waited or self._advances != self._progress.advances:
             self._advances = self._progress.advances
@@ -50,6 +56,6 @@ class Rounds:
         if doublings < 0:
             return 0.0
         self.delays += 1
-        wait = min(longest_sec, FIRST_WAIT_SEC * 2.0 ** min(doublings, 30))
+        wait = min(longest_sec, WAITED_SEC, FIRST_WAIT_SEC * 2.0 ** min(doublings, 30))
         self._began += max(0.0, wait - took)
         return max(0.0, wait - took)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Final
 
-from fsm_replication.batch import BatchBuilder
+from fsm_replication.batch import BatchBuilder, Part
 from fsm_replication.circuits import CircuitState
 from fsm_replication.config import LimitsConfig, Settings
 from fsm_replication.errors import (
@@ -34,7 +34,7 @@ from fsm_replication.errors import (
     StoreReopenedError,
 )
 from fsm_replication.layout import Keys
-from fsm_replication.ports import Cursor, GapRow, Position
+from fsm_replication.ports import BEFORE_ALL, Cursor, GapRow, Position
 from fsm_replication.reports import LinkFact, PauseReason, Reporter
 from fsm_replication.workers.applier import Applier, Blocked, Unsettled
 from fsm_replication.workers.chunks import ChunkQueue
@@ -175,6 +175,10 @@ class Tailer:
         self._orders = _Orders(mode, report)
         self._wake()
 
+    def forgive(self) -> None:
+        """Let what comes be a beginning: somebody asked for it."""
+        self._rounds.forgive()
+
     def stop(self) -> None:
         """Ask it to flush once and end."""
         if self._orders is not None:
@@ -220,6 +224,8 @@ class Tailer:
             if orders.mode is Mode.STOP:
                 return
             self._obeyed = orders
+            if orders.mode is not Mode.COPY:
+                self._context.copy_slot.release(self)
             try:
                 await self._rest(orders)
                 if self._orders is orders:
@@ -233,8 +239,6 @@ class Tailer:
             await self._until_changed(orders)
 
     async def _obey(self, orders: _Orders) -> None:
-        if orders.mode is not Mode.COPY:
-            self._context.copy_slot.release(self)
         if orders.mode not in (Mode.DECIDE, Mode.HOLD) and self._is_outdated():
             # They changed while the decision was on its way from here and back.
             orders.report(LinkFact.OUTDATED, "settings changed while it was decided")
@@ -371,6 +375,11 @@ class Tailer:
         # In this order: what is trimmed between the questions is seen by the last.
         there = {at: await self._is_there(at) for at in (position, *later)}
         info = await self._ask_info()
+        if position.stream_id == BEFORE_ALL and not self._lines.abilities.seen_empty:
+            # It was another server, or an older one that did not count, that had no stream.
+            del there[position]
+            position = position._replace(entries_read=None)
+            there = {position: False, **there}
         if max(there).stream_id > info.last_id:
             await self._note_older_peer(info)
         gaps = (check_history(at, info, entry_is_there=found) for at, found in there.items())
@@ -440,10 +449,13 @@ class Tailer:
         cursor = Cursor(start, self._incarnation)
         store = context.ports.cursor_store
         await store.pass_gap(context.peer_id, cursor, row)
+        context.cursors.saved(context.peer_id, cursor)
         context.progress.gaps_open = len((await store.load(context.peer_id)).gaps)
         context.metrics.trimmed.inc()
         context.log.warning("gap_not_healed", missed=gap.missed, why=why)
-        context.cursors.saved(context.peer_id, cursor)
+        # The position in the store moves along, or the next decision finds the same gap again.
+        assert self._applier is not None
+        await self._applier.hand_over(Part(), start)
         context.progress.read = context.progress.settled = start
         await self._read_from(start)
 
