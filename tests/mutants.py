@@ -67,8 +67,8 @@ MUTANTS: Final = (
     Mutant(
         "a hole that a blocking read has jumped over passes for miscounting",
         "workers/reader.py",
-        "            agreed_at=self._agreed_at,\n",
-        "            agreed_at=before.stream_id,\n",
+        "agreed_at=self._agreed_at)\n",
+        "agreed_at=before.stream_id)\n",
         "tests/test_stream_history.py",
     ),
     Mutant(

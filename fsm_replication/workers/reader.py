@@ -235,23 +235,16 @@ class StreamReader:
         full = len(entries) >= self._asked
         if info is None:
             return Read(entries, at_head=not full, full=full, end=end)
-        reached = end.stream_id >= info.last_id
-        gap = find_gap(
-            before,
-            end,
-            info,
-            len(entries),
-            at_head=reached or (atomic and not full),
-            agreed_at=self._agreed_at,
-        )
+        # What was told a moment later may count entries that came in between.
+        reached = end.stream_id >= info.last_id or (atomic and not full)
+        gap = find_gap(before, end, info, len(entries), at_head=reached, agreed_at=self._agreed_at)
         if gap is not None and gap.is_contradiction and not self._abilities.doubt():
             return self._interpret(entries, learn_info(info, self._abilities), atomic=atomic)
-        at_head = reached or not full
         if gap is not None:
-            end = self._end_behind_gap(entries, info, at_head=at_head)
-        elif at_head and end.entries_read is None and info.added is not None:
+            end = self._end_behind_gap(entries, info, at_head=reached)
+        elif reached and end.entries_read is None and info.added is not None:
             end = Position(end.stream_id, info.added)
-        return Read(entries, at_head, full, end, gap, info)
+        return Read(entries, reached or not full, full, end, gap, info)
 
     @staticmethod
     def _end_of(entries: Sequence[Any], before: Position) -> Position:
