@@ -498,7 +498,7 @@ async def test_a_stream_shorter_than_a_round_trip_is_read_on(nodes: Nodes, sourc
             f" {sent} commands"
         )
         health = site.health
-        assert health.stream_too_short or health.gaps_open, told
+        assert health.stream_too_short or health.gaps_open or copies > 1, told
         assert 1 <= rows <= 10, told
         assert sent <= seconds * COPYING + 3 * len(keys) * copies, told
         # A bootstrap or two may come first.
@@ -642,15 +642,16 @@ async def test_a_head_that_is_never_reached_is_not_run_after(
         await site.holds(*numbered("k", 10))
         site.proxy.tell(about_stream(head_ahead(ms, added)))
         await paused_and_resumed(site)
-        counts = [await site.proxy.count(1.0) for _ in range(2)]
+        # It may be copied for it, twice at the most.
+        counts = [await site.proxy.count(1.0) for _ in range(3)]
         await site.holds("meanwhile")
         await reconnected(site)
         counts += [await site.proxy.count(1.0)]
         await source.write("after")
         await site.holds("after")
         told = f"{counts} commands, {await site.rows()} rows"
-        assert counts[1] <= WAITING, told
-        assert counts[2] <= 3 * WAITING, told
+        assert counts[2] <= WAITING, told
+        assert counts[3] <= 3 * WAITING, told
         assert await site.rows() <= ROWS_MAX, told
 
 

@@ -199,7 +199,7 @@ def find_gap(
 
 def _doubt(at: StreamId) -> Gap:
     if at == BEFORE_ALL:
-        reason = "entries came to an empty stream, and this server does not count them"
+        reason = "entries came to a stream that was empty, and nothing tells which were the first"
         return Gap(None, reason, is_doubt=True, all_is_new=True)
     reason = "the entry last read is gone, and this server does not count entries"
     return Gap(None, reason, is_doubt=True)
