@@ -234,6 +234,11 @@ class Site:
         entries = progress.read.entries_read if progress.read is not None else 0
         return progress.events_read - (entries or 0)
 
+    def is_counted(self) -> bool:
+        """Say whether the peer's server counts, so that it can be told what was read twice."""
+        positions = [self._progress(name).read for name in READERS]
+        return all(p is None or p.entries_read is not None for p in positions)
+
     def copied(self, since_ms: int) -> int:
         """Return how many items the readers copied, if they did since a time of day."""
         return sum(self._progress(n).copied for n in READERS if self.bootstrapped(n, since_ms))
@@ -376,7 +381,8 @@ class FaultResult:
 
     ``noticed_sec``: from the fault until the last reader's link had left Running (or, at start, had
     failed to connect). ``tailing_sec``: from the mending until the last one tailed again.
-    ``read_again``: events the readers read more than once; ``copied``: items they copied anew.
+    ``read_again``: events the readers read more than once, None where the peer's server does not
+    count what it ever had; ``copied``: items they copied anew.
     ``lost``: writes missing at a node, which must be 0; ``gone``: acknowledged writes that died with
     the peer's Redis before anybody had read them. ``changes_per_sec``: acknowledged while the fault
     lasted. ``rounds``: the most commands of rounds that the readers' links sent to the peer within a
@@ -386,7 +392,7 @@ class FaultResult:
     fault: str
     noticed_sec: float | None
     tailing_sec: float | None
-    read_again: int
+    read_again: int | None
     copied: int
     lost: int
     gone: int
@@ -456,9 +462,11 @@ class _Run:
         rate = site.books.count(began, healed) / (healed - began)
         await site.stop_writers()
         lost, gone = await self._check_books()
-        read_again = sum(
-            self._read_again(name, counts[name], broken[name], began_ms) for name in READERS
-        )
+        read_again = None
+        if site.is_counted():
+            read_again = sum(
+                self._read_again(name, counts[name], broken[name], began_ms) for name in READERS
+            )
         if ended := site.ended():
             self._problems.append(ended)
         if site.rounds.most > ROUNDS_MAX:

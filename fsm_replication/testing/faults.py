@@ -33,7 +33,7 @@ def table(results: Sequence[FaultResult]) -> Table:
             result.fault,
             "stays connected" if result.noticed_sec is None else f"{result.noticed_sec:.2f} s",
             "never" if result.tailing_sec is None else f"{result.tailing_sec:.2f} s",
-            str(result.read_again),
+            "unknown" if result.read_again is None else str(result.read_again),
             str(result.copied),
             str(result.lost),
             str(result.gone),
