@@ -121,7 +121,8 @@ async def run_fairness_bench(
         proxy = await stack.enter_async_context(FaultProxy(servers[SLOW].port))
         proxy.delay(ONE_WAY_SEC, ONE_WAY_SEC)
         urls = {STEADY: servers[STEADY].url, SLOW: proxy.url}
-        writers = [servers[STEADY].url, servers[SLOW].url]
+        # Each writes keys of its own: of two writes of one key the earlier would count as nothing.
+        writers = {"steady": servers[STEADY].url, "slow": servers[SLOW].url}
         note("reading without the flood")
         alone = await _read(urls, writers, seconds)
         note("reading beside the flood")
@@ -151,7 +152,7 @@ async def _prepare(url: str, name: str, events: int) -> None:
         connection.close()
 
 
-async def _read(urls: dict[str, str], writers: Sequence[str], seconds: float) -> dict[str, _Books]:
+async def _read(urls: dict[str, str], writers: dict[str, str], seconds: float) -> dict[str, _Books]:
     """Read peers while writers write to some; returns the books as they are when these end."""
     store = _Watched()
     with tempfile.TemporaryDirectory(prefix="fsm-bench-") as folder:
@@ -173,16 +174,17 @@ async def _read(urls: dict[str, str], writers: Sequence[str], seconds: float) ->
             for name in (STEADY, SLOW):
                 await engine.wait_for_state(*_READING, peer_id=name, timeout=START_TIMEOUT_SEC)
             async with asyncio.TaskGroup() as writing:
-                for url in writers:
-                    writing.create_task(_write(url, seconds))
+                for prefix, url in writers.items():
+                    writing.create_task(_write(url, seconds, prefix))
             # Copies: what is read from here on does not count.
             return {
                 name: _Books(one.events, list(one.delays_ms)) for name, one in store.books.items()
             }
 
 
-async def _write(url: str, seconds: float) -> None:
-    command = ["-m", "fsm_replication.bench.one", "write", "--url", url, "--seconds", str(seconds)]
+async def _write(url: str, seconds: float, prefix: str) -> None:
+    command = ["-m", "fsm_replication.bench.one", "write", "--url", url]
+    command += ["--seconds", str(seconds), "--prefix", prefix]
     process = await asyncio.create_subprocess_exec(
         sys.executable, *command, stdout=asyncio.subprocess.DEVNULL
     )

@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("what", choices=("drain", "hot", "straight", "latency", "write"))
     parser.add_argument("--url", required=True)
     parser.add_argument("--target")
+    parser.add_argument("--prefix", default="quiet", help="what the keys written begin with")
     parser.add_argument("--events", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--cli", action="store_true")
@@ -45,7 +46,7 @@ def main() -> None:
     elif args.what == "straight":
         work = contenders.straightforward(args.url)
     elif args.what == "write":
-        work = _write(args.url, args.seconds)
+        work = _write(args.url, args.seconds, args.prefix)
     else:
         writer = [sys.executable, "-m", "fsm_replication.bench.one", "write", "--url", args.url]
         writer += ["--seconds", str(args.seconds)]
@@ -56,7 +57,7 @@ def main() -> None:
     sys.stdout.write(json.dumps(result) + "\n")
 
 
-async def _write(url: str, seconds: float) -> None:
+async def _write(url: str, seconds: float, prefix: str) -> None:
     """Write 500 events a second, each with the time of its XADD."""
     connection = await RedisTransport().connect(url, timeout_sec=10, name="writer")
     began = time.perf_counter()
@@ -67,7 +68,7 @@ async def _write(url: str, seconds: float) -> None:
         at_ns = time.time_ns()
         content = json.dumps({"at": at_ns, "pad": "x" * 250}).encode()
         item = SyncItem(
-            f"quiet.{number}", content, "json", content_hash(content), 1, at_ns // 10**6,
+            f"{prefix}.{number}", content, "json", content_hash(content), 1, at_ns // 10**6,
             False, PEER_ID,
         )  # fmt: skip
         await connection.call("XADD", Keys().stream, "*", *encode_fields(item), timeout_sec=10)
