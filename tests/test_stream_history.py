@@ -240,6 +240,20 @@ def test_counts_that_contradict_entries_are_believed_once() -> None:
     assert (third.gap, third.end) == (None, Position(StreamId(13, 0), None))
 
 
+def test_a_hole_that_a_blocking_read_has_jumped_over_is_a_loss() -> None:
+    """If this fails a true loss passes for miscounting, and the second one is never told."""
+    abilities = Abilities(Counts.KEPT)
+    for _ in range(2):
+        one = reader(abilities, 1, 1)
+        one._asked = 5
+        # Entries 2 and 3 were trimmed, and this read did not ask for counts.
+        one._move_on(one._interpret(rows(4), None))
+        read = one._interpret((), told(1, 4, 4, 4), atomic=True)
+        assert read.gap is not None
+        assert not read.gap.is_contradiction
+        assert abilities.counts is Counts.KEPT
+
+
 def test_a_stream_that_was_trimmed_is_no_contradiction() -> None:
     """If this fails a stream that is too short passes for one that is not counted."""
     abilities = Abilities(Counts.KEPT)
