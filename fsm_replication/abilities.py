@@ -5,7 +5,7 @@ Servers differ, and forks and proxies tell versions of their own, so nothing is 
 ==============================  =====================================  ==================================
 what                            how it is asked                        where it is missing
 ==============================  =====================================  ==================================
-exclusive ranges                 ``XRANGE key (0-1 0-1`` when           it is refused: older servers are
+exclusive ranges                ``XRANGE key (0-1 0-1`` when           it is refused: older servers are
 (since Redis 6.2)               connecting, or opening the store       not supported
 a stream's count of all its     ``entries-added`` in the first         entries are looked for by their ids,
 entries (since Redis 7.0)       ``XINFO STREAM`` of a stream that is   and blocking reads ask XINFO in the

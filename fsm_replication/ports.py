@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple, Protocol
 __all__ = (
     "BEFORE_ALL",
     "LETTERS_BYTES",
+    "PART_MAX",
     "BootstrapRow",
     "Clock",
     "Connection",

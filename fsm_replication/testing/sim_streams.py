@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, NamedTuple
 
 from fsm_replication.errors import PeerReplyError
-from fsm_replication.ports import StreamId
+from fsm_replication.ports import PART_MAX, StreamId
 from fsm_replication.testing.sim_values import (
     SYNTAX,
     Keyspace,
@@ -27,7 +27,6 @@ __all__ = ("Stream", "Wait")
 NODE_ENTRIES_MAX: Final = 100
 NODE_BYTES_MAX: Final = 4096
 TRIMMED_MAX: Final = 100 * NODE_ENTRIES_MAX
-PART_MAX: Final = 2**64 - 1
 ZERO: Final = StreamId(0, 0)
 LAST: Final = StreamId(PART_MAX, PART_MAX)
 # As strtoull reads it.
@@ -45,14 +44,6 @@ class Entry(NamedTuple):
     def reply(self) -> list[Any]:
         """Return it as it is sent."""
         return [str(self.id).encode(), list(self.fields)]
-
-
-def _after(at: StreamId) -> StreamId:
-    return StreamId(at.ms, at.seq + 1) if at.seq < PART_MAX else StreamId(at.ms + 1, 0)
-
-
-def _before(at: StreamId) -> StreamId:
-    return StreamId(at.ms, at.seq - 1) if at.seq else StreamId(at.ms - 1, PART_MAX)
 
 
 class Stream:
@@ -164,14 +155,14 @@ def _interval(low_raw: bytes, high_raw: bytes) -> tuple[StreamId, StreamId]:
         low = _stream_id(low_raw[1:])
         if low == LAST:
             raise PeerReplyError("ERR invalid start ID for the interval")
-        low = _after(low)
+        low = low.next
     else:
         low = _loose_id(low_raw)
     if high_raw[:1] == b"(" and len(high_raw) > 1:
         high = _stream_id(high_raw[1:], PART_MAX)
         if high == ZERO:
             raise PeerReplyError("ERR invalid end ID for the interval")
-        return low, _before(high)
+        return low, high.previous
     return low, _loose_id(high_raw, PART_MAX)
 
 
@@ -285,9 +276,9 @@ def _next_id(stream: Stream, given: StreamId | None, *, counts_on: bool, now_ms:
             "ERR The stream has exhausted the last possible ID, unable to add more items"
         )
     if given is None:
-        return StreamId(now_ms, 0) if now_ms > last.ms else _after(last)
+        return StreamId(now_ms, 0) if now_ms > last.ms else last.next
     if counts_on and given.ms == last.ms and last.seq < PART_MAX:
-        given = _after(last)
+        given = last.next
     if given <= last:
         raise PeerReplyError(
             "ERR The ID specified in XADD is equal or smaller than the target stream top item"
@@ -386,7 +377,7 @@ class Wait:
 
 
 def _entries_after(stream: Stream, after: StreamId, count: int) -> list[Any]:
-    begin = stream.index(_after(after))
+    begin = stream.index(after.next)
     entries = stream.entries[begin : begin + count if count else None]
     return [entry.reply() for entry in entries]
 
@@ -411,8 +402,8 @@ def _reads_after(db: Keyspace, key: bytes, raw: bytes) -> StreamId:
     if stream is None:
         return ZERO
     if db.dialect.plus_passes_over_deleted and stream.entries:
-        return _before(stream.entries[-1].id)
-    return _before(stream.last)
+        return stream.entries[-1].id.previous
+    return stream.last.previous
 
 
 @command("XREAD", -4)
