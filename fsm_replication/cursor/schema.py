@@ -58,8 +58,9 @@ _SCHEMA_2: Final = (
     """UPDATE dead_letters SET from_foreign = 1
     WHERE fields IS NOT NULL AND instr(fields, CAST('"origin"' AS BLOB)) = 0""",
 )
+_SCHEMA_3: Final[tuple[str, ...]] = ()
 # Each brings the schema of the number before to its own; a new file goes through all of them.
-_SCHEMAS: Final = (_SCHEMA_1, _SCHEMA_2)
+_SCHEMAS: Final = (_SCHEMA_1, _SCHEMA_2, _SCHEMA_3)
 SCHEMA_VERSION: Final = len(_SCHEMAS)
 # What is only read is not migrated, but looked at as if it were: a view hides a table of its name.
 _VIEWS_OF_OLDER: Final = {

@@ -240,7 +240,17 @@ class LocalMesh:
         fresh = [state for at, state in node.saved if now - at <= LOST_SEC]
         if not fresh:
             return False
-        node.server.load(fresh[0])
+        self.restore(name, fresh[0])
+        return True
+
+    def snapshot(self, name: str) -> SimState:
+        """Return what a node's server holds now, as a backup would."""
+        return self.nodes[name].server.dump()
+
+    def restore(self, name: str, state: SimState) -> None:
+        """Start a node's server again from a snapshot; connections to it are lost."""
+        node = self.nodes[name]
+        node.server.load(state)
         node.store.crashed()
         node.saved.clear()
         for other in self.nodes.values():
@@ -248,7 +258,6 @@ class LocalMesh:
             other.transport.cut(name)
             if not was_down:
                 other.transport.heal(name)
-        return True
 
     def wipe(self, name: str) -> None:
         """Empty a node's server, marker and all, while every connection to it stands."""

@@ -89,11 +89,12 @@ class SimRedis:
         return SimState(self.db)
 
     def load(self, state: SimState) -> None:
-        """Hold what was held when ``state`` was taken: a server that has lost what came after.
+        """Hold what was held when ``state`` was taken: a server that was started again from it.
 
         Who waits for entries goes on waiting; a real server would have lost its connections too.
         """
         state.put_into(self.db)
+        self.db.runs += 1
 
     def flush(self) -> None:
         """Remove all keys."""
@@ -285,7 +286,8 @@ def _echo(_: Keyspace, args: list[bytes]) -> bytes:
 def _info(db: Keyspace, args: list[bytes]) -> bytes:
     if args and not {name.lower() for name in args} & {b"server", b"default", b"all"}:
         return b""
-    return f"# Server\r\n{db.dialect.info}redis_mode:standalone\r\n".encode()
+    told = f"{db.dialect.info}redis_mode:standalone\r\nrun_id:{db.runs:040x}\r\n"
+    return f"# Server\r\n{told}".encode()
 
 
 @command("TIME", 1)

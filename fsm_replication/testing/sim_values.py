@@ -139,12 +139,16 @@ class Sorted(_Container):
 
 
 class Keyspace:
-    """Keys with their values and times of expiry; ``ready`` names streams that got an entry."""
+    """Keys with their values and times of expiry; ``ready`` names streams that got an entry.
+
+    ``runs`` counts how often the server was started again.
+    """
 
     def __init__(self, now_ms: Callable[[], int], dialect: Dialect = REDIS_7_0) -> None:
         self.now_ms = now_ms
         self.dialect = dialect
         self.ready: list[bytes] = []
+        self.runs = 0
         self._values: dict[bytes, Value] = {}
         self._expiries: dict[bytes, int] = {}
 
