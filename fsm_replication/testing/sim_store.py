@@ -46,6 +46,7 @@ from fsm_replication.redis_tree import RedisTree
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received, SyncEngine
 from fsm_replication.stream import DataDecoder, encode_data, encode_fields
 from fsm_replication.testing.sim_redis import SimRedis
+from fsm_replication.testing.store_watch import StoreWatch
 
 __all__ = ("SimStore",)
 
@@ -59,7 +60,7 @@ class SimStore(SyncEngine):
     ``ttl_ms`` and ``grace_ms`` are those of tombstones. ``accepting_writes`` may be set to False to
     make links pause. While ``failure`` is set, every call of replication raises that,
     and each takes ``delay_sec``. The server's clock stamps local writes. After ``crashed()`` each peer
-    is told once that the server may be as it was before.
+    is told once that the server may be as it was before. ``watch`` sees what replication takes.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class SimStore(SyncEngine):
         self.accepting_writes = True
         self.failure: StoreError | None = None
         self.delay_sec = 0.0
+        self.watch: StoreWatch | None = None
         self._crashes = 0
         # How many crashes each peer knows of.
         self._told: dict[str, int] = {}
@@ -213,6 +215,8 @@ class SimStore(SyncEngine):
                 outcomes.append(Outcome.SUPERSEDED)
                 continue
             live_deleted += made.deleted and held is not None and not held.deleted
+            if self.watch is not None:
+                self.watch.took(made, held)
             self._keep(made, held)
             outcomes.append(Outcome.APPLIED)
         if received is not None and received.position is not None:

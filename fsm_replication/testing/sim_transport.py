@@ -31,6 +31,10 @@ from fsm_replication.transport import Command, RedisConnection, RedisTransport
 __all__ = ("SimConnection", "SimTransport")
 
 CHUNK_BYTES: Final = 64 * 1024
+# How often a garbled array is one of which only an element is garbled.
+_DEEPER: Final = 0.7
+# Seconds from one byte to the next of a line that drips.
+DRIP_SEC: Final = 1.0
 
 
 class SimConnection(RedisConnection):
@@ -112,6 +116,8 @@ class _Wire(asyncio.Transport):
         self._coming = _Lane(self._reach_client)
         self._inbox: deque[_Batch] = deque()
         self._held_back: deque[bytes] = deque()
+        self._dripping = bytearray()
+        self._drip: asyncio.TimerHandle | None = None
         self._wait: Wait | None = None
         self._alarm: asyncio.TimerHandle | None = None
         self._still_to_run: int | None = None
@@ -164,6 +170,26 @@ class _Wire(asyncio.Transport):
         if self.host in self._network.hung:
             self._held_back.append(data)
             return
+        if self._dripping or self.host in self._network.dripping:
+            self._dripping += data
+            if self._drip is None:
+                self._drop()
+            return
+        self._hand_over(data)
+
+    def _drop(self) -> None:
+        """Hand over the next byte, and all at once when the line is mended."""
+        self._drip = None
+        count = 1 if self.host in self._network.dripping else len(self._dripping)
+        data = bytes(self._dripping[:count])
+        del self._dripping[:count]
+        if self._protocol is None:
+            return
+        if self._dripping:
+            self._drip = asyncio.get_running_loop().call_later(DRIP_SEC, self._drop)
+        self._hand_over(data)
+
+    def _hand_over(self, data: bytes) -> None:
         for begin in range(0, len(data), CHUNK_BYTES):
             if self._protocol is not None:
                 self._protocol.data_received(data[begin : begin + CHUNK_BYTES])
@@ -195,7 +221,7 @@ class _Wire(asyncio.Transport):
         reply = self._session.execute(*command, wake=partial(self._wake, command))
         if not isinstance(reply, Wait):
             self._show(command, reply)
-            batch.replies += _encode(reply)
+            batch.replies += self._say(reply)
         elif self._protocol is None:
             self._server.forget(reply)
         else:
@@ -212,7 +238,7 @@ class _Wire(asyncio.Transport):
     def _wake(self, command: list[bytes], reply: Any) -> None:
         self._end_wait()
         self._show(command, reply)
-        self._inbox[0].replies += _encode(reply)
+        self._inbox[0].replies += self._say(reply)
         self._work()
 
     def _show(self, command: list[bytes], reply: Any) -> None:
@@ -229,6 +255,11 @@ class _Wire(asyncio.Transport):
                     watch.replied(self.host, one, its_reply, self._given)
         else:
             watch.replied(self.host, command, reply, self._given)
+
+    def _say(self, reply: Any) -> bytes:
+        if self.host in self._network.garbling:
+            reply = _garbled(reply, self._network.rng)
+        return _encode(reply)
 
     def _end_wait(self) -> None:
         self._wait = None
@@ -251,6 +282,10 @@ class _Wire(asyncio.Transport):
     def _abandon(self) -> None:
         self._protocol = None
         self._held_back.clear()
+        self._dripping.clear()
+        if self._drip is not None:
+            self._drip.cancel()
+            self._drip = None
         if self._wait is not None:
             # A server forgets what stands behind a read that blocks.
             self._server.forget(self._wait)
@@ -266,6 +301,18 @@ class _Wire(asyncio.Transport):
         self._inbox.clear()
         self._going.moving.clear()
         self._network.note(self, over=True)
+
+
+def _garbled(reply: Any, rng: random.Random) -> Any:
+    """Return a reply of which one part, or the whole, is of a kind that no command answers with."""
+    if isinstance(reply, list) and reply and rng.random() < _DEEPER:
+        at = rng.randrange(len(reply))
+        return [*reply[:at], _garbled(reply[at], rng), *reply[at + 1 :]]
+    if isinstance(reply, int):
+        return rng.choice((b"\xb2", b",inf", [reply]))
+    if isinstance(reply, list):
+        return rng.choice((len(reply), b"\xff\xfe"))
+    return rng.choice((-1, [[]], [b"\xff", 7]))
 
 
 def _encode(reply: Any) -> bytes:
@@ -314,6 +361,8 @@ class SimTransport(RedisTransport):
         self.down: set[str] = set()
         self.hung: set[str] = set()
         self.rejecting: set[str] = set()
+        self.garbling: set[str] = set()
+        self.dripping: set[str] = set()
         # In the order in which they were opened.
         self._wires: dict[_Wire, None] = {}
 
@@ -332,11 +381,19 @@ class SimTransport(RedisTransport):
         """Let a host reject the credentials of new lines until :meth:`heal`."""
         self.rejecting.add(self._known(host))
 
+    def garble(self, host: str) -> None:
+        """Let a host answer with replies of the wrong kind until :meth:`heal`."""
+        self.garbling.add(self._known(host))
+
+    def drip(self, host: str) -> None:
+        """Let a host's replies come byte by byte, one a second, until :meth:`heal`."""
+        self.dripping.add(self._known(host))
+
     def heal(self, host: str) -> None:
         """End what was done to the lines to a host; commands that waited are then run."""
         self.down.discard(self._known(host))
-        self.rejecting.discard(host)
-        self.hung.discard(host)
+        for trouble in (self.rejecting, self.hung, self.garbling, self.dripping):
+            trouble.discard(host)
         for wire in list(self._wires):
             if wire.host == host:
                 wire.go_on()
