@@ -9,8 +9,9 @@ with the same items. What must hold:
 - without the cold path (half of the runs) a link that reads has everything that its peer holds, or
   its health says that something is missing (G1, G2): what trees would heal must not hide a loss;
 - where no server lost anything, a node emits at most one event for each write (G11);
-- no node takes an item that was deleted before it, once it has known of the delete (G5), whatever
-  came back from a backup and however long nodes were apart, until a person says so;
+- with the cold path, which tells when two nodes last agreed, no node takes an item that was deleted
+  after it was written, once it has known of the delete (G5), whatever came back from a backup and
+  however long nodes were apart, until a person says so;
 - one key spoils nothing (G13): with one that is too large for the others, or stamped days ahead, all
   other keys come to agree, links read, and trees agree but for it;
 - peers take no more live items away than a person's word allows, over kills and restarts (G14);
@@ -206,6 +207,7 @@ _TICKETS: Final = tuple(tickets for _, tickets in _LOTTERY)
 _TROUBLE_LOTTERY: Final = (
     ("backup", 4), ("restore", 3), ("unread", 1), ("ages", 2), ("days", 2), ("slip", 2), ("huge", 3),
     ("crowd", 3), ("purge", 3), ("churn", 2), ("restart", 4), ("garble", 2), ("drip", 2),
+    ("gush", 2),
 )  # fmt: skip
 _TROUBLES: Final = tuple(kind for kind, _ in _TROUBLE_LOTTERY)
 _TROUBLE_TICKETS: Final = tuple(tickets for _, tickets in _TROUBLE_LOTTERY)
@@ -277,7 +279,7 @@ def _add_troubles(steps: list[Step], names: str, rng: random.Random) -> None:
             steps[at:at] = [*apart, ("ages",)]
         elif kind == "days":
             steps.insert(at, (kind, node, rng.choice(DAYS)))
-        elif kind in ("garble", "drip"):
+        elif kind in ("garble", "drip", "gush"):
             steps.insert(at, (kind, node, other))
         else:
             steps.insert(at, (kind, node))
@@ -354,7 +356,7 @@ class _Run:
                 now_sec=asyncio.get_running_loop().time,
                 fail=_end_run,
                 allowance=INTERLOCK_MIN * len(self.mesh.read_by(name)) if crowded else None,
-                revivals=not self._days_off,
+                revivals=fate.cold and not self._days_off,
             )
             self._backups[name] = self.mesh.snapshot(name)
         self._lost = self._wiped = False
@@ -566,6 +568,10 @@ class _Run:
     def _garble(self, reader: str, peer: str) -> None:
         if reader != peer:
             self.mesh.nodes[reader].transport.garble(peer)
+
+    def _gush(self, reader: str, peer: str) -> None:
+        if reader != peer:
+            self.mesh.nodes[reader].transport.flood(peer)
 
     def _drip(self, reader: str, peer: str) -> None:
         if reader != peer:

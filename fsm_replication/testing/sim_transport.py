@@ -33,6 +33,7 @@ __all__ = ("SimConnection", "SimTransport")
 CHUNK_BYTES: Final = 64 * 1024
 # How often a garbled array is one of which only an element is garbled.
 _DEEPER: Final = 0.7
+FLOOD_TIMES: Final = 40
 # Seconds from one byte to the next of a line that drips.
 DRIP_SEC: Final = 1.0
 
@@ -259,6 +260,8 @@ class _Wire(asyncio.Transport):
     def _say(self, reply: Any) -> bytes:
         if self.host in self._network.garbling:
             reply = _garbled(reply, self._network.rng)
+        if self.host in self._network.flooding:
+            reply = _flooded(reply, self._network.rng)
         return _encode(reply)
 
     def _end_wait(self) -> None:
@@ -315,6 +318,16 @@ def _garbled(reply: Any, rng: random.Random) -> Any:
     return rng.choice((-1, [[]], [b"\xff", 7]))
 
 
+def _flooded(reply: Any, rng: random.Random) -> Any:
+    """Return a reply of which the whole, or one part, has many times the elements asked for."""
+    if not isinstance(reply, list) or not reply:
+        return reply
+    at = rng.randrange(len(reply))
+    if isinstance(reply[at], list) and rng.random() < _DEEPER:
+        return [*reply[:at], _flooded(reply[at], rng), *reply[at + 1 :]]
+    return reply * FLOOD_TIMES
+
+
 def _encode(reply: Any) -> bytes:
     """Return a reply as RESP2."""
     parts: list[bytes] = []
@@ -363,6 +376,7 @@ class SimTransport(RedisTransport):
         self.rejecting: set[str] = set()
         self.garbling: set[str] = set()
         self.dripping: set[str] = set()
+        self.flooding: set[str] = set()
         # In the order in which they were opened.
         self._wires: dict[_Wire, None] = {}
 
@@ -385,6 +399,10 @@ class SimTransport(RedisTransport):
         """Let a host answer with replies of the wrong kind until :meth:`heal`."""
         self.garbling.add(self._known(host))
 
+    def flood(self, host: str) -> None:
+        """Let a host answer with many times what was asked for until :meth:`heal`."""
+        self.flooding.add(self._known(host))
+
     def drip(self, host: str) -> None:
         """Let a host's replies come byte by byte, one a second, until :meth:`heal`."""
         self.dripping.add(self._known(host))
@@ -392,7 +410,13 @@ class SimTransport(RedisTransport):
     def heal(self, host: str) -> None:
         """End what was done to the lines to a host; commands that waited are then run."""
         self.down.discard(self._known(host))
-        for trouble in (self.rejecting, self.hung, self.garbling, self.dripping):
+        for trouble in (
+            self.rejecting,
+            self.hung,
+            self.garbling,
+            self.dripping,
+            self.flooding,
+        ):
             trouble.discard(host)
         for wire in list(self._wires):
             if wire.host == host:
