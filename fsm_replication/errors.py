@@ -46,6 +46,7 @@ __all__ = (
     "StoreTimeoutError",
     "UnreachableStateError",
     "UsageError",
+    "WaitTimeoutError",
     "WatcherLagged",
     "WorkerCrashedError",
     "redact",
@@ -131,6 +132,12 @@ class EngineStoppedError(UsageError):
 
 class UnreachableStateError(UsageError):
     """``wait_for_state`` waits for states that can no longer come."""
+
+
+class WaitTimeoutError(ReplicationError, TimeoutError):
+    """What was waited for did not come in time; the message says how things stand."""
+
+    retryable = True
 
 
 class WatcherLagged(ReplicationError):  # noqa: N818 - it reports a fact, and is raised once
@@ -245,11 +252,11 @@ class StoreReopenedError(ReplicationError):
 
 
 class CircuitOpenError(StoreError):
-    """A circuit breaker refused the call without making it."""
+    """A circuit breaker refused the call without making it; ``cause`` is what opened it."""
 
-    def __init__(self, circuit: str) -> None:
+    def __init__(self, circuit: str, cause: str = "") -> None:
         self.circuit = circuit
-        super().__init__(f"circuit {circuit!r} is open")
+        super().__init__(f"circuit {circuit!r} is open" + (f": {cause}" if cause else ""))
 
 
 class CursorStoreError(ReplicationError):

@@ -121,7 +121,7 @@ def _screen(mesh: Mesh, progress: Progress, topology: Topology, rates: _Rates) -
                 f"{peer.events_read:,}",
                 f"{peer.events_applied:,}",
                 f"{rates.of(node.node_id, peer):,.0f}",
-                str(peer.lag_ms),
+                "unknown" if peer.lag_ms is None else str(peer.lag_ms),
             )
             first = False
         if not health.peers:
