@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from enum import StrEnum
-from functools import partial
 from typing import Any
 
 from fsm_replication.errors import InvalidStateError, WorkerCrashedError
@@ -115,7 +114,7 @@ class Driver:
             name=name,
             on_move=self._moved,
             on_leave=self._left,
-            on_done=partial(observer.concluded, name),
+            on_done=self._concluded,
         )
 
     # What is asked of a driver.
@@ -300,6 +299,9 @@ class Driver:
         )
         self._journal.append(record)
         self._observer.moved(self.name, move)
+
+    def _concluded(self, move: Move) -> None:
+        self._observer.concluded(self.name, move)
 
     def _left(self, ticket: Ticket) -> None:
         for job in tuple(self._jobs):

@@ -83,7 +83,7 @@ def _to_record(_logger: Any, _method: str, event: _Event) -> _Event:
 def _for_reading(fields: Mapping[str, Any], exc_info: object) -> dict[str, Any]:
     """Return fields as a sentence shows them: every text safe, an exception under ``error``."""
     shown = {
-        name: value if isinstance(value, int | float) else _as_text(value)
+        name: value if isinstance(value, int | float | None) else _as_text(value)
         for name, value in fields.items()
     }
     if isinstance(exc_info, BaseException):
@@ -92,8 +92,6 @@ def _for_reading(fields: Mapping[str, Any], exc_info: object) -> dict[str, Any]:
 
 
 def _as_text(value: object) -> str:
-    if value is None:
-        return "unknown"
     if isinstance(value, Mapping):
         value = ", ".join(f"{name} {count}" for name, count in value.items())
     elif isinstance(value, list | tuple | set | frozenset):

@@ -98,11 +98,13 @@ def sentence(event: str, fields: Mapping[str, Any]) -> str:
     """Return what an event says; one without a sentence is told as its name and fields."""
     form = SENTENCES.get(event)
     try:
+        if isinstance(form, str):
+            return form.format_map({k: "unknown" if v is None else v for k, v in fields.items()})
         if form is not None:
-            return form.format_map(fields) if isinstance(form, str) else form(fields)
+            return form(fields)
     except (LookupError, ValueError, TypeError):
         # A line that could not be written must not fail what it tells of.
         pass
-    told = ", ".join(f"{name}={value}" for name, value in fields.items())
+    told = ", ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
     name = event.replace("_", " ")
     return f"{name}: {told}" if told else name

@@ -484,6 +484,7 @@ class Tailer:
                 return f"{unread} events behind"
         if position.stream_id >= info.last_id:
             progress.unread_events = 0
+            progress.head_reached_at = self._context.ports.clock.monotonic()
             return ""
         if position.stream_id == BEFORE_ALL:
             return "nothing of the stream was read yet"

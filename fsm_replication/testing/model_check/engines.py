@@ -131,7 +131,7 @@ class _Silent:
     def warning(self, *_args: object, **_fields: object) -> None:
         """Say nothing."""
 
-    info = error = debug = warning
+    info = error = debug = log = warning
 
 
 class EngineModel:
