@@ -52,7 +52,8 @@ __all__ = (
     "redact",
 )
 
-_CREDENTIALS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?P<secret>[^/?#\s]*)@", re.IGNORECASE)
+# It begins at "://" and not at the scheme, which would be looked for from every letter of a text.
+_CREDENTIALS = re.compile(r"(?P<scheme>://)(?P<secret>[^/?#\s]*)@")
 _QUERY_SECRETS = re.compile(
     r"(?P<name>[?&](?:password|username|user|ssl_password)=)[^&\s]*", re.IGNORECASE
 )

@@ -13,7 +13,14 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
-__all__ = ("LogFormat", "configure_logging", "log_formatter", "run_async", "tune_gc", "uvloop_factory")
+__all__ = (
+    "LogFormat",
+    "configure_logging",
+    "log_formatter",
+    "run_async",
+    "tune_gc",
+    "uvloop_factory",
+)
 
 # The engine allocates many short-lived containers and almost no cycles: collecting less often
 # saves up to a third of the time, and costs a few megabytes.
@@ -49,7 +56,7 @@ def log_formatter(form: LogFormat) -> logging.Formatter:
         fields = [_keep_message, structlog.stdlib.ExtraAdder()]
         render = structlog.processors.JSONRenderer(default=str)
     else:
-        render = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event=0)
+        render = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[
             structlog.stdlib.add_log_level,
