@@ -41,6 +41,7 @@ from fsm_replication.errors import (
     StoreTimeoutError,
     UnreachableStateError,
     UsageError,
+    WaitTimeoutError,
     WatcherLagged,
     WorkerCrashedError,
 )
@@ -132,6 +133,7 @@ __all__ = (
     "Transition",
     "UnreachableStateError",
     "UsageError",
+    "WaitTimeoutError",
     "WatcherLagged",
     "WorkerCrashedError",
 )

@@ -54,7 +54,8 @@ class Circuit(pybreaker.CircuitBreakerListener):
     """One circuit: opens after ``failures`` in a row, closes after ``successes`` probes in a row.
 
     ``reset_sec`` is the time in Open before a probe may run, in seconds. ``on_call`` hears of every
-    call, also of those that are not let through.
+    call, also of those that are not let through. ``last_error`` is what the last call that failed
+    died of, "" where none has.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Circuit(pybreaker.CircuitBreakerListener):
         self._opened_at = 0.0
         self._probing = False
         self._era = 0
+        self.last_error = ""
         self.last_success: float | None = None
         self._breaker = pybreaker.CircuitBreaker(
             fail_max=failures,
@@ -113,7 +115,7 @@ class Circuit(pybreaker.CircuitBreakerListener):
         """
         if self.probe_in_sec > 0.0:
             self._note(CallOutcome.REJECTED)
-            raise CircuitOpenError(self.name)
+            raise CircuitOpenError(self.name, self.last_error)
         if self.state is CircuitState.OPEN:
             self._breaker.half_open()
         probe = self.state is CircuitState.HALF_OPEN
@@ -141,6 +143,9 @@ class Circuit(pybreaker.CircuitBreakerListener):
             self._on_call(self, outcome)
 
     def _tell(self, error: Exception | None) -> None:
+        if error is not None:
+            self.last_error = str(error) or type(error).__name__
+
         def outcome() -> None:
             if error is not None:
                 raise error

@@ -33,7 +33,10 @@ class Observer:
     """Is told what a driver does; the base class ignores it all."""
 
     def moved(self, machine: str, move: Move) -> None:
-        """A move was made."""
+        """A move was made; its effects come next."""
+
+    def concluded(self, machine: str, move: Move) -> None:
+        """The effects of a move are done; not called where one of them raised."""
 
     def dropped(self, machine: str, report: Report, state: StrEnum) -> None:
         """A report came from an entry that is over, or means nothing in this state."""
@@ -105,7 +108,14 @@ class Driver:
         self._scheduled = False
         self._jobs: set[_Job] = set()
         self._since_ms = wall_clock.now_ms()
-        self.machine = Machine(table, model, name=name, on_move=self._moved, on_leave=self._left)
+        self.machine = Machine(
+            table,
+            model,
+            name=name,
+            on_move=self._moved,
+            on_leave=self._left,
+            on_done=self._concluded,
+        )
 
     # What is asked of a driver.
 
@@ -289,6 +299,9 @@ class Driver:
         )
         self._journal.append(record)
         self._observer.moved(self.name, move)
+
+    def _concluded(self, move: Move) -> None:
+        self._observer.concluded(self.name, move)
 
     def _left(self, ticket: Ticket) -> None:
         for job in tuple(self._jobs):

@@ -34,6 +34,7 @@ from fsm_replication.errors import (
     ReplicationError,
     StartupError,
     UsageError,
+    WaitTimeoutError,
 )
 from fsm_replication.health import HealthCheck
 from fsm_replication.journal import Journal, StateWaiter, Transition, Watcher
@@ -42,6 +43,7 @@ from fsm_replication.links import Links
 from fsm_replication.log import get_logger
 from fsm_replication.machine import Move
 from fsm_replication.metrics import Metrics
+from fsm_replication.move_log import level_of_circuit, level_of_move
 from fsm_replication.peer_link import PeerLink
 from fsm_replication.ports import GapRow, PeerRecord, Ports
 from fsm_replication.reports import EngineFact, PauseReason, Report, Reporter
@@ -62,7 +64,7 @@ from fsm_replication.workers.letter_retry import LetterRetry
 from fsm_replication.workers.ping import ping_idle_peers
 from fsm_replication.workers.prober import probe_circuits
 from fsm_replication.workers.repair import KeyDifference, StaleVerdict, find_differences
-from fsm_replication.workers.slo import SloWatch
+from fsm_replication.workers.slo import SloWatch, watch_lag
 from fsm_replication.workers.supervisor import CrashCounter, supervise
 from fsm_replication.workers.tailer import decided_by
 
@@ -224,7 +226,11 @@ class ReplicationEngine(Observer):
             known = progress.lag_events()
             return math.nan if known is None else known
 
-        metrics.show_lag(lambda: progress.lag_ms(clock.monotonic()), lag_events)
+        def lag_ms() -> float:
+            known = progress.lag_ms(clock.monotonic())
+            return math.nan if known is None else known
+
+        metrics.show_lag(lag_ms, lag_events)
         return LinkContext(
             local_node_id=self._config.local_node_id,
             peer=peer,
@@ -415,28 +421,51 @@ class ReplicationEngine(Observer):
         """Wait until the engine, or a link, passes through one of ``states``.
 
         :raises UnreachableStateError: once none of them can come any more.
-        :raises TimeoutError: after ``timeout`` seconds.
+        :raises WaitTimeoutError: after ``timeout`` seconds; it is a ``TimeoutError``.
         """
         driver = self._driver if peer_id is None else self._link(peer_id).driver
         for state in states:
             if state not in set(driver.machine.table.states):
                 raise UsageError(f"{driver.name} has no state {state!r}")
         waiter = driver.waiter(frozenset[StrEnum](states))
-        async with self._ports.clock.timeout(timeout):
-            return cast("EngineState | PeerState", await waiter.wait())
+        try:
+            async with self._ports.clock.timeout(timeout):
+                return cast("EngineState | PeerState", await waiter.wait())
+        except TimeoutError:
+            wanted = " or ".join(states)
+            now = self.state if peer_id is None else self._link(peer_id).describe()
+            raise WaitTimeoutError(
+                f"{driver.name} did not become {wanted} within {timeout:g} s: it is {now}"
+            ) from None
 
     async def wait_synced(self, timeout: float | None = None) -> None:  # noqa: ASYNC109
-        """Wait until every configured peer was fully read or compared once.
+        """Wait until, since this start, each configured peer was read to its head, or compared.
 
-        :raises TimeoutError: after ``timeout`` seconds.
+        A peer counts once the head of its stream was reached, or its tree was found to agree or
+        was made to. Peers that ``update_config`` adds meanwhile are waited for too.
+
+        :raises WaitTimeoutError: after ``timeout`` seconds; it names the peers that are missing,
+            and their states. It is a ``TimeoutError``.
         :raises EngineStoppedError: if the engine ends first.
         """
-        async with self._ports.clock.timeout(timeout):
-            while not all(link.context.progress.synced for link in self._links.values()):
-                if self.state in _FINAL:
-                    raise EngineStoppedError("the engine ended before all peers were read")
-                self._link_moved.clear()
-                await self._link_moved.wait()
+        try:
+            async with self._ports.clock.timeout(timeout):
+                while self._unmet():
+                    if self.state in _FINAL:
+                        raise EngineStoppedError("the engine ended before all peers were read")
+                    self._link_moved.clear()
+                    await self._link_moved.wait()
+        except TimeoutError:
+            missing = "; ".join(
+                f"peer {link.peer_id!r} is {link.describe()}" for link in self._unmet()
+            )
+            raise WaitTimeoutError(
+                f"not synced after {timeout:g} s: the engine is {self.state}; {missing}"
+            ) from None
+
+    def _unmet(self) -> list[PeerLink]:
+        """Return the links that have not reached their peer's head since this start."""
+        return [link for link in self._links.values() if not link.context.progress.synced]
 
     def changes(self, prefix: str = "") -> ChangeWatcher:
         """Follow what replication applies to keys with a prefix, for cache invalidation.
@@ -654,7 +683,7 @@ class ReplicationEngine(Observer):
         await self._decided(peer_id)
         lines = link.lines
         if lines is None:
-            raise ConnectionLostError(f"peer {peer_id!r} is not connected: it is {link.state}")
+            raise ConnectionLostError(f"peer {peer_id!r} is not connected: it is {link.describe()}")
         if not lines.layout:
             raise UsageError(f"peer {peer_id!r} publishes no tree that could be compared")
         async for found in find_differences(link.context, lines):
@@ -667,7 +696,7 @@ class ReplicationEngine(Observer):
         :raises StoreError: if the local store fails.
         """
         peers: list[tuple[PeerConfig, Lines | str]] = [
-            (link.context.peer, link.lines or f"the link is {link.state}")
+            (link.context.peer, link.lines or f"the link is {link.describe()}")
             for link in self._links.values()
         ]
         timeout = self._config.settings.timeouts
@@ -755,6 +784,7 @@ class ReplicationEngine(Observer):
         )
         # These two do nothing while they are not enabled, which may change.
         self._supervise("cold-path", lambda _r: self._cold_path.run())
+        self._supervise("slo-watch", lambda _r: watch_lag(self._links.judge_lag, clock))
         self._supervise(
             "pinger", lambda _r: ping_idle_peers(self._links.to_be_pinged, self._settings, clock)
         )
@@ -856,12 +886,18 @@ class ReplicationEngine(Observer):
         if peer_id != circuit.name and not self._is_in_use(peer_id, circuit):
             return
         self._circuit_moved.set()
-        self._log.warning("circuit_changed", circuit=circuit.name, source=old, dest=new)
+        why = ""
+        if new is CircuitState.OPEN:
+            failures, wait_sec = circuit.failure_count, circuit.probe_in_sec
+            why = f"{failures} failures in a row, the last of them: {circuit.last_error};"
+            why += f" a probe may run in {wait_sec:.1f} s"
+        level = level_of_circuit(new)
+        self._log.log(level, "circuit_changed", circuit=circuit.name, source=old, dest=new, why=why)
         trigger = next(
             row.trigger for row in CIRCUIT.rows if old in row.sources and row.dest is new
         )
         machine, now = f"circuit:{circuit.name}", self._ports.wall_clock.now_ms()
-        self._journal.append(Transition(machine, now, trigger, old, new))
+        self._journal.append(Transition(machine, now, trigger, old, new, why))
         self.metrics.get("transitions", machine, trigger, old, new).inc()
         self.metrics.get("circuit_state", circuit.name).set(_CIRCUIT_VALUES[new])
         if peer_id != circuit.name:
@@ -919,15 +955,7 @@ class ReplicationEngine(Observer):
         self._driver.post(Report("drainer", EngineFact.DRAINED, ticket, str(error), error))
 
     def moved(self, machine: str, move: Move) -> None:
-        """Log and count every move of every machine."""
-        self._log.info(
-            "transition",
-            machine=machine,
-            trigger=move.trigger,
-            source=move.source,
-            dest=move.dest,
-            why=move.why,
-        )
+        """Count every move of every machine."""
         self.metrics.get("transitions", machine, move.trigger, move.source, move.dest).inc()
         peer_id = machine.removeprefix("link:")
         if peer_id != machine:
@@ -937,6 +965,21 @@ class ReplicationEngine(Observer):
                 self._forget_if_taken_out(peer_id)
         self._show_state()
         self._link_moved.set()
+
+    def concluded(self, machine: str, move: Move) -> None:
+        """Log every move of every machine, with its reason and what comes of it."""
+        link = self._links.get(machine.removeprefix("link:")) if machine != "engine" else None
+        attempts, wait_sec = (0, None) if link is None else (link.attempts, link.next_attempt_sec)
+        self._log.log(
+            level_of_move(move, attempts=attempts),
+            "transition",
+            machine=machine,
+            trigger=move.trigger,
+            source=move.source,
+            dest=move.dest,
+            why=move.why,
+            next_attempt_sec=wait_sec,
+        )
 
     def _forget_if_taken_out(self, peer_id: str) -> None:
         link = self._links.note_stopped(peer_id)

@@ -46,12 +46,14 @@ __all__ = (
     "StoreTimeoutError",
     "UnreachableStateError",
     "UsageError",
+    "WaitTimeoutError",
     "WatcherLagged",
     "WorkerCrashedError",
     "redact",
 )
 
-_CREDENTIALS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?P<secret>[^/?#\s]*)@", re.IGNORECASE)
+# It begins at "://" and not at the scheme, which would be looked for from every letter of a text.
+_CREDENTIALS = re.compile(r"(?P<scheme>://)(?P<secret>[^/?#\s]*)@")
 _QUERY_SECRETS = re.compile(
     r"(?P<name>[?&](?:password|username|user|ssl_password)=)[^&\s]*", re.IGNORECASE
 )
@@ -131,6 +133,12 @@ class EngineStoppedError(UsageError):
 
 class UnreachableStateError(UsageError):
     """``wait_for_state`` waits for states that can no longer come."""
+
+
+class WaitTimeoutError(ReplicationError, TimeoutError):
+    """What was waited for did not come in time; the message says how things stand."""
+
+    retryable = True
 
 
 class WatcherLagged(ReplicationError):  # noqa: N818 - it reports a fact, and is raised once
@@ -245,11 +253,11 @@ class StoreReopenedError(ReplicationError):
 
 
 class CircuitOpenError(StoreError):
-    """A circuit breaker refused the call without making it."""
+    """A circuit breaker refused the call without making it; ``cause`` is what opened it."""
 
-    def __init__(self, circuit: str) -> None:
+    def __init__(self, circuit: str, cause: str = "") -> None:
         self.circuit = circuit
-        super().__init__(f"circuit {circuit!r} is open")
+        super().__init__(f"circuit {circuit!r} is open" + (f": {cause}" if cause else ""))
 
 
 class CursorStoreError(ReplicationError):

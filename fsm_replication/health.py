@@ -15,7 +15,9 @@ class PeerHealth:
     """One link, as it is now.
 
     ``since`` is the wall-clock time of its last move, in milliseconds since the epoch.
-    ``lag_ms`` is 0 where nothing is unsettled; ``lag_events`` is None where the peer's Redis does
+    ``lag_ms`` is 0 where nothing is unsettled and the stream's head is being read. It grows from the
+    last read that reached the head on where the link does not read, whatever the reason, and is None
+    until the head was reached for the first time since this start; ``lag_events`` is None where the peer's Redis does
     not count entries. ``millis_since_success`` is None before the first success. ``bootstrap``
     tells how far a copy has come, "" where none runs. ``gaps_open`` counts the
     lines of the loss ledger that are not healed yet: gaps, and dropped dead letters.
@@ -34,7 +36,7 @@ class PeerHealth:
     circuit_open: bool
     failure_count: int
     millis_since_success: int | None
-    lag_ms: int
+    lag_ms: int | None
     lag_events: int | None
     catching_up: bool
     pause_reasons: frozenset[PauseReason]
@@ -56,8 +58,8 @@ class HealthCheck:
     """The engine and its links, as they are now.
 
     ``ready``: Running and at least one peer connected, or none configured. ``healthy``: ready and
-    the sync engine accepts writes. ``synced``: each configured peer was fully read or compared
-    once. ``cursor_store_error`` is "" while cursors reach the disk.
+    the sync engine accepts writes. ``synced``: since this start the head of each configured
+    peer's stream was reached, or its tree agreed with. ``cursor_store_error`` is "" while cursors reach the disk.
     """
 
     state: EngineState
@@ -72,9 +74,13 @@ class HealthCheck:
     peers: tuple[PeerHealth, ...]
     cursor_store_error: str = ""
 
-    def max_lag_ms(self) -> int:
-        """Return the largest lag of any peer, in milliseconds."""
-        return max((peer.lag_ms for peer in self.peers), default=0)
+    def max_lag_ms(self) -> int | None:
+        """Return the largest lag of any peer, in milliseconds; 0 without peers.
+
+        None where the lag of any peer is unknown: it may be larger than all that are known.
+        """
+        lags = [peer.lag_ms for peer in self.peers]
+        return None if None in lags else max((lag for lag in lags if lag is not None), default=0)
 
     def has_healthy_peer(self) -> bool:
         """Say whether any peer is connected with its circuit closed."""

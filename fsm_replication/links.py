@@ -9,7 +9,15 @@ is on disk (its cursor, its dead letters, a pause) stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Coroutine,
+    ItemsView,
+    Iterator,
+    Mapping,
+    Sequence,
+    ValuesView,
+)
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -66,7 +74,8 @@ class Links(Mapping[str, PeerLink]):
         self._clock = clock
         self._patience = patience
         self._start_worker = start_worker
-        self._links: dict[str, PeerLink] = {}
+        # Never changed, but replaced: other threads read it.
+        self._links: Mapping[str, PeerLink] = {}
         self._leaving: dict[str, PeerLink] = {}
         # Pauses and resumptions that were asked for and are not on disk yet.
         self._wishes: dict[str, bool] = {}
@@ -83,6 +92,14 @@ class Links(Mapping[str, PeerLink]):
     def __len__(self) -> int:
         return len(self._links)
 
+    def items(self) -> ItemsView[str, PeerLink]:
+        """Return the links by node id as they are now, safe from any thread."""
+        return self._links.items()
+
+    def values(self) -> ValuesView[PeerLink]:
+        """Return the links as they are now, safe from any thread."""
+        return self._links.values()
+
     @property
     def owned(self) -> tuple[PeerLink, ...]:
         """Every link that is not forgotten, those on their way out included."""
@@ -92,17 +109,19 @@ class Links(Mapping[str, PeerLink]):
 
     def add(self, peer: PeerConfig, record: PeerRecord = NO_RECORD) -> None:
         """Make the link to a peer, of which so much is known; it is Created."""
-        link = self._links[peer.node_id] = PeerLink(
+        link = PeerLink(
             self._new_context(peer),
             journal=self._journal,
             observer=self._observer,
             on_crash=self._on_crash,
         )
+        self._links = {**self._links, peer.node_id: link}
         self._take(link, record)
 
     def take_out(self, peer_id: str) -> None:
         """Ask a link to end; it is no longer one of the configured ones."""
-        link = self._leaving[peer_id] = self._links.pop(peer_id)
+        link = self._leaving[peer_id] = self._links[peer_id]
+        self._links = {known: other for known, other in self._links.items() if known != peer_id}
         link.shutdown("the peer was taken out of the configuration")
         if link.driver.workers:
             self._start_worker(f"farewell to {peer_id}", partial(self._see_off, link))
@@ -152,7 +171,6 @@ class Links(Mapping[str, PeerLink]):
         if self._wishes.get(link.peer_id, record.operator_pause):
             link.pause()
         progress = link.context.progress
-        progress.synced = record.synced
         progress.gaps_open = len(record.gaps)
         link.context.stale.agreed(record.agreed_at_ms)
         progress.dead_letters = record.dead_letters
@@ -196,6 +214,11 @@ class Links(Mapping[str, PeerLink]):
             if link.state.is_running
         ]
 
+    def judge_lag(self) -> None:
+        """See which links are further behind than they may be."""
+        for link in self._links.values():
+            link.context.judge_lag()
+
     def grant_probe(self) -> bool:
         """Let one link try the store although its circuit is open; False if none waits for it."""
         for link in self._links.values():
@@ -217,7 +240,7 @@ class Links(Mapping[str, PeerLink]):
 
     def equip_anew(self, peer: PeerConfig) -> None:
         """Give a link that was never started everything anew."""
-        self._links[peer.node_id].context = self._new_context(peer)
+        self._links[peer.node_id].equip(self._new_context(peer))
 
     def arrange(self, peers: Sequence[PeerConfig]) -> None:
         """Put the links in order: by priority, equal ones as they stand in the configuration."""

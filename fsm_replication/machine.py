@@ -4,16 +4,21 @@ The plain synchronous Machine is used, with flat states: a move is atomic on the
 cannot be cancelled half-way. Automatic transitions are off (they would add a way from every state
 to every other that no diagram shows), invalid triggers raise, guards are pure, and effects run
 after the state has been written and journalled.
+
+The library tells each callback and each state in a log line of level INFO. Our moves are told by
+whoever drives the machine, with their reasons, and a host must not have to silence the logger of
+somebody else for them: so the two methods that log are overridden here, and nothing is configured.
+At DEBUG it still tells its steps, under the machine's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from transitions import EventData
+from transitions import EventData, State
 from transitions import Machine as TransitionsMachine
 
 from fsm_replication.errors import InvalidStateError
@@ -34,6 +39,29 @@ class Move:
     payload: object = None
 
 
+class _QuietState(State):
+    """A state of ``transitions`` without callbacks of its own: there is nothing to run or tell."""
+
+    def enter(self, event_data: EventData) -> None:
+        """Do nothing: what a move does stands in its row."""
+
+    def exit(self, event_data: EventData) -> None:
+        """Do nothing, as above."""
+
+
+class _QuietMachine(TransitionsMachine):
+    """A machine of ``transitions`` that does not tell each callback."""
+
+    state_cls = _QuietState
+
+    def callbacks(
+        self, funcs: Iterable[str | Callable[..., bool | None]], event_data: EventData
+    ) -> None:
+        """Run callbacks in their order."""
+        for func in funcs:
+            self.callback(func, event_data)
+
+
 class _Core:
     """The object whose ``state`` the library writes; it has nothing that could be shadowed."""
 
@@ -45,7 +73,7 @@ class Machine:
 
     ``model`` provides the guards and effects by name: a guard is a method without arguments that
     returns a bool, an effect takes the :class:`Move`. ``on_move`` is called once per move, before
-    its effects; ``on_leave`` with the scope (state or group) that is over.
+    its effects, ``on_done`` after them; ``on_leave`` with the scope (state or group) that is over.
     """
 
     def __init__(
@@ -56,18 +84,21 @@ class Machine:
         name: str,
         on_move: Callable[[Move], None],
         on_leave: Callable[[Ticket], None],
+        on_done: Callable[[Move], None] = lambda _move: None,
     ) -> None:
         self.table = table
         self.name = name
         self._on_move = on_move
         self._on_leave = on_leave
+        self._on_done = on_done
         self._entries: dict[str, int] = {}
         self._count = 0
         self._core = _Core()
         self._guards = {guard: self._method(model, guard) for guard in table.guards}
         self._effects = {effect: self._method(model, effect) for effect in table.effects}
-        self._machine = TransitionsMachine(
+        self._machine = _QuietMachine(
             model=self._core,
+            name=name,
             states=[str(state) for state in table.states],
             initial=str(table.initial),
             transitions=self._transitions(),
@@ -91,7 +122,7 @@ class Machine:
                 "source": str(source),
                 "dest": str(row.dest),
                 "conditions": [self._guard(row.guard)] if row.guard else [],
-                "after": [self._record, *(self._effect(name) for name in row.effects)],
+                "after": [self._record, *map(self._effect, row.effects), self._conclude],
             }
             for row in self.table.rows
             for source in row.sources
@@ -164,6 +195,9 @@ class Machine:
             self._leave(move.source, groups)
             self._enter(move.dest, self.table.groups_of(move.source))
         self._on_move(move)
+
+    def _conclude(self, event: EventData) -> None:
+        self._on_done(event.kwargs["move"])
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name} in {self.state}>"

@@ -26,7 +26,12 @@ _GAUGES: Final[tuple[tuple[str, tuple[str, ...], str], ...]] = (
     ("connected_peers", (), "Links in the group Running"),
     ("peer_state", ("peer_id", "state"), "1 for the state a link is in, 0 for all others"),
     ("adaptive_batch_size", ("peer_id",), "Entries the next read at the head asks for"),
-    ("lag_ms", ("peer_id",), "Age of the oldest unsettled event, in milliseconds"),
+    ("peer_pause_reason", ("peer_id", "reason"), "1 while a reason to pause the link holds"),
+    (
+        "lag_ms",
+        ("peer_id",),
+        "How far the link is behind, in milliseconds; NaN: its head was never reached",
+    ),
     ("lag_seconds", ("peer_id",), "The same in seconds"),
     ("lag_events", ("peer_id",), "Events of the stream that are not settled; NaN: unknown"),
     ("circuit_state", ("circuit",), "0 Closed, 1 HalfOpen, 2 Open"),
@@ -192,6 +197,10 @@ class PeerMetrics:
         self._metrics.get("lag_ms", self.peer_id).set_function(lag_ms)
         self._metrics.get("lag_seconds", self.peer_id).set_function(lambda: lag_ms() / 1000)
         self._metrics.get("lag_events", self.peer_id).set_function(lag_events)
+
+    def pause_reason(self, reason: str, *, holds: bool) -> None:
+        """Show whether a reason to pause holds."""
+        self._metrics.get("peer_pause_reason", self.peer_id, reason).set(holds)
 
     def detach(self) -> None:
         """Let whatever is counted from now on be lost."""

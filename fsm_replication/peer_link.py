@@ -21,7 +21,14 @@ from fsm_replication.machine import Move
 from fsm_replication.reports import LinkFact, PauseReason, Report, Ticket
 from fsm_replication.retry import DAEMON, STARTUP, RetryProfile
 from fsm_replication.tables import LINK, CircuitState, PeerState
-from fsm_replication.workers.connector import Lines, connect, wait_for_mending, wait_to_retry
+from fsm_replication.workers.connector import (
+    Lines,
+    connect,
+    mending_wait_sec,
+    retry_wait_sec,
+    wait_for_mending,
+    wait_to_retry,
+)
 from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.ping import ping_once
 from fsm_replication.workers.tailer import Mode, Tailer
@@ -53,10 +60,13 @@ class PeerLink:
         reasons: frozenset[PauseReason] = frozenset(),
     ) -> None:
         self.context = context
-        self._reasons = set(reasons)
+        # Never changed, but replaced: other threads read it.
+        self._reasons: frozenset[PauseReason] = frozenset()
+        self._hold_reasons(reasons)
         self._tailer: Tailer | None = None
         self._lines: Lines | None = None
         self._attempts = 0
+        self._next_attempt_at: float | None = None
         self._advances_seen = 0
         self._connected_at: float | None = None
         self._profile = DAEMON
@@ -88,7 +98,37 @@ class PeerLink:
     @property
     def pause_reasons(self) -> frozenset[PauseReason]:
         """The reasons to pause that hold now, in force or not."""
-        return frozenset(self._reasons)
+        return self._reasons
+
+    @property
+    def attempts(self) -> int:
+        """How often in a row connecting has failed, or a connection was lost that was of no use."""
+        return self._attempts
+
+    @property
+    def next_attempt_sec(self) -> float | None:
+        """Seconds until the next attempt to connect; None where none is planned."""
+        at = self._next_attempt_at
+        return None if at is None else max(0.0, at - self.context.ports.clock.monotonic())
+
+    def describe(self) -> str:
+        """Return the state with what explains it: reasons, the last error, the next attempt."""
+        error = self.context.progress.last_error
+        parts = [str(self.state)]
+        if self.state is PeerState.PAUSED:
+            parts[0] += f" ({', '.join(sorted(self._reasons))})"
+        if error and not self.state.is_running:
+            parts.append(error)
+        wait_sec = self.next_attempt_sec
+        if wait_sec is not None:
+            parts.append(f"next attempt in {wait_sec:.1f} s")
+        return parts[0] + (": " + ", ".join(parts[1:]) if parts[1:] else "")
+
+    def _hold_reasons(self, reasons: frozenset[PauseReason]) -> None:
+        """Put other reasons to pause in the place of those that held."""
+        before, self._reasons = self._reasons, reasons
+        for reason in before ^ reasons:
+            self.context.metrics.pause_reason(reason, holds=reason in reasons)
 
     def watch(self) -> Watcher:
         """Follow this link's moves, the present state first."""
@@ -116,26 +156,28 @@ class PeerLink:
     def pause(self) -> None:
         """Take in an operator's wish to pause; in force at once or at the next Resuming."""
         self._forgive()
-        self._reasons.add(PauseReason.OPERATOR)
-        self.driver.request_if_legal("pause", why="an operator paused it")
+        self._hold_reasons(self._reasons | {PauseReason.OPERATOR})
+        self.driver.request_if_legal(
+            "pause", why="an operator paused it", payload=PauseReason.OPERATOR
+        )
 
     def resume(self) -> None:
         """End an operator's pause, and what only an operator can end."""
         if PauseReason.INTERLOCK in self._reasons:
             self.context.interlock.forgive()
-        self._reasons -= {PauseReason.OPERATOR, PauseReason.INTERLOCK}
+        self._hold_reasons(self._reasons - {PauseReason.OPERATOR, PauseReason.INTERLOCK})
         self._forgive()
         self.driver.request_if_legal("resume", why="an operator resumed it")
 
     def clear(self, reason: PauseReason, why: str) -> None:
         """Take a reason to pause away."""
-        self._reasons.discard(reason)
+        self._hold_reasons(self._reasons - {reason})
         self.driver.request_if_legal("resume", why=why)
 
     def block(self, reason: PauseReason, why: str) -> None:
         """Take in a reason to pause that somebody else than the tailer has found."""
-        self._reasons.add(reason)
-        self.driver.request_if_legal("pause", why=why)
+        self._hold_reasons(self._reasons | {reason})
+        self.driver.request_if_legal("pause", why=why, payload=reason)
 
     def lost(self, lines: Lines, why: str) -> None:
         """Take in that somebody else than the tailer has found connections to be of no use."""
@@ -149,6 +191,12 @@ class PeerLink:
         """
         self._forgive()
         self.driver.react(LinkFact.OUTDATED, why=why)
+
+    def equip(self, context: LinkContext) -> None:
+        """Give a link that was never started everything anew."""
+        self.context = context
+        for reason in self._reasons:
+            context.metrics.pause_reason(reason, holds=True)
 
     def configure(self, peer: PeerConfig, new_circuit: Callable[[PeerConfig], Circuit]) -> None:
         """Take over what is configured for the peer from now on.
@@ -210,6 +258,7 @@ class PeerLink:
 
     def open_connections(self, _move: Move) -> None:
         """Start the connector."""
+        self._next_attempt_at = None
         work = partial(connect, self.context)
         self.driver.start_worker("connector", str(PeerState.CONNECTING), work)
 
@@ -260,6 +309,7 @@ class PeerLink:
 
     def await_end(self, _move: Move) -> None:
         """Wait until what was asked to stop has ended."""
+        self._next_attempt_at = None
         self._lines = None
         self._tailer = None
         self.driver.await_end()
@@ -274,8 +324,13 @@ class PeerLink:
             self._attempts, self._profile = 0, profile
         self._attempts += 1
         delay = profile.delay(self._attempts, self.context.ports.random)
-        work = partial(wait_to_retry, self.context, delay)
+        wait = self._plan_attempt(retry_wait_sec(self.context, delay))
+        work = partial(wait_to_retry, self.context, wait)
         self.driver.start_worker("timer", str(PeerState.BACKOFF), work)
+
+    def _plan_attempt(self, wait_sec: float) -> float:
+        self._next_attempt_at = self.context.ports.clock.monotonic() + wait_sec
+        return wait_sec
 
     def _has_advanced(self) -> bool:
         """Whether the last connection made progress, or was of use for long enough."""
@@ -301,7 +356,8 @@ class PeerLink:
         """Start the timer that tries rejected credentials again."""
         error = move.payload
         if isinstance(error, PeerRefusedError) and error.credentials:
-            work = partial(wait_for_mending, self.context)
+            wait = self._plan_attempt(mending_wait_sec(self.context))
+            work = partial(wait_for_mending, self.context, wait)
             self.driver.start_worker("timer", str(PeerState.FAILED), work)
 
     def release(self, _move: Move) -> None:
@@ -314,9 +370,9 @@ class PeerLink:
     def _on_fact(self, report: Report) -> None:
         if isinstance(report.payload, PauseReason):
             if report.fact is LinkFact.BLOCKED:
-                self._reasons.add(report.payload)
+                self._hold_reasons(self._reasons | {report.payload})
             elif report.fact is LinkFact.CLEARED:
-                self._reasons.discard(report.payload)
+                self._hold_reasons(self._reasons - {report.payload})
 
     def _crashed(self, name: str, ticket: Ticket, error: Exception) -> None:
         # The link goes on as after any other loss; the engine counts how often it happens.

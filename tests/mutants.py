@@ -312,7 +312,7 @@ MUTANTS: Final = (
         "an operator's pause ends with the connection",
         "peer_link.py",
         "        self._lines = None\n        self._tailer = None\n        self.driver.await_end()",
-        "        self._lines = None\n        self._tailer = None\n        self._reasons.clear()\n"
+        "        self._lines = None\n        self._tailer = None\n        self._reasons = frozenset()\n"
         "        self.driver.await_end()",
         "tests/test_faults.py tests/test_engine.py tests/test_hot_path.py",
     ),

@@ -81,7 +81,7 @@ TABLE: dict[str, Any] = {
     "settings.startup.timeout": 30,
     "settings.startup.when_no_peer": "fail",
     "settings.reconnect.first": 1,
-    "settings.reconnect.longest": 300,
+    "settings.reconnect.longest": 30,
     "settings.reconnect.rejected": 300,
     "settings.timeouts.connect": 10,
     "settings.timeouts.command": 5,

@@ -87,7 +87,7 @@ async def test_every_move_is_one_log_event_and_one_metric(
     engine = ReplicationEngine(config, sync_engine=MemorySyncEngine(), registry=registry)
     async with engine:
         await engine.wait_for_state(PeerState.TAILING, peer_id="a", timeout=5)
-    told = [r.__dict__ for r in caplog.records if r.getMessage() == "transition"]
+    told = [r.__dict__ for r in caplog.records if vars(r).get("event") == "transition"]
     moves = engine.journal
     assert [(t["machine"], t["trigger"], t["dest"]) for t in told] == [
         (move.machine, move.trigger, move.dest) for move in moves
@@ -150,7 +150,8 @@ def test_fields_whose_names_are_taken_do_not_break_a_log_event(
     caplog.set_level(logging.INFO, logger="fsm_replication")
     get_logger("x", name="n").info("event_name", args=1, url="redis://a:b@c", error=OSError("d"))
     (found,) = caplog.records
-    assert found.getMessage() == "event_name"
+    assert found.getMessage().startswith("event name: ")
+    assert vars(found)["event"] == "event_name"
     assert vars(found)["args_"] == 1
     assert vars(found)["url"] == "redis://***@c"
     assert vars(found)["error"] == "OSError: d"

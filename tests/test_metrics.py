@@ -141,15 +141,17 @@ class Rig:
         self.transport = SimTransport({"a": self.server}, self.clock, rng)
         self.cursors = MemoryCursorStore()
         self.store = Slow()
-        self.engine = ReplicationEngine(
-            ReplicationConfig(
-                local_node_id="b",
-                peers=[PeerConfig(node_id="a", redis_url="redis://a")],
-                settings=Settings.model_validate(settings),
-            ),
-            self.store,
-            ports=Ports(self.transport, self.cursors, self.clock, wall_clock, rng),
+        self.config = ReplicationConfig(
+            local_node_id="b",
+            peers=[PeerConfig(node_id="a", redis_url="redis://a")],
+            settings=Settings.model_validate(settings),
         )
+        self.ports = Ports(self.transport, self.cursors, self.clock, wall_clock, rng)
+        self.engine = self.restarted()
+
+    def restarted(self) -> ReplicationEngine:
+        """Return another engine on the same store and cursors, which is not started."""
+        return ReplicationEngine(self.config, self.store, ports=self.ports)
 
     def send(self, *entries: Sequence[bytes]) -> None:
         """Append entries to the peer's stream, in one turn."""
@@ -340,7 +342,7 @@ def test_lag_grows_while_nothing_is_settled() -> None:
 
 def warnings_of(caplog: pytest.LogCaptureFixture, event: str) -> list[Any]:
     """Return the records of a warning."""
-    return [record for record in caplog.records if record.msg == event]
+    return [record for record in caplog.records if vars(record).get("event") == event]
 
 
 def test_a_slow_store_counts_each_time_and_is_warned_of_once_a_minute(

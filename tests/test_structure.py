@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Bottom to top; a module may import what stands in its own line or further up in this list.
 LAYERS = (
-    ("errors", "items", "config", "config_change", "metrics", "log"),
+    ("errors", "items", "config", "config_change", "metrics", "log", "sentences"),
     ("ports", "reports", "circuits", "retry", "current", "limiter"),
     (
         "abilities",
@@ -36,7 +36,7 @@ LAYERS = (
     ("stores", "dead_letters"),
     ("workers",),
     ("tables",),
-    ("machine", "driver", "journal", "diagram", "health"),
+    ("machine", "driver", "journal", "diagram", "health", "move_log"),
     ("peer_link",),
     ("links",),
     ("drain",),

@@ -60,6 +60,7 @@ ENGINE_WORKERS = {
     "cold-path": ("fsm_replication.workers.cold_path:ColdPath", "cycle"),
     "pinger": ("fsm_replication.engine", "ping_idle_peers"),
     "prober": ("fsm_replication.engine", "probe_circuits"),
+    "slo-watch": ("fsm_replication.engine", "watch_lag"),
 }
 LINK_WORKERS = {
     "tailer": ("fsm_replication.workers.tailer:Tailer", "_read_on"),
@@ -125,7 +126,7 @@ def test_a_worker_that_dies_is_started_again(
 
     with caplog.at_level(logging.ERROR):
         virtual(main)
-    told = [record for record in caplog.records if "worker_died" in record.getMessage()]
+    told = [record for record in caplog.records if vars(record).get("event") == "worker_died"]
     assert [record.exc_info and record.exc_info[0] for record in told] == [ZeroDivisionError] * 3
     if worker in ENGINE_WORKERS:
         waits = [later - at for at, later in zip(dying.deaths, dying.deaths[1:], strict=False)]

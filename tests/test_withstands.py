@@ -166,7 +166,7 @@ async def test_a_resume_beside_still_paused_is_not_undone(nodes: Nodes, peer: Pe
                 link.resume()
 
         link.driver.post = resumed_at_once  # type: ignore[method-assign]
-        link._reasons.add(PauseReason.OPERATOR)
+        link._hold_reasons(frozenset({PauseReason.OPERATOR}))
         link.driver.request("reconfigured", why="for the test")
         await engine.wait_for_state(PeerState.PAUSED, peer_id="a", timeout=DEADLINE_SEC)
         await tailing(engine)

@@ -7,13 +7,20 @@ import gc
 import logging
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, MutableMapping
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
 import structlog
 
-__all__ = ("LogFormat", "configure_logging", "run_async", "tune_gc", "uvloop_factory")
+__all__ = (
+    "LogFormat",
+    "configure_logging",
+    "log_formatter",
+    "run_async",
+    "tune_gc",
+    "uvloop_factory",
+)
 
 # The engine allocates many short-lived containers and almost no cycles: collecting less often
 # saves up to a third of the time, and costs a few megabytes.
@@ -30,28 +37,44 @@ class LogFormat(StrEnum):
 
 def configure_logging(level: str, form: LogFormat) -> None:
     """Send the library's log events to standard error."""
-    render: Any
-    if form is LogFormat.JSON:
-        render = structlog.processors.JSONRenderer()
-    else:
-        render = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[
-                structlog.stdlib.add_log_level,
-                structlog.stdlib.add_logger_name,
-                structlog.stdlib.ExtraAdder(),
-                structlog.processors.TimeStamper(fmt="iso", utc=True),
-                structlog.processors.format_exc_info,
-            ],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],
-        )
-    )
+    handler.setFormatter(log_formatter(form))
     root = logging.getLogger("fsm_replication")
     root.handlers[:] = [handler]
     root.propagate = False
     root.setLevel(level.upper())
+
+
+def log_formatter(form: LogFormat) -> logging.Formatter:
+    """Return what makes a line of a log record: its sentence, or a JSON object.
+
+    The object has the sentence as ``message``, the event's name as ``event``, and every field.
+    """
+    fields: list[Any] = []
+    render: Any
+    if form is LogFormat.JSON:
+        fields = [_keep_message, structlog.stdlib.ExtraAdder()]
+        render = structlog.processors.JSONRenderer(default=str)
+    else:
+        render = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[
+            structlog.stdlib.add_log_level,
+            structlog.stdlib.add_logger_name,
+            *fields,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+        ],
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],
+    )
+
+
+def _keep_message(
+    _logger: Any, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """Keep the sentence, since the event's name takes its place among the fields."""
+    event["message"] = event["event"]
+    return event
 
 
 def uvloop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

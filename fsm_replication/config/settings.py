@@ -142,7 +142,7 @@ class ReconnectConfig(Model):
     first: PositiveDuration = 1.0
     """Seconds after the first failure, over 0, doubled with each further one; up to half of it
     is left out at random, so that nodes do not come back in step. Not over ``longest``."""
-    longest: PositiveDuration = 300.0
+    longest: PositiveDuration = 30.0
     """Seconds; no wait is longer. How long a peer may be back without being read."""
     rejected: PositiveDuration = 300.0
     """Seconds until rejected credentials are tried again, over 0. Minutes, so that a server that

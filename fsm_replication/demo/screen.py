@@ -121,7 +121,7 @@ def _screen(mesh: Mesh, progress: Progress, topology: Topology, rates: _Rates) -
                 f"{peer.events_read:,}",
                 f"{peer.events_applied:,}",
                 f"{rates.of(node.node_id, peer):,.0f}",
-                str(peer.lag_ms),
+                lag_text(peer.lag_ms),
             )
             first = False
         if not health.peers:
@@ -139,6 +139,11 @@ def _screen(mesh: Mesh, progress: Progress, topology: Topology, rates: _Rates) -
     line.add_row(bar)
     notes = [Text(note, style="dim") for note in progress.notes]
     return Group(table, Text(said), line, *notes)
+
+
+def lag_text(lag_ms: int | None) -> str:
+    """Return what stands in the column for the lag."""
+    return "unknown" if lag_ms is None else str(lag_ms)
 
 
 def _verdict(verdict: Verdict) -> RenderableType:

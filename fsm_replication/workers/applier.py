@@ -349,9 +349,8 @@ class Applier:
                     raise Unsettled from error
                 if circuit.probe_in_sec:
                     # It opened by this failure: whoever may try next is for the prober to say.
-                    raise Blocked(
-                        PauseReason.CIRCUIT, str(CircuitOpenError(circuit.name))
-                    ) from None
+                    why = str(CircuitOpenError(circuit.name, circuit.last_error))
+                    raise Blocked(PauseReason.CIRCUIT, why) from None
             await context.ports.clock.sleep(wait * (0.5 + context.ports.random.random() / 2))
             wait = min(RETRY_MAX_SEC, wait * 2)
 

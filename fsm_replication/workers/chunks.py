@@ -156,12 +156,7 @@ class ChunkQueue:
         progress.pending_events -= len(chunk.entries)
         progress.settled_to(chunk.end, len(chunk.entries))
         self._mark_oldest()
-        self.judge_lag()
-
-    def judge_lag(self) -> None:
-        """See whether the link is further behind than it may be."""
-        context = self._context
-        context.slo.lag(context.progress.lag_ms(context.ports.clock.monotonic()) / 1000)
+        self._context.judge_lag()
 
     def forget(self) -> None:
         """Drop what is not settled; it is read again."""

@@ -23,7 +23,15 @@ from fsm_replication.reports import LinkFact, Reporter
 from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.slo import TimedConnection
 
-__all__ = ("Lines", "connect", "open_lines", "wait_for_mending", "wait_to_retry")
+__all__ = (
+    "Lines",
+    "connect",
+    "mending_wait_sec",
+    "open_lines",
+    "retry_wait_sec",
+    "wait_for_mending",
+    "wait_to_retry",
+)
 
 
 @dataclass(slots=True)
@@ -69,6 +77,8 @@ async def connect(context: LinkContext, report: Reporter) -> None:
     status = context.metrics
     tree, clock = context.store.tree, context.ports.clock
     began = clock.monotonic()
+    if context.progress.wanted_since is None:
+        context.progress.wanted_since = began
     # A peer that is not up yet is no peer that fails: a circuit that opened while the engine starts
     # would use up the time that it has for that.
     guard = nullcontext() if context.starting() else context.peer_circuit.guard()
@@ -212,15 +222,24 @@ def _check_one_way(peer: PeerConfig, *, publishes_dotted: bool) -> None:
         )
 
 
-async def wait_to_retry(context: LinkContext, delay_sec: float, report: Reporter) -> None:
-    """Wait out the backoff and the peer's circuit, then report DUE."""
+def retry_wait_sec(context: LinkContext, delay_sec: float) -> float:
+    """Return the seconds until the next attempt: the backoff, or longer by the peer's circuit."""
     gate = 0.0 if context.starting() else context.peer_circuit.probe_in_sec
-    await context.ports.clock.sleep(max(delay_sec, gate))
+    return max(delay_sec, gate)
+
+
+def mending_wait_sec(context: LinkContext) -> float:
+    """Return the seconds until rejected credentials are tried again."""
+    return max(context.settings.reconnect.rejected, context.peer_circuit.probe_in_sec)
+
+
+async def wait_to_retry(context: LinkContext, wait_sec: float, report: Reporter) -> None:
+    """Wait, then report DUE."""
+    await context.ports.clock.sleep(wait_sec)
     report(LinkFact.DUE, "the wait is over")
 
 
-async def wait_for_mending(context: LinkContext, report: Reporter) -> None:
-    """Wait long and try again: credentials may be mended at the peer."""
-    wait = max(context.settings.reconnect.rejected, context.peer_circuit.probe_in_sec)
-    await context.ports.clock.sleep(wait)
-    report(LinkFact.DUE, f"rejected credentials are tried again after {wait:g} s")
+async def wait_for_mending(context: LinkContext, wait_sec: float, report: Reporter) -> None:
+    """Wait long and report DUE: credentials may be mended at the peer."""
+    await context.ports.clock.sleep(wait_sec)
+    report(LinkFact.DUE, f"rejected credentials are tried again after {wait_sec:g} s")

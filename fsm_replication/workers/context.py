@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -35,8 +36,15 @@ class LinkProgress:
     Times of the monotonic clock are in seconds, stream times in milliseconds. ``advances`` grows
     with each entry settled for the first time and each item fetched: nothing else is progress (G12).
     ``furthest`` is the id up to which entries were settled since the last copy.
+
+    ``wanted_since`` is when the link first tried to connect, ``head_reached_at`` when the last read
+    that left nothing behind was answered, and until ``head_watched_until`` a read that waits at the
+    head is under way, whose answer is not overdue.
     """
 
+    wanted_since: float | None = None
+    head_reached_at: float | None = None
+    head_watched_until: float = -math.inf
     read: Position | None = None
     settled: Position | None = None
     events_read: int = 0
@@ -85,17 +93,35 @@ class LinkProgress:
         self.failures += 1
         self.last_error = str(error)
 
-    def lag_ms(self, now: float) -> int:
-        """Return the lag in milliseconds: 0 where nothing is known to be unsettled."""
-        if self.oldest_unsettled_ms is None:
-            if not self.unread_events or self.settled is None:
-                return 0
+    def lag_ms(self, now: float) -> int | None:
+        """Return the lag in milliseconds, None until the head was reached for the first time.
+
+        It is 0 where nothing is unsettled and the head is being read. What a peer has written
+        since nobody reads it is not known: from the last read that reached its head on, it grows.
+        """
+        if self.head_reached_at is None:
+            return None
+        unseen_sec = now - self.head_reached_at if now > self.head_watched_until else 0.0
+        oldest_ms, settled = self.oldest_unsettled_ms, self.settled
+        if oldest_ms is not None:
+            waited_sec = now - self.oldest_unsettled_seen
+            return round(max(1000 * unseen_sec, 1000 * waited_sec, self.newest_ms - oldest_ms, 0))
+        if self.unread_events and settled is not None and settled.stream_id != BEFORE_ALL:
             # Nothing is in memory, but the stream was seen to hold more: between two reads of a
-            # catch-up, while paused, after a connection was lost.
-            return max(0, self.newest_ms - self.settled.stream_id.ms)
-        behind = self.newest_ms - self.oldest_unsettled_ms
-        waited = int((now - self.oldest_unsettled_seen) * 1000)
-        return max(0, behind, waited)
+            # catch-up, while paused, after a connection was lost. ("Before all" was decided and
+            # not read, and no time can be told by it.)
+            return round(max(1000 * unseen_sec, self.newest_ms - settled.stream_id.ms, 0))
+        return round(1000 * unseen_sec)
+
+    def lag_at_least_sec(self, now: float) -> float:
+        """Return how long this link may have been behind, in seconds.
+
+        Where the lag is unknown that is the time since the link first tried to connect.
+        """
+        lag_ms = self.lag_ms(now)
+        if lag_ms is not None:
+            return lag_ms / 1000
+        return 0.0 if self.wanted_since is None else now - self.wanted_since
 
     def lag_events(self) -> int | None:
         """Return how many events are not settled, None where the peer does not count them."""
@@ -161,17 +187,15 @@ class LinkContext:
             self.log.warning("agreement_not_kept", error=error)
         else:
             self.progress.gaps_open = 0
-        await self.note_synced()
+        self.note_synced()
 
-    async def note_synced(self) -> None:
-        """Note that the peer was fully read or compared once."""
-        if self.progress.synced:
-            return
-        self.progress.synced = True
-        self.on_synced()
-        try:
-            await self.ports.cursor_store.set_synced(self.peer_id)
-        except CursorStoreError as error:
-            # It is found out again after the next start.
-            self.cursors.failed(error)
-            self.log.warning("synced_not_kept", error=error)
+    def note_synced(self) -> None:
+        """Note that the peer's head was reached, or its tree agreed with, since this start."""
+        if not self.progress.synced:
+            self.progress.synced = True
+            self.on_synced()
+
+    def judge_lag(self) -> None:
+        """See whether the link is further behind than it may be; without a hot path none is."""
+        if self.settings.hot_path.enabled:
+            self.slo.lag(self.progress.lag_at_least_sec(self.ports.clock.monotonic()))

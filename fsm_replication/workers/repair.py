@@ -144,7 +144,7 @@ class _Pass:
         if result.complete:
             await self._applier.tell_doubtful()
             walk.settle()
-            await context.note_synced()
+            context.note_synced()
         return result
 
     async def _take_leaves(self, leaves: Sequence[tuple[str, bytes]]) -> None:

@@ -7,7 +7,7 @@ minute and kind: a warning for each batch would bury the log just when somebody 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -18,9 +18,10 @@ from fsm_replication.current import Current
 from fsm_replication.metrics import PeerMetrics
 from fsm_replication.ports import Clock, Connection, PackedArguments
 
-__all__ = ("SloWatch", "TimedConnection")
+__all__ = ("SloWatch", "TimedConnection", "watch_lag")
 
 WARN_INTERVAL_SEC: Final = 60.0
+LAG_INTERVAL_SEC: Final = 5.0
 Command = Sequence[bytes | str | int]
 
 
@@ -77,6 +78,16 @@ class SloWatch:
             more_since_last_warning=since,
             **more,
         )
+
+
+async def watch_lag(judge: Callable[[], None], clock: Clock) -> None:
+    """Have the lag of all links judged every five seconds, until cancelled.
+
+    A link that settles something is judged then too; this is for one that does not.
+    """
+    while True:
+        await clock.sleep(LAG_INTERVAL_SEC)
+        judge()
 
 
 class TimedConnection:

@@ -65,7 +65,9 @@ async def supervise(
         except Exception as error:  # noqa: BLE001 - it is logged, counted and judged
             count = crashes.add()
             metrics.get("worker_restarts", name).inc()
-            get_logger("supervisor").exception("worker_died", worker=name, crashes=count)
+            get_logger("supervisor").exception(
+                "worker_died", machine="engine", worker=name, crashes=count, error=error
+            )
             verdict = crashes.verdict(name, count, error)
             if verdict is not None:
                 report(EngineFact.BROKEN, str(verdict), verdict)

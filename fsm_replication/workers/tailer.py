@@ -16,6 +16,7 @@ Memory: at most one reply being worked on and one arriving, each of at most half
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -236,6 +237,8 @@ class Tailer:
                 orders.report(LinkFact.BLOCKED, str(blocked), blocked.reason)
             except Unsettled:
                 pass  # The mode has changed, and the next one begins with what is held.
+            finally:
+                self._context.progress.head_watched_until = -math.inf
             await self._until_changed(orders)
 
     async def _obey(self, orders: _Orders) -> None:
@@ -320,7 +323,6 @@ class Tailer:
         record = await context.ports.cursor_store.load(context.peer_id)
         context.progress.dead_letters = record.dead_letters
         context.progress.gaps_open = len(record.gaps)
-        context.progress.synced = context.progress.synced or record.synced
         context.stale.agreed(record.agreed_at_ms)
         if not context.settings.hot_path.enabled:
             orders.report(LinkFact.NO_HOT_PATH, "hot_path.enabled is false")
@@ -482,8 +484,11 @@ class Tailer:
                 return f"{unread} events behind"
         if position.stream_id >= info.last_id:
             progress.unread_events = 0
+            progress.head_reached_at = self._context.ports.clock.monotonic()
             return ""
-        lag_ms = info.last_id.ms - max(position.stream_id.ms, 0)
+        if position.stream_id == BEFORE_ALL:
+            return "nothing of the stream was read yet"
+        lag_ms = info.last_id.ms - position.stream_id.ms
         return f"{lag_ms} ms behind" if lag_ms > BEHIND_MS else ""
 
     # Bootstrapping.
@@ -557,7 +562,7 @@ class Tailer:
             self._queue.take_in(read)
             if read.at_head and not at_head:
                 await self._work_off(orders)
-                await self._note_head(read)
+                self._note_head(read)
                 orders.report(LinkFact.AT_HEAD, "a read reached the head")
                 return
             # At the head a full read means there may be more, and an empty one that there is time
@@ -570,7 +575,7 @@ class Tailer:
                 self._ask(bulk=ask_bulk)
             await self._work_off(orders, self._next_is_here)
             if read.at_head:
-                await self._note_head(read)
+                self._note_head(read)
             elif at_head and read.info is not None:
                 behind = self._distance(read.end, read.info)
                 if behind:
@@ -594,7 +599,10 @@ class Tailer:
             self._asked_to_block_sec = 0.0
             self._outstanding = self._reader.ask_bulk(reading)
         else:
-            self._asked_to_block_sec = self._context.settings.hot_path.block_timeout
+            settings = self._context.settings
+            self._asked_to_block_sec = settings.hot_path.block_timeout
+            overdue_at = self._asked_at + self._asked_to_block_sec + settings.timeouts.command
+            self._context.progress.head_watched_until = overdue_at
             self._outstanding = self._reader.ask_blocking(reading)
         # By the time that somebody looks at it the store may have worked for long.
         self._outstanding.add_done_callback(self._note_answered)
@@ -714,15 +722,16 @@ class Tailer:
     def _next_is_here(self) -> bool:
         return self._outstanding is not None and self._outstanding.done()
 
-    async def _note_head(self, read: Read) -> None:
+    def _note_head(self, read: Read) -> None:
         context, progress = self._context, self._context.progress
         progress.succeeded(context.ports.clock.monotonic())
+        progress.head_reached_at = self._answered_at
         if read.info is not None or read.entries:
             progress.unread_events = 0
         if read.gap is None:
             self._copies = 0
         if not self._queue:
-            await context.note_synced()
+            context.note_synced()
 
     # Holding what is pending while paused.
 
@@ -735,7 +744,6 @@ class Tailer:
             polls += 1
             reasons, room = self._reasons(), False
             if polls % HOLD_POLLS_PER_COUNT == 0:
-                self._queue.judge_lag()
                 room = PauseReason.DEAD_LETTERS_FULL in reasons and await self._letters_fit()
             passed = passed_reason(
                 reasons,

@@ -173,7 +173,7 @@ class LinkModel:
         link, stage = self.link, self._stage
         self._before, self._crashed = at, False
         self._made.clear()
-        link._reasons = set(at.reasons)
+        link._reasons = frozenset(at.reasons)
         link._tailer = self._tailer if at.mode else None
         self._given = self._new_lines()
         # The tailer closes the connections it was given when it ends.
