@@ -761,7 +761,9 @@ class ReplicationEngine(Observer):
     def start_workers(self, _move: Move) -> None:
         """Start what Running owns."""
         clock = self._ports.clock
-        self._supervise("cursor-flush", lambda r: flush_cursors(self._book, clock, r, self._links.tidy))
+        self._supervise(
+            "cursor-flush", lambda r: flush_cursors(self._book, clock, r, self._links.tidy)
+        )
         writes, reads = self.circuit.writes, self.circuit.reads
         self._supervise(
             "prober",

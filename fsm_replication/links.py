@@ -150,7 +150,7 @@ class Links(Mapping[str, PeerLink]):
             self._take(link, await store.load(link.peer_id))
             if resumed:
                 link.resume()
-        await self.tidy()
+                await link.context.interlock.tidy()
 
     def _take(self, link: PeerLink, record: PeerRecord) -> None:
         if self._wishes.get(link.peer_id, record.operator_pause):
@@ -179,8 +179,6 @@ class Links(Mapping[str, PeerLink]):
 
         :raises CursorStoreError: if it cannot be written.
         """
-        if peer_id in self._links:
-            await self._links[peer_id].context.interlock.tidy()
         wish = self._wishes.get(peer_id)
         if wish is None:
             return
@@ -188,6 +186,8 @@ class Links(Mapping[str, PeerLink]):
         # Another may have been made meanwhile, and waits behind this one to be written.
         if self._wishes.get(peer_id) is wish:
             del self._wishes[peer_id]
+        if peer_id in self._links:
+            await self._links[peer_id].context.interlock.tidy()
 
     async def tidy(self, *, at_end: bool = False) -> None:
         """Bring what is kept of the interlocks up to date, where it is not.

@@ -16,11 +16,11 @@ from fsm_replication.config import (
     StartupConfig,
     TombstonesConfig,
 )
-from fsm_replication.testing.local_mesh import LocalMesh
+from fsm_replication.testing.local_mesh import LocalMesh, LocalNode
 from fsm_replication.testing.virtual_time import run
 
-ITEMS = 300
-ALLOWED = 60
+ITEMS = 200
+ALLOWED = 40
 HOUR_SEC = 3600.0
 
 
@@ -33,6 +33,10 @@ def settings(*, cold: bool = False, least: int = 10, share: float = 0.2) -> Sett
         startup=StartupConfig(when_no_peer="run"),
         repair=RepairConfig(interlock_share=share, interlock_min=least),
     )
+
+
+def _live(node: LocalNode) -> int:
+    return int(node.server.execute("GET", node.store.keys.live) or 0)
 
 
 class Pair:
@@ -55,7 +59,7 @@ class Pair:
     @property
     def live(self) -> int:
         """How many live items node b holds."""
-        return sum(not item.deleted for item in self.b.store.items().values())
+        return _live(self.b)
 
     @property
     def reasons(self) -> frozenset[PauseReason]:
@@ -73,7 +77,7 @@ class Pair:
 
     async def caught_up(self) -> None:
         """Wait until b holds as many live items as a."""
-        there = sum(not item.deleted for item in self.a.store.items().values())
+        there = _live(self.a)
         await self.until(lambda: self.live == there, "b holds what a holds")
 
     async def tripped(self) -> None:
@@ -115,12 +119,12 @@ def test_restarts_add_no_allowance(end: str, cold: bool) -> None:
     """If this fails some restarts are all it takes to lose every item."""
 
     async def scenario(pair: Pair) -> None:
-        for begin in range(0, ITEMS, 50):
-            pair.delete(*range(begin, begin + 50))
-            await asyncio.sleep(30.0)
+        for begin in range(0, ITEMS, 40):
+            pair.delete(*range(begin, begin + 35))
+            await asyncio.sleep(10.0)
             await getattr(pair.mesh, end)("b")
             await pair.mesh.start("b")
-            await asyncio.sleep(30.0)
+            await asyncio.sleep(10.0)
             assert pair.live >= ITEMS - ALLOWED
         await pair.tripped()
         assert pair.live >= ITEMS - ALLOWED
@@ -134,10 +138,9 @@ def test_a_pause_outlasts_restarts_and_the_hour() -> None:
     """If this fails time or a restart decides what a person should."""
 
     async def scenario(pair: Pair) -> None:
-        pair.delete(*range(200))
+        pair.delete(*range(150))
         await pair.tripped()
         held = pair.live
-        await asyncio.sleep(2 * HOUR_SEC)
         await pair.mesh.kill("b")
         await asyncio.sleep(2 * HOUR_SEC)
         await pair.mesh.start("b")
@@ -159,11 +162,11 @@ def test_a_peer_that_has_just_brought_everything_may_not_delete_it() -> None:
     """If this fails what a peer has brought in counts as its own to delete."""
 
     async def scenario(pair: Pair) -> None:
-        pair.put(*range(1000, 1600))
+        pair.put(*range(1000, 1300))
         await pair.caught_up()
-        pair.delete(*range(ITEMS), *range(1000, 1600))
+        pair.delete(*range(ITEMS), *range(1000, 1300))
         await pair.tripped()
-        assert pair.live >= (ITEMS + 600) * 0.8
+        assert pair.live >= (ITEMS + 300) * 0.8
 
     on_pair(scenario)
 
@@ -172,12 +175,12 @@ def test_churn_never_trips_it() -> None:
     """If this fails a stream that deletes and puts again stops replication."""
 
     async def scenario(pair: Pair) -> None:
-        for turn in range(20):
-            some = range(turn % 5 * 50, turn % 5 * 50 + 50)
+        for turn in range(10):
+            some = range(turn % 5 * 30, turn % 5 * 30 + 30)
             pair.delete(*some)
-            await asyncio.sleep(5.0)
-            pair.put(*some, *range(ITEMS, ITEMS + 100))
-            await asyncio.sleep(5.0)
+            await asyncio.sleep(1.0)
+            pair.put(*some, *range(ITEMS, ITEMS + 20))
+            await asyncio.sleep(1.0)
         await pair.caught_up()
         assert pair.reasons == frozenset()
 

@@ -425,9 +425,7 @@ class RedisSyncEngine(SyncEngine):
             for index, change in enumerate(changes):
                 if outcomes[index] is None and len(turn) < ITEMS_PER_CALL:
                     turn.setdefault(change.key, index)
-            deleted, added = await self._merge_round(
-                lane, changes, turn, outcomes, unmerged, meant
-            )
+            deleted, added = await self._merge_round(lane, changes, turn, outcomes, unmerged, meant)
             live_deleted += deleted
             live_added += added
         peer, position = _position_args(received)

@@ -288,19 +288,24 @@ class Applier:
         tombstones = interlock.uncounted(items)
         if not tombstones:
             return Claim()
-        most, live = len(tombstones), None
-        exact = False
+        most, is_exact = len(tombstones), False
+        if interlock.wants_count(most):
+            await self._count_live()
         while True:
             if interlock.tripped:
                 raise Blocked(PauseReason.INTERLOCK, interlock.tripped)
             claim = await self._reserve(tombstones, most)
             if claim is not None:
                 return claim
-            if exact:
+            live = await self._count_live()
+            if is_exact and not interlock.fits(most):
                 await self._trip(most, live)
-            live = await self.call(self._context.reads, self._context.store.live_items)
-            interlock.learn(live)
-            most, exact = await self._count_dying(items), True
+            most, is_exact = await self._count_dying(items), True
+
+    async def _count_live(self) -> int | None:
+        live = await self.call(self._context.reads, self._context.store.live_items)
+        self._context.interlock.learn(live)
+        return live
 
     async def _count_dying(self, items: Sequence[SyncItem]) -> int:
         """Return by how many live items the store would be the poorer, at worst on the way."""

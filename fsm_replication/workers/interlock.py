@@ -39,7 +39,7 @@ from fsm_replication.items import Stamp, SyncItem
 from fsm_replication.ports import Clock, CursorStore, InterlockRow, WallClock
 from fsm_replication.stores.protocol import ApplyResult
 
-__all__ = ("WINDOW_SEC", "Claim", "Interlock", "RunningSum", "deepest_fall")
+__all__ = ("WINDOW_SEC", "Claim", "Interlock", "RunningSum", "deepest_fall", "forgiving_row")
 
 WINDOW_SEC: Final = 3600.0
 # Falls of one minute are kept as one, of which the highest value and the last time count.
@@ -123,6 +123,11 @@ def deepest_fall(items: Sequence[SyncItem], held: Sequence[Stamp | None]) -> int
         deepest = min(deepest, change)
         known[item.key] = item.stamp
     return -deepest
+
+
+def forgiving_row(now_ms: int) -> InterlockRow:
+    """Return the row of a peer that a person lets delete any number of items for an hour."""
+    return InterlockRow(now_ms, forgiven_ms=round(WINDOW_SEC * 1000))
 
 
 @dataclass(slots=True)
@@ -223,23 +228,29 @@ class Interlock:
     def uncounted(self, items: Sequence[SyncItem]) -> list[SyncItem]:
         """Return the tombstones among the items, but for those that were counted already."""
         doubts = self._doubts
-        return [
-            item for item in items if item.deleted and not (doubts and self._is_counted(item))
-        ]
+        return [item for item in items if item.deleted and not (doubts and self._is_counted(item))]
 
     def _is_counted(self, item: SyncItem) -> bool:
         return self._doubts.get(item.key) == item.stamp
 
     def fits(self, more: int) -> bool:
-        """Say whether so many live items less are allowed, as far as the live items are known."""
-        now = self._clock.monotonic()
-        if self._counted_at is not None and now - self._counted_at > KNOWN_SEC:
-            self._live = self._counted_at = None
-        shrunk = self._sum.fallen(now)
+        """Say whether so many live items less are allowed, by the live items that are known."""
+        shrunk = self.shrunk
         return shrunk + self._claimed + more <= self._allowance(shrunk)
 
+    def wants_count(self, more: int) -> bool:
+        """Say whether live items should be counted before so many less: the last count is old.
+
+        As long as it is far from ``interlock_min``, how many there are does not matter.
+        """
+        now = self._clock.monotonic()
+        if self._counted_at is not None and now - self._counted_at <= KNOWN_SEC:
+            return False
+        less = self._sum.fallen(now) + self._claimed + more
+        return 2 * less > self._settings.value.repair.interlock_min
+
     def learn(self, live: int | None) -> None:
-        """Take in how many live items there are, for a minute; None where that is not known."""
+        """Take in how many live items there are now; None where that is not known."""
         self._live, self._counted_at = live, self._clock.monotonic()
         self._level_then = self._sum.level
 
