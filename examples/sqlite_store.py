@@ -148,7 +148,7 @@ class SqliteStore(SyncEngine):
     def _apply(self, changes: Sequence[SyncItem], received: Received | None) -> ApplyResult:
         outcomes: list[Outcome] = []
         reasons: dict[int, str] = {}
-        live_deleted = 0
+        live_deleted = live_added = 0
         with self._transaction():
             for change in changes:
                 held = self._held(change.key)
@@ -163,13 +163,15 @@ class SqliteStore(SyncEngine):
                     continue
                 self._keep(made)
                 outcomes.append(Outcome.APPLIED)
-                live_deleted += made.deleted and held is not None and not held.deleted
+                was_live = held is not None and not held.deleted
+                live_deleted += made.deleted and was_live
+                live_added += not (made.deleted or was_live)
             if received is not None and received.position is not None:
                 at, entries = received.position
                 row = (received.peer_id, str(at), entries)
                 self._db.execute("INSERT OR REPLACE INTO positions VALUES (?, ?, ?)", row)
             self._forget_old_tombstones()
-        return ApplyResult(outcomes, reasons, live_deleted)
+        return ApplyResult(outcomes, reasons, live_deleted, live_added)
 
     async def get_many(self, keys: Sequence[str]) -> list[SyncItem | None]:
         """Return what is held, tombstones included."""

@@ -112,6 +112,7 @@ class Drainer:
         try:
             async with self._clock.timeout(timeout_sec / 2):
                 await self._book.flush()
+                await self._links.tidy(at_end=True)
         except CursorStoreError as failed:
             error = failed
         except TimeoutError:

@@ -59,7 +59,8 @@ from fsm_replication.workers.context import LinkContext, LinkProgress
 from fsm_replication.workers.cursor_flush import CursorBook, flush_cursors
 from fsm_replication.workers.explain import Explanation, explain_key
 from fsm_replication.workers.foreign_walk import SettledHashes
-from fsm_replication.workers.guards import Interlock, KeyMemory, StaleGuard
+from fsm_replication.workers.guards import KeyMemory, StaleGuard
+from fsm_replication.workers.interlock import Interlock
 from fsm_replication.workers.letter_retry import LetterRetry
 from fsm_replication.workers.ping import ping_idle_peers
 from fsm_replication.workers.prober import probe_circuits
@@ -231,6 +232,10 @@ class ReplicationEngine(Observer):
             return math.nan if known is None else known
 
         metrics.show_lag(lag_ms, lag_events)
+        interlock = Interlock(
+            peer.node_id, self._settings, clock, self._ports.wall_clock, self._ports.cursor_store
+        )
+        metrics.show_interlock(lambda: interlock.shrunk, lambda: interlock.allowed)
         return LinkContext(
             local_node_id=self._config.local_node_id,
             peer=peer,
@@ -250,7 +255,7 @@ class ReplicationEngine(Observer):
             arrivals=self._arrivals,
             slo=SloWatch(self._settings, clock, metrics, log),
             progress=progress,
-            interlock=Interlock(self._settings, clock),
+            interlock=interlock,
             stale=StaleGuard(
                 round(self._config.settings.tombstones.ttl * 1000), self._ports.wall_clock
             ),
@@ -502,7 +507,8 @@ class ReplicationEngine(Observer):
     async def resume(self, peer_id: str) -> None:
         """End a pause of an operator, and one of the interlock, whatever state the link is in.
 
-        Where there are other reasons the link stays Paused until they have gone.
+        Where the interlock has tripped, the peer may delete any number of items for an hour, over
+        restarts. Where there are other reasons the link stays Paused until they have gone.
 
         :raises UsageError: if there is no such peer.
         :raises EngineStoppedError: if the engine has ended.
@@ -634,8 +640,8 @@ class ReplicationEngine(Observer):
         """Compare trees with one peer, or all, now, and fetch everything that is newer there.
 
         There is no limit on the items; a second call for the same peers joins the first. ``force``
-        lets any number of deletes through, ends a pause of the interlock, and tries again what
-        could not be fetched. ``accept_stale`` takes the old items that were held back,
+        lets any number of deletes through for an hour, over restarts, ends a pause of the interlock,
+        and tries again what could not be fetched. ``accept_stale`` takes the old items that were held back,
         ``reject_stale`` deletes them everywhere; both need ``peer_id``. ``on_progress`` is called
         with the peer, the keys known to differ and the items fetched.
 
@@ -654,11 +660,21 @@ class ReplicationEngine(Observer):
             for link in self._links.values():
                 if peer_id in (None, link.peer_id):
                     link.force()
+            await self._keep_words()
         await self._decided(peer_id)
         if not self.is_running:
             raise EngineStoppedError("the engine ended before the repair began")
         verdict = StaleVerdict(accept=accept_stale) if accept_stale or reject_stale else None
         return await self._cold_path.repair(peer_id, verdict, on_progress)
+
+    async def _keep_words(self) -> None:
+        """Write down what a person has just allowed, so that it holds over restarts."""
+        try:
+            await self._links.tidy()
+        except CursorStoreError as error:
+            # It is in force, and written with the next flush that succeeds.
+            self._book.failed(error)
+            self._log.warning("words_not_kept", path=error.path, error=error)
 
     async def _decided(self, peer_id: str | None) -> None:
         """Wait until links that have just connected have decided what comes next."""
@@ -774,7 +790,9 @@ class ReplicationEngine(Observer):
     def start_workers(self, _move: Move) -> None:
         """Start what Running owns."""
         clock = self._ports.clock
-        self._supervise("cursor-flush", lambda r: flush_cursors(self._book, clock, r))
+        self._supervise(
+            "cursor-flush", lambda r: flush_cursors(self._book, clock, r, self._links.tidy)
+        )
         writes, reads = self.circuit.writes, self.circuit.reads
         self._supervise(
             "prober",

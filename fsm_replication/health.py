@@ -21,6 +21,10 @@ class PeerHealth:
     not count entries. ``millis_since_success`` is None before the first success. ``bootstrap``
     tells how far a copy has come, "" where none runs. ``gaps_open`` counts the
     lines of the loss ledger that are not healed yet: gaps, and dropped dead letters.
+    ``shrunk`` is by how many live items this peer has made the store the poorer within the hour,
+    below the most it held; beyond ``shrink_allowed`` the link pauses (interlock), by the live
+    items that were last counted, and ``repair.interlock_min`` before they were. ``forgiven_until`` is until when a
+    person has let everything through, in milliseconds since the epoch; None: nobody has.
     ``stale_held_back`` counts old items that wait for ``repair(accept_stale=...)`` or
     ``reject_stale``. ``stream_too_short``: the peer's stream was trimmed faster than it was read
     after a bootstrap; raise its ``stream_maxlen``. ``layout`` is the layout in which trees are compared
@@ -51,6 +55,9 @@ class PeerHealth:
     stream_too_short: bool = False
     layout: str = ""
     agreed_at: int | None = None
+    shrunk: int = 0
+    shrink_allowed: int = 0
+    forgiven_until: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

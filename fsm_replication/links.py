@@ -164,8 +164,12 @@ class Links(Mapping[str, PeerLink]):
         :raises CursorStoreError: if it cannot be read or written.
         """
         for link in self._links.values():
+            resumed = self._wishes.get(link.peer_id) is False
             await self.write_wish(link.peer_id, store)
             self._take(link, await store.load(link.peer_id))
+            if resumed:
+                link.resume()
+                await link.context.interlock.tidy()
 
     def _take(self, link: PeerLink, record: PeerRecord) -> None:
         if self._wishes.get(link.peer_id, record.operator_pause):
@@ -173,6 +177,10 @@ class Links(Mapping[str, PeerLink]):
         progress = link.context.progress
         progress.gaps_open = len(record.gaps)
         link.context.stale.agreed(record.agreed_at_ms)
+        interlock = link.context.interlock
+        interlock.load(record.interlock)
+        if interlock.tripped:
+            link.block(PauseReason.INTERLOCK, interlock.tripped)
         progress.dead_letters = record.dead_letters
 
     def wish(self, peer_id: str, *, paused: bool) -> None:
@@ -196,6 +204,16 @@ class Links(Mapping[str, PeerLink]):
         # Another may have been made meanwhile, and waits behind this one to be written.
         if self._wishes.get(peer_id) is wish:
             del self._wishes[peer_id]
+        if peer_id in self._links:
+            await self._links[peer_id].context.interlock.tidy()
+
+    async def tidy(self, *, at_end: bool = False) -> None:
+        """Bring what is kept of the interlocks up to date, where it is not.
+
+        :raises CursorStoreError: if it cannot be written.
+        """
+        for link in self.owned:
+            await link.context.interlock.tidy(at_end=at_end)
 
     # What the engine's workers do with them.
 

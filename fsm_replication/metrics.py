@@ -34,6 +34,8 @@ _GAUGES: Final[tuple[tuple[str, tuple[str, ...], str], ...]] = (
     ),
     ("lag_seconds", ("peer_id",), "The same in seconds"),
     ("lag_events", ("peer_id",), "Events of the stream that are not settled; NaN: unknown"),
+    ("interlock_shrunk", ("peer_id",), "Live items less within an hour because of a peer"),
+    ("interlock_allowed", ("peer_id",), "How many it may be before the link pauses"),
     ("circuit_state", ("circuit",), "0 Closed, 1 HalfOpen, 2 Open"),
 )
 _COUNTERS: Final[tuple[tuple[str, tuple[str, ...], str], ...]] = (
@@ -201,6 +203,11 @@ class PeerMetrics:
     def pause_reason(self, reason: str, *, holds: bool) -> None:
         """Show whether a reason to pause holds."""
         self._metrics.get("peer_pause_reason", self.peer_id, reason).set(holds)
+
+    def show_interlock(self, shrunk: Callable[[], float], allowed: Callable[[], float]) -> None:
+        """Have what the interlock has counted worked out whenever it is read."""
+        self._metrics.get("interlock_shrunk", self.peer_id).set_function(shrunk)
+        self._metrics.get("interlock_allowed", self.peer_id).set_function(allowed)
 
     def detach(self) -> None:
         """Let whatever is counted from now on be lost."""

@@ -163,7 +163,7 @@ class PeerLink:
 
     def resume(self) -> None:
         """End an operator's pause, and what only an operator can end."""
-        if PauseReason.INTERLOCK in self._reasons:
+        if PauseReason.INTERLOCK in self._reasons or self.context.interlock.tripped:
             self.context.interlock.forgive()
         self._hold_reasons(self._reasons - {PauseReason.OPERATOR, PauseReason.INTERLOCK})
         self._forgive()
@@ -407,6 +407,9 @@ class PeerLink:
             events_applied=progress.events_applied,
             synced=progress.synced,
             stale_held_back=context.stale.count,
+            shrunk=context.interlock.shrunk,
+            shrink_allowed=context.interlock.allowed,
+            forgiven_until=context.interlock.forgiven_until_ms,
             stream_too_short=progress.stream_too_short,
             layout=progress.layout,
             agreed_at=context.stale.agreed_at_ms,

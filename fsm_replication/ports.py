@@ -25,6 +25,7 @@ __all__ = (
     "CursorStore",
     "DeadLetter",
     "GapRow",
+    "InterlockRow",
     "Oversize",
     "PackedArguments",
     "PeerRecord",
@@ -225,6 +226,23 @@ def dropped_letters(peer_id: str, at_ms: int, count: int) -> GapRow:
 
 
 @dataclass(frozen=True, slots=True)
+class InterlockRow:
+    """What an engine that begins anew must assume about a peer's deletes (G14).
+
+    ``falls`` tells of values that the running sum has left: how long before ``saved_at_ms`` (since
+    the epoch) that was, in ms, and how far the sum was below each then; ``reserved`` how much further
+    it may have fallen since. ``forgiven_ms`` is how long a person's word held on from there, 0 for
+    none; ``tripped`` why a person's word is waited for, "" where it is not.
+    """
+
+    saved_at_ms: int
+    falls: tuple[tuple[int, int], ...] = ()
+    reserved: int = 0
+    forgiven_ms: int = 0
+    tripped: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class PeerRecord:
     """Everything the cursor store knows about one peer."""
 
@@ -235,6 +253,7 @@ class PeerRecord:
     agreed_at_ms: int | None = None
     gaps: tuple[GapRow, ...] = field(default=())
     dead_letters: int = 0
+    interlock: InterlockRow | None = None
 
 
 class CursorStore(Protocol):
@@ -297,6 +316,9 @@ class CursorStore(Protocol):
 
     async def set_operator_pause(self, peer_id: str, paused: bool) -> None:
         """Keep the operator's wish over restarts."""
+
+    async def save_interlock(self, peer_id: str, row: InterlockRow) -> None:
+        """Keep what the interlock knows of a peer; it is on the disk when this returns."""
 
     async def set_synced(self, peer_id: str) -> None:
         """Note that the peer was fully read or compared once."""

@@ -230,12 +230,24 @@ MUTANTS: Final = (
     ),
     Mutant(
         "the interlock never trips",
-        "workers/guards.py",
-        "        now = self._clock.monotonic()\n        if now < self._forgiven_until:\n"
-        "            return False\n",
-        "        now = self._clock.monotonic()\n        if now < self._forgiven_until or more:\n"
-        "            return False\n",
+        "workers/interlock.py",
+        "            if not self.fits(most):\n                return None\n",
+        "",
         "tests/test_repair.py",
+    ),
+    Mutant(
+        "the interlock reserves nothing before it lets deletes through",
+        "workers/interlock.py",
+        "        return used + self._claimed + more <= self._reserved\n",
+        "        return used >= 0\n",
+        "tests/test_interlock.py",
+    ),
+    Mutant(
+        "a killed process gives its block of deletes away",
+        "workers/interlock.py",
+        "        self._sum.move(-row.reserved, now)\n",
+        "",
+        "tests/test_interlock.py",
     ),
     Mutant(
         "old items of a peer long not agreed with are taken",

@@ -47,13 +47,13 @@ from fsm_replication.config_change import compare_configs
 from fsm_replication.current import Current
 from fsm_replication.limiter import PrioritySlot
 from fsm_replication.metrics import Metrics
-from fsm_replication.ports import SystemClock
+from fsm_replication.ports import SystemClock, SystemWallClock
 from fsm_replication.reports import LinkFact, Report
 from fsm_replication.servers import RedisServer
 from fsm_replication.stores.protocol import ApplyResult, Received
-from fsm_replication.testing import LocalMesh, LoopClock, run, topology
+from fsm_replication.testing import LocalMesh, LoopClock, MemoryCursorStore, run, topology
 from fsm_replication.testing.local_mesh import GRACE_SEC, TTL_SEC, LocalNode
-from fsm_replication.workers.guards import Interlock
+from fsm_replication.workers.interlock import Interlock
 
 MESH = {
     "hot_path": {"block_timeout": 20},
@@ -779,13 +779,13 @@ def test_limits_on_bytes_in_force_are_those_of_the_next_read() -> None:
 def test_the_interlock_goes_by_the_bounds_in_force() -> None:
     """If this fails a bound that was lowered lets a peer delete as much as before."""
     current = Current(Settings())
-    interlock = Interlock(current, SystemClock())
+    interlock = Interlock("a", current, SystemClock(), SystemWallClock(), MemoryCursorStore())
     interlock.learn(10_000)
-    assert not interlock.may_trip(1500)
+    assert interlock.fits(1500)
     current.replace(changed(Settings(), repair={"interlock_share": 0.1}))
-    assert interlock.may_trip(1500)
+    assert not interlock.fits(1500)
     current.replace(changed(Settings(), repair={"interlock_min": 1500}))
-    assert not interlock.may_trip(1500)
+    assert interlock.fits(1500)
 
 
 def test_links_that_wait_for_room_for_dead_letters_hear_that_none_is_needed() -> None:

@@ -303,7 +303,7 @@ async def test_a_position_is_kept_with_the_last_part_only(
     async with RedisSyncEngine(redis_server.url, node_id="here") as store:
         apply, parts = store._apply, 0
 
-        async def lose_the_second(*args: Any) -> tuple[bytes, int]:
+        async def lose_the_second(*args: Any) -> tuple[bytes, int, int]:
             nonlocal parts
             parts += 1
             if parts == 2:

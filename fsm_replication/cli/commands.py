@@ -26,6 +26,7 @@ from fsm_replication.cli.letters import (
     show_letters,
 )
 from fsm_replication.cli.node import check_node, run_node
+from fsm_replication.cli.pauses import pause_peer, resume_peer
 from fsm_replication.cli.repair import (
     explain_node,
     explanation_table,
@@ -59,6 +60,7 @@ errors = Console(stderr=True)
 
 _T = TypeVar("_T")
 LetterIds = Annotated[list[int] | None, typer.Argument(metavar="ID", help="As listed.")]
+PeerName = Annotated[str, typer.Argument(metavar="PEER", help="The peer's node id.")]
 ConfigPath = Annotated[Path, typer.Argument(help="The node's YAML configuration.")]
 
 
@@ -197,7 +199,8 @@ def repair(
         bool, typer.Option(help="Change nothing; print what differs. Works beside a running node.")
     ] = False,
     force: Annotated[
-        bool, typer.Option(help="Let any number of deletes through; try again what failed.")
+        bool,
+        typer.Option(help="Let any number of deletes through for an hour; try again what failed."),
     ] = False,
     accept_stale: Annotated[
         str | None, typer.Option(metavar="PEER", help="Take the old items of this peer.")
@@ -242,6 +245,32 @@ def repair(
         console.print(stats_table(stats))
     if stats.errors:
         raise typer.Exit(1)
+
+
+@app.command()
+def pause(config: ConfigPath, peer: PeerName) -> None:
+    """Have a stopped node pause the link to a peer from its next start on, until it is resumed."""
+    try:
+        run_async(pause_peer(_load(config), peer))
+    except ReplicationError as error:
+        raise _fail(error) from None
+    console.print(Text(f"{peer}: paused until it is resumed"))
+
+
+@app.command()
+def resume(config: ConfigPath, peer: PeerName) -> None:
+    """End a pause of a stopped node's link: an operator's, and one of the interlock.
+
+    Where the interlock has tripped, the peer may delete any number of items for an hour.
+    """
+    try:
+        ended = run_async(resume_peer(_load(config), peer))
+    except ReplicationError as error:
+        raise _fail(error) from None
+    for one in ended:
+        console.print(Text(f"{peer}: resumed; {one}"), soft_wrap=True)
+    if not ended:
+        console.print(Text(f"{peer}: nothing had paused it that a person must end"))
 
 
 @app.command()

@@ -10,7 +10,14 @@ from typing import Any, Final
 
 import msgspec
 
-from fsm_replication.ports import Cursor, DeadLetter, GapRow, Position, StreamId
+from fsm_replication.ports import (
+    Cursor,
+    DeadLetter,
+    GapRow,
+    InterlockRow,
+    Position,
+    StreamId,
+)
 
 __all__ = (
     "INTEGER_MAX",
@@ -19,6 +26,8 @@ __all__ = (
     "gap_of",
     "gap_row",
     "id_rows",
+    "interlock_of",
+    "interlock_row",
     "letter_of",
     "letter_row",
     "position_of",
@@ -146,4 +155,32 @@ def gap_of(row: tuple[Any, ...]) -> GapRow:
         from_text(healed_by),
         number,
         from_text(kind),
+    )
+
+
+_decode_falls: Final[Callable[[str], tuple[tuple[int, int], ...]]] = msgspec.json.Decoder(
+    tuple[tuple[int, int], ...]
+).decode
+
+
+def interlock_row(peer_id: str, row: InterlockRow) -> tuple[Any, ...]:
+    """Return the row of a peer's interlock."""
+    return (
+        to_text(peer_id),
+        row.saved_at_ms,
+        msgspec.json.encode(row.falls).decode(),
+        row.reserved,
+        row.forgiven_ms,
+        to_text(row.tripped),
+    )
+
+
+def interlock_of(row: tuple[Any, ...]) -> InterlockRow:
+    """Return a peer's interlock from its row, without the peer's name.
+
+    :raises msgspec.MsgspecError: if its falls are not what a node wrote.
+    """
+    saved_at_ms, falls, reserved, forgiven_ms, tripped = row
+    return InterlockRow(
+        saved_at_ms, _decode_falls(falls), reserved, forgiven_ms, from_text(tripped)
     )

@@ -58,17 +58,32 @@ _SCHEMA_2: Final = (
     """UPDATE dead_letters SET from_foreign = 1
     WHERE fields IS NOT NULL AND instr(fields, CAST('"origin"' AS BLOB)) = 0""",
 )
-_SCHEMA_3: Final[tuple[str, ...]] = ()
+_SCHEMA_3: Final[tuple[str, ...]] = (
+    """CREATE TABLE interlocks (
+        peer_id TEXT PRIMARY KEY,
+        saved_at_ms INTEGER NOT NULL,
+        falls TEXT NOT NULL,
+        reserved INTEGER NOT NULL,
+        forgiven_ms INTEGER NOT NULL,
+        tripped TEXT NOT NULL
+    )""",
+)
 # Each brings the schema of the number before to its own; a new file goes through all of them.
 _SCHEMAS: Final = (_SCHEMA_1, _SCHEMA_2, _SCHEMA_3)
 SCHEMA_VERSION: Final = len(_SCHEMAS)
 # What is only read is not migrated, but looked at as if it were: a view hides a table of its name.
+_VIEWS_OF_2: Final = (
+    """CREATE TEMP VIEW interlocks AS SELECT '' AS peer_id, 0 AS saved_at_ms, '[]' AS falls,
+        0 AS reserved, 0 AS forgiven_ms, '' AS tripped WHERE 0""",
+)
 _VIEWS_OF_OLDER: Final = {
     1: (
         "PRAGMA temp_store = MEMORY",
         "CREATE TEMP VIEW gaps AS SELECT *, 'gap' AS kind FROM main.gaps",
         "CREATE TEMP VIEW dead_letters AS SELECT *, 0 AS from_foreign FROM main.dead_letters",
+        *_VIEWS_OF_2,
     ),
+    2: ("PRAGMA temp_store = MEMORY", *_VIEWS_OF_2),
 }
 
 

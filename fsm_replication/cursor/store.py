@@ -14,6 +14,8 @@ from fsm_replication.cursor.rows import (
     gap_of,
     gap_row,
     id_rows,
+    interlock_of,
+    interlock_row,
     letter_of,
     letter_row,
     position_of,
@@ -30,6 +32,7 @@ from fsm_replication.ports import (
     Cursor,
     DeadLetter,
     GapRow,
+    InterlockRow,
     PeerRecord,
     SystemClock,
     dropped_letters,
@@ -104,6 +107,11 @@ DELETE FROM gaps WHERE peer_id = :peer AND id <=
 _SET_PAUSE: Final = """
 INSERT INTO peers (peer_id, operator_pause) VALUES (?, ?)
 ON CONFLICT (peer_id) DO UPDATE SET operator_pause = excluded.operator_pause
+"""
+_SET_INTERLOCK: Final = """
+INSERT OR REPLACE INTO interlocks
+    (peer_id, saved_at_ms, falls, reserved, forgiven_ms, tripped)
+VALUES (?, ?, ?, ?, ?, ?)
 """
 _SET_SYNCED: Final = """
 INSERT INTO peers (peer_id, synced) VALUES (?, 1) ON CONFLICT (peer_id) DO UPDATE SET synced = 1
@@ -264,6 +272,10 @@ class SqliteCursorStore:
         """Keep the operator's wish over restarts."""
         await self._do(_SET_PAUSE, to_text(peer_id), int(paused))
 
+    async def save_interlock(self, peer_id: str, row: InterlockRow) -> None:
+        """Keep what the interlock knows of a peer; it is on the disk when this returns."""
+        await self._do(_SET_INTERLOCK, *interlock_row(peer_id, row))
+
     async def set_synced(self, peer_id: str) -> None:
         """Note that the peer was fully read or compared once."""
         await self._do(_SET_SYNCED, to_text(peer_id))
@@ -394,6 +406,11 @@ def _load(db: sqlite3.Connection, peer_id: str | bytes) -> PeerRecord:
         " WHERE peer_id = ?",
         one,
     ).fetchone()
+    interlock = db.execute(
+        "SELECT saved_at_ms, falls, reserved, forgiven_ms, tripped FROM interlocks"
+        " WHERE peer_id = ?",
+        one,
+    ).fetchone()
     return PeerRecord(
         cursor=None
         if stream_id is None
@@ -405,4 +422,5 @@ def _load(db: sqlite3.Connection, peer_id: str | bytes) -> PeerRecord:
         agreed_at_ms=agreed,
         gaps=tuple(gap_of(row) for row in db.execute(_GAPS_OPEN, one)),
         dead_letters=one_number(db, "SELECT count(*) FROM dead_letters WHERE peer_id = ?", peer_id),
+        interlock=interlock and interlock_of(interlock),
     )

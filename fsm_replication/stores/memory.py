@@ -96,7 +96,7 @@ class MemorySyncEngine(SyncEngine):
         items, applied, superseded = self._items, Outcome.APPLIED, Outcome.SUPERSEDED
         outcomes: list[Outcome] = []
         reasons: dict[int, str] = {}
-        live = live_deleted = 0
+        live_added = live_deleted = 0
         now = self._wall_clock.now_ms()
         self._forget(now)
         resolver, by_stamp = self._resolver, self._resolver.by_stamp
@@ -129,12 +129,12 @@ class MemorySyncEngine(SyncEngine):
                     continue
                 self._remember(change, now)
                 live_deleted += held_live
-            live += (not change.deleted) - held_live
+            live_added += not (change.deleted or held_live)
             items[change.key] = change
             outcomes.append(applied)
-        self._live += live
+        self._live += live_added - live_deleted
         self._tree.touch(changes)
-        return ApplyResult(outcomes, reasons, live_deleted)
+        return ApplyResult(outcomes, reasons, live_deleted, live_added)
 
     def _remember(self, tombstone: SyncItem, now: int) -> None:
         until = max(tombstone.updated_at + self._ttl_ms, now) + self._grace_ms

@@ -30,7 +30,7 @@ class NoOpSyncEngine(SyncEngine):
     ) -> ApplyResult:
         """Say that every change was applied."""
         self._log.debug("thrown_away", changes=len(changes))
-        return ApplyResult([Outcome.APPLIED] * len(changes))
+        return ApplyResult([Outcome.APPLIED] * len(changes), live_deleted=0, live_added=0)
 
     async def get_many(self, keys: Sequence[str]) -> list[SyncItem | None]:
         """Return None for every key."""

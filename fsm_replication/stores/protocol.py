@@ -62,12 +62,16 @@ class ApplyResult:
     """One outcome per change, in order.
 
     ``reasons`` tells, by index, why a change was refused or failed. ``live_deleted`` counts the
-    live items that tombstones among the changes replaced.
+    live items that tombstones among the changes replaced, ``live_added`` the keys that held a
+    tombstone or nothing and hold a live item now; both count each time, where keys repeat. None is
+    "not told": then every tombstone that was applied counts as a live item deleted, and none as added,
+    so ordinary deletes may trip the interlock sooner than they should.
     """
 
     outcomes: Sequence[Outcome]
     reasons: Mapping[int, str] = field(default_factory=dict)
-    live_deleted: int = 0
+    live_deleted: int | None = None
+    live_added: int | None = None
 
     @property
     def applied(self) -> int:

@@ -364,7 +364,7 @@ class RedisSyncEngine(SyncEngine):
             ``applied_position`` before going on.
         """
         outcomes: list[Outcome] = []
-        live_deleted = 0
+        live_deleted = live_added = 0
         reasons: dict[int, str] = {}
         # Each peer has to hear by itself that the store was lost, before its next position is kept.
         name = "" if received is None else received.peer_id or REPAIR_LANE
@@ -387,12 +387,15 @@ class RedisSyncEngine(SyncEngine):
                 peer, position = _position_args(received) if last else ("", "")
                 if not args.number and not position:
                     break
-                codes, deleted = await self._apply(lane, scripts.APPLY, peer, position, args, meant)
+                codes, deleted, added = await self._apply(
+                    lane, scripts.APPLY, peer, position, args, meant
+                )
                 outcomes += [_OUTCOMES[code] for code in codes]
                 live_deleted += deleted
+                live_added += added
         if Outcome.REFUSED in outcomes:
             reasons = self._why_refused(changes, outcomes)
-        return ApplyResult(outcomes, reasons, live_deleted)
+        return ApplyResult(outcomes, reasons, live_deleted, live_added)
 
     def _why_refused(
         self, changes: Sequence[SyncItem], outcomes: Sequence[Outcome]
@@ -415,20 +418,22 @@ class RedisSyncEngine(SyncEngine):
         outcomes: list[Outcome | None] = [None] * len(changes)
         unmerged: dict[int, str] = {}
         meant = "" if received is None else received.incarnation
-        live_deleted = 0
+        live_deleted = live_added = 0
         # A key that comes twice in one call is taken in turn, so that the second sees the first.
         while None in outcomes:
             turn: dict[str, int] = {}
             for index, change in enumerate(changes):
                 if outcomes[index] is None and len(turn) < ITEMS_PER_CALL:
                     turn.setdefault(change.key, index)
-            live_deleted += await self._merge_round(lane, changes, turn, outcomes, unmerged, meant)
+            deleted, added = await self._merge_round(lane, changes, turn, outcomes, unmerged, meant)
+            live_deleted += deleted
+            live_added += added
         peer, position = _position_args(received)
         if position:
             await self._apply(lane, scripts.APPLY, peer, position, _NO_ARGUMENTS, meant)
         done = [outcome for outcome in outcomes if outcome is not None]
         reasons = self._why_refused(changes, done) | unmerged
-        return ApplyResult(done, reasons, live_deleted)
+        return ApplyResult(done, reasons, live_deleted, live_added)
 
     async def _merge_round(
         self,
@@ -438,7 +443,7 @@ class RedisSyncEngine(SyncEngine):
         outcomes: list[Outcome | None],
         unmerged: dict[int, str],
         meant: str,
-    ) -> int:
+    ) -> tuple[int, int]:
         keys, args, filled = list(turn), list[bytes | str | int](), 0
         tried: list[int] = []
         held_items = await self._fetch(keys)
@@ -462,12 +467,12 @@ class RedisSyncEngine(SyncEngine):
             if filled > BYTES_PER_CALL:
                 break
         if not tried:
-            return 0
+            return 0, 0
         made_of = pack_arguments(args)
-        codes, deleted = await self._apply(lane, scripts.MERGE, "", "", made_of, meant)
+        codes, deleted, added = await self._apply(lane, scripts.MERGE, "", "", made_of, meant)
         for index, code in zip(tried, codes, strict=True):
             outcomes[index] = _OUTCOMES.get(code)
-        return deleted
+        return deleted, added
 
     async def _lane(self, name: str) -> Connection:
         self._check_open()
@@ -509,7 +514,7 @@ class RedisSyncEngine(SyncEngine):
         position: str,
         args: PackedArguments,
         meant: str,
-    ) -> tuple[bytes, int]:
+    ) -> tuple[bytes, int, int]:
         head = (
             4, self.keys.stream, self.keys.positions, self.keys.marker, self.keys.live,
             self._maxlen, self._ttl_ms, self._grace_ms, self.keys.item_prefix, peer_id, position,
@@ -519,20 +524,20 @@ class RedisSyncEngine(SyncEngine):
         try:
             try:
                 sha = self._scripts[text].sha
-                codes, deleted = await lane.call(
+                codes, deleted, added = await lane.call(
                     "EVALSHA", sha, *head, timeout_sec=timeout, tail=args
                 )
             except PeerReplyError as error:
                 if error.code != "NOSCRIPT":
                     raise
-                codes, deleted = await lane.call(
+                codes, deleted, added = await lane.call(
                     "EVAL", text, *head, timeout_sec=timeout, tail=args
                 )
         except ReplicationError as error:
             if isinstance(error, PeerReplyError) and error.code == _NO_MARKER:
                 raise StoreReopenedError(f"{self._where} was emptied or replaced") from None
             raise self._store_error(error) from None
-        return codes, deleted
+        return codes, deleted, added
 
     def encode(self, changes: Sequence[SyncItem], wire: Sequence[WireForm | None]) -> object:
         """Return the arguments of each script call that these changes take."""

@@ -207,7 +207,7 @@ return {'', redis.call('HGET', KEYS[1], 'incarnation'), redis.call('HGET', KEYS[
 # KEYS: stream, positions, marker, live. ARGV: maxlen, ttl in ms, grace in ms, item prefix, peer id,
 # position, tree, dirty keys or '', the incarnation that is meant or '', then key, value, digest in hex,
 # meta, bucket for each item. An empty position is not kept. Returns one code per item (0 applied, 1 superseded, 2 refused: what is held is no
-# item, 4 refused: the dotted layout keeps its own under that name) as a string, and the live items deleted.
+# item, 4 refused: the dotted layout keeps its own under that name) as a string, the live items deleted, and the keys that came to life.
 # The loop is one protected call and not one for each item, which would cost a fifth of the script:
 # where a read fails on a key of a wrong type, that item is refused and the loop goes on after it.
 _APPLY: Final = (
@@ -220,7 +220,7 @@ if ARGV[9] ~= '' and redis.call('HGET', KEYS[3], 'incarnation') ~= ARGV[9] then
 end
 local ttl, grace, prefix, tree = tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[7]
 local now = now_ms()
-local codes, count, live_deleted = {}, 0, 0
+local codes, count, live_deleted, live_added = {}, 0, 0, 0
 local at, reading = 10, false
 dirty = ARGV[8]
 local function is_reserved(key)
@@ -247,7 +247,9 @@ local function run()
       if byte(value, 17) == 1 then expiry = unpack_bytes('>I8', value) + ttl end
       if not (expiry and held == '' and expiry <= now) then
         code = '0'
-        if expiry and held ~= '' and byte(held, 17) == 0 then live_deleted = live_deleted + 1 end
+        local was_live = held ~= '' and byte(held, 17) == 0
+        if expiry and was_live then live_deleted = live_deleted + 1 end
+        if not (expiry or was_live) then live_added = live_added + 1 end
         keep(tree, ARGV[i + 4], item_key, key, value, held, ARGV[i + 2], ARGV[i + 3], expiry, now,
           grace)
       end
@@ -273,7 +275,7 @@ until at > #ARGV
 if tree ~= '' then sweep(tree, now, ttl, 16) end
 fold(tree)
 if ARGV[6] ~= '' then call('HSET', KEYS[2], ARGV[5], ARGV[6]) end
-return {table.concat(codes), live_deleted}
+return {table.concat(codes), live_deleted, live_added}
 """
 )
 APPLY: Final = _APPLY.replace("STRIDE", "5").replace("WANTED", "held == '' or newer(value, held)")

@@ -18,6 +18,7 @@ from fsm_replication.ports import (
     Cursor,
     DeadLetter,
     GapRow,
+    InterlockRow,
     PeerRecord,
     Position,
     dropped_letters,
@@ -210,6 +211,12 @@ class MemoryCursorStore:
         """Keep the operator's wish over restarts."""
         self._use()
         self._change(peer_id, operator_pause=paused)
+        await asyncio.sleep(0)
+
+    async def save_interlock(self, peer_id: str, row: InterlockRow) -> None:
+        """Keep what the interlock knows of a peer."""
+        self._use()
+        self._change(peer_id, interlock=row)
         await asyncio.sleep(0)
 
     async def set_synced(self, peer_id: str) -> None:

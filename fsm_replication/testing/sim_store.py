@@ -148,6 +148,11 @@ class SimStore(SyncEngine):
         """The tree of what is held."""
         return self._tree
 
+    async def live_items(self) -> int:
+        """Return how many live items there are."""
+        await self._turn()
+        return int(self._do("GET", self.keys.live) or 0)
+
     def should_accept_writes(self) -> bool:
         """Return ``accepting_writes``."""
         return self.accepting_writes
@@ -206,7 +211,7 @@ class SimStore(SyncEngine):
         await self._turn()
         self._look_for_loss(received)
         outcomes: list[Outcome] = []
-        live_deleted = 0
+        live_deleted = live_added = 0
         for change in changes:
             held = self.held(change.key)
             made = resolve(self._resolver, held, change)
@@ -214,7 +219,9 @@ class SimStore(SyncEngine):
             if made is None or (held is None and expired):
                 outcomes.append(Outcome.SUPERSEDED)
                 continue
-            live_deleted += made.deleted and held is not None and not held.deleted
+            was_live = held is not None and not held.deleted
+            live_deleted += made.deleted and was_live
+            live_added += not (made.deleted or was_live)
             if self.watch is not None:
                 self.watch.took(made, held)
             self._keep(made, held)
@@ -225,7 +232,7 @@ class SimStore(SyncEngine):
             self._do("HSET", self.keys.positions, received.peer_id, text)
         # Whoever is cancelled here does not learn that it was done.
         await asyncio.sleep(0)
-        return ApplyResult(outcomes, live_deleted=live_deleted)
+        return ApplyResult(outcomes, live_deleted=live_deleted, live_added=live_added)
 
     def put(self, key: str, content: bytes, content_type: str = "binary") -> SyncItem:
         """Write locally, at once."""
@@ -272,6 +279,10 @@ class SimStore(SyncEngine):
         else:
             self._do("SET", name, value)
         self._plant(item.key, stamp)
+        was_live = held is not None and not held.deleted
+        if was_live == item.deleted:
+            live = int(self._do("GET", self.keys.live) or 0)
+            self._do("SET", self.keys.live, live + (1 if was_live is False else -1))
         fields = encode_fields(item, data)
         self._do("XADD", self.keys.stream, "MAXLEN", "~", self._maxlen, "*", *fields)
 

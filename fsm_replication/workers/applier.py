@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 from fsm_replication.batch import BatchBuilder, Part, Selection
 from fsm_replication.circuits import Circuit
@@ -30,6 +30,7 @@ from fsm_replication.ports import Cursor, DeadLetter, Position, StreamId
 from fsm_replication.reports import PauseReason
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received
 from fsm_replication.workers.context import LinkContext
+from fsm_replication.workers.interlock import Claim, deepest_fall
 
 __all__ = ("Applier", "Blocked", "Chunk", "Prepared", "Unsettled")
 
@@ -255,15 +256,19 @@ class Applier:
             part.encoded,
             self._incarnation if ordered else "",
         )
-        deletes = sum([item.deleted for item in part.items])
-        if deletes and context.interlock.may_trip(deletes):
-            await self._check_interlock(part.items)
+        claim = await self._claim(part.items)
         began = context.ports.clock.monotonic()
-        result = await self.call(
-            context.writes, lambda: self._apply_many(part.items, received, until), writing=True
-        )
+        try:
+            result = await self.call(
+                context.writes,
+                lambda: self._apply_many(part.items, received, until, claim),
+                writing=True,
+            )
+        except BaseException:
+            context.interlock.give_up(claim)
+            raise
+        context.interlock.settle(claim, result)
         took = context.ports.clock.monotonic() - began
-        context.interlock.add(result.live_deleted)
         now = context.ports.wall_clock.now_ms()
         context.arrivals.add(context.peer_id, now, path, part.items, result)
         context.metrics.flush_seconds.observe(took)
@@ -272,43 +277,100 @@ class Applier:
             self._publish(part.items, result)
         return result
 
-    async def _check_interlock(self, items: Sequence[SyncItem]) -> None:
-        """Count what would die, now that it may be too much.
+    async def _claim(self, items: Sequence[SyncItem]) -> Claim:
+        """Reserve what a batch may delete, before it goes to the store (G14).
 
-        :raises Blocked: if it is.
+        :raises Blocked: if it is too much.
+        :raises Unsettled: if it cannot be reserved and the mode has changed meanwhile.
+        :raises CursorStoreError: if it cannot be reserved, for good.
         """
+        interlock = self._context.interlock
+        tombstones = interlock.uncounted(items)
+        if not tombstones:
+            return Claim()
+        most, is_exact = len(tombstones), False
+        if interlock.wants_count(most):
+            await self._count_live()
+        while True:
+            if interlock.tripped:
+                raise Blocked(PauseReason.INTERLOCK, interlock.tripped)
+            claim = await self._reserve(tombstones, most)
+            if claim is not None:
+                return claim
+            live = await self._count_live()
+            if is_exact and not interlock.fits(most):
+                await self._trip(most, live)
+            most, is_exact = await self._count_dying(items), True
+
+    async def _count_live(self) -> int | None:
+        live = await self.call(self._context.reads, self._context.store.live_items)
+        self._context.interlock.learn(live)
+        return live
+
+    async def _count_dying(self, items: Sequence[SyncItem]) -> int:
+        """Return by how many live items the store would be the poorer, at worst on the way."""
         context = self._context
-        live = await self.call(context.reads, context.store.live_items)
-        context.interlock.learn(live)
-        if not context.interlock.may_trip(sum([item.deleted for item in items])):
-            return
-        tombstones = [item for item in items if item.deleted]
         held = await self.call(
-            context.reads, lambda: context.store.stamps([item.key for item in tombstones])
+            context.reads, lambda: context.store.stamps([item.key for item in items])
         )
-        dying = sum(
-            stamp is not None and not stamp.deleted and stamp < item.stamp
-            for item, stamp in zip(tombstones, held, strict=True)
+        return deepest_fall(items, held)
+
+    async def _reserve(self, tombstones: Sequence[SyncItem], most: int) -> Claim | None:
+        """Claim as much; deletes wait where that cannot be kept on disk."""
+        context = self._context
+        wait = RETRY_FIRST_SEC
+        while True:
+            try:
+                return await context.interlock.claim(tombstones, most)
+            except CursorStoreError as error:
+                if not error.may_pass:
+                    raise
+                context.progress.failed(error)
+                context.cursors.failed(error)
+                context.log.warning("deletes_wait", error=error, path=error.path)
+                if self._interrupted():
+                    raise Unsettled from error
+            await context.ports.clock.sleep(wait)
+            wait = min(RETRY_MAX_SEC, wait * 2)
+
+    async def _trip(self, more: int, live: int | None) -> NoReturn:
+        """Pause the link until a person lets the deletes through, over restarts."""
+        context, interlock = self._context, self._context.interlock
+        why = (
+            f"{interlock.shrunk + more} live items would be deleted within an hour, of"
+            f" {'an unknown number' if live is None else live}, and {interlock.allowed} are allowed:"
+            " resume the peer if that is meant"
         )
-        if dying and context.interlock.may_trip(dying):
-            raise Blocked(
-                PauseReason.INTERLOCK,
-                f"{context.interlock.count + dying} live items would be deleted within an hour, of"
-                f" {'an unknown number' if live is None else live}: resume the peer if that is"
-                " meant"
-                + (
-                    "; a store whose live_items() tells the number allows a share of it"
-                    * (live is None)
-                ),
-            )
+        if live is None:
+            why += "; a store whose live_items() tells the number allows a share of it"
+        interlock.trip(why)
+        context.log.warning(
+            "interlock_tripped",
+            shrunk=interlock.shrunk,
+            more=more,
+            allowed=interlock.allowed,
+            live=live,
+        )
+        try:
+            await interlock.tidy()
+        except CursorStoreError as error:
+            # It is in force, and written with the next flush that succeeds.
+            context.cursors.failed(error)
+            context.log.warning("interlock_not_kept", error=error, path=error.path)
+        raise Blocked(PauseReason.INTERLOCK, why)
 
     async def _apply_many(
-        self, items: Sequence[SyncItem], received: Received, until: StreamId | None
+        self,
+        items: Sequence[SyncItem],
+        received: Received,
+        until: StreamId | None,
+        claim: Claim,
     ) -> ApplyResult:
         try:
             return await self._apply_all(items, received)
         except BaseException:
             # It may have been carried out, or a part of it, and nobody was told.
+            claim.in_doubt = True
             if self._context.feed.known:
                 self._context.doubts.add([item.key for item in items], until)
             raise

@@ -274,7 +274,8 @@ class ColdPath:
             if peer_id not in (None, name):
                 continue
             if target.lines is None or target.state not in (*_READY, _BUSY):
-                stats = stats.failed(f"peer {name!r} is {target.state}: it cannot be compared now")
+                why = target.context.interlock.tripped or "it cannot be compared now"
+                stats = stats.failed(f"peer {name!r} is {target.state}: {why}")
             elif not await self._has_tree(target):
                 stats = stats.failed(f"peer {name!r} publishes no tree that could be compared")
             else:

@@ -21,7 +21,8 @@ from fsm_replication.workers.arrivals import Arrivals
 from fsm_replication.workers.changes import ChangeFeed, Doubts
 from fsm_replication.workers.cursor_flush import CursorBook
 from fsm_replication.workers.foreign_walk import SettledHashes
-from fsm_replication.workers.guards import Interlock, KeyMemory, StaleGuard
+from fsm_replication.workers.guards import KeyMemory, StaleGuard
+from fsm_replication.workers.interlock import Interlock
 from fsm_replication.workers.slo import SloWatch
 
 __all__ = ("HEAD_OF_EMPTY", "LinkContext", "LinkProgress")

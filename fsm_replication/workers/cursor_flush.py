@@ -7,7 +7,7 @@ behind it, and what was read since is read again after a crash.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from fsm_replication.errors import CursorStoreError
@@ -94,9 +94,12 @@ class CursorBook:
         return len(written)
 
 
-async def flush_cursors(book: CursorBook, clock: Clock, report: Reporter) -> None:
+async def flush_cursors(
+    book: CursorBook, clock: Clock, report: Reporter, beside: Callable[[], Awaitable[None]]
+) -> None:
     """Flush every five seconds until cancelled; reports BROKEN where the file is gone for good.
 
+    ``beside`` writes what else is behind, and raises CursorStoreError as a flush does.
     An error that somebody else has met, and that nothing mends, is reported here too.
     """
     log = get_logger("cursor")
@@ -106,6 +109,7 @@ async def flush_cursors(book: CursorBook, clock: Clock, report: Reporter) -> Non
         if error is None or error.may_pass:
             try:
                 await book.look_after()
+                await beside()
             except CursorStoreError as failed:
                 error = failed
                 log.warning("cursor_flush_failed", path=error.path, error=error)

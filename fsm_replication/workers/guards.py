@@ -1,80 +1,23 @@
 """What keeps replication from doing harm that cannot be undone.
 
-The *interlock* counts live items that one peer's tombstones delete within an hour: a peer that
-asks for far too many has probably lost its mind, and a person should look first. The *stale guard*
-holds back old items that come from a peer we have not agreed with for longer than tombstones are
-kept: what they are absent here for may be a delete that everybody has forgotten by now (G5).
+The *stale guard* holds back old items that come from a peer we have not agreed with for longer than
+tombstones are kept: what they are absent here for may be a delete that everybody has forgotten by now
+(G5). What keeps a peer from deleting far too much is in ``interlock``.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Final
 
-from fsm_replication.config import Settings
-from fsm_replication.current import Current
 from fsm_replication.items import Stamp
 from fsm_replication.ports import Clock, WallClock
 
-__all__ = ("Interlock", "KeyMemory", "StaleGuard")
+__all__ = ("KeyMemory", "StaleGuard")
 
 WINDOW_SEC: Final = 3600.0
-# How long a number of live items is taken for granted, so that deletes cost no call each.
-KNOWN_SEC: Final = 60.0
 KEYS_KEPT: Final = 10_000
-
-
-class Interlock:
-    """Counts the live items that one peer deleted within the last hour."""
-
-    def __init__(self, settings: Current[Settings], clock: Clock) -> None:
-        self._settings = settings
-        self._clock = clock
-        self._deleted: deque[tuple[float, int]] = deque()
-        self._count = 0
-        self._forgiven_until = 0.0
-        # Live items within the last hour, those that were deleted since included; 0 if not known.
-        self._live = 0
-        self._known_until = 0.0
-
-    def add(self, live_deleted: int) -> None:
-        """Count live items that were deleted now."""
-        if live_deleted:
-            self._deleted.append((self._clock.monotonic(), live_deleted))
-            self._count += live_deleted
-
-    @property
-    def count(self) -> int:
-        """Live items deleted within the last hour."""
-        begin = self._clock.monotonic() - WINDOW_SEC
-        while self._deleted and self._deleted[0][0] <= begin:
-            self._count -= self._deleted.popleft()[1]
-        return self._count
-
-    def may_trip(self, more: int) -> bool:
-        """Say whether ``more`` deletes could be too many, as far as the live items are known."""
-        now = self._clock.monotonic()
-        if now < self._forgiven_until:
-            return False
-        if now > self._known_until:
-            self._live = 0
-        bounds = self._settings.value.repair
-        return self.count + more > max(bounds.interlock_min, bounds.interlock_share * self._live)
-
-    def learn(self, live: int | None) -> None:
-        """Take in how many live items there are, for a minute; None where that is not known.
-
-        What has been deleted within the hour was live too, and counts among all.
-        """
-        self._live = 0 if live is None else live + self.count
-        self._known_until = self._clock.monotonic() + KNOWN_SEC
-
-    def forgive(self) -> None:
-        """Let everything through for an hour: a person has looked."""
-        self._deleted.clear()
-        self._count = 0
-        self._forgiven_until = self._clock.monotonic() + WINDOW_SEC
 
 
 class StaleGuard:

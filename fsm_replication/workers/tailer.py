@@ -314,7 +314,8 @@ class Tailer:
         reasons = sorted(self._reasons())
         if reasons:
             # The reason is known already; named again it might outlive a resume() under way.
-            orders.report(LinkFact.BLOCKED, f"still paused: {reasons[0]}")
+            why = context.interlock.tripped if reasons[0] is PauseReason.INTERLOCK else ""
+            orders.report(LinkFact.BLOCKED, f"still paused: {reasons[0]}{why and f': {why}'}")
             return None
         applier = await self._get_applier()
         await self._work_off(orders)

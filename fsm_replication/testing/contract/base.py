@@ -90,10 +90,10 @@ class Model:
         self._resolver = resolver
         self._ttl_ms = round(ttl_sec * 1000)
 
-    def apply(self, changes: Sequence[SyncItem]) -> tuple[list[Outcome], int]:
-        """Take changes; returns their outcomes and how many live items were deleted."""
+    def apply(self, changes: Sequence[SyncItem]) -> tuple[list[Outcome], int, int]:
+        """Take changes; returns their outcomes and how many live items were deleted, and came."""
         outcomes: list[Outcome] = []
-        live_deleted = 0
+        live_deleted = live_added = 0
         for change in changes:
             held = self.items.get(change.key)
             made = resolve(self._resolver, held, change)
@@ -101,10 +101,12 @@ class Model:
             if made is None or (held is None and expired):
                 outcomes.append(Outcome.SUPERSEDED)
                 continue
-            live_deleted += made.deleted and held is not None and not held.deleted
+            was_live = held is not None and not held.deleted
+            live_deleted += made.deleted and was_live
+            live_added += not (made.deleted or was_live)
             self.items[change.key] = made
             outcomes.append(Outcome.APPLIED)
-        return outcomes, live_deleted
+        return outcomes, live_deleted, live_added
 
     @property
     def live(self) -> int:

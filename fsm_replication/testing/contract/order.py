@@ -89,7 +89,7 @@ class OrderRules(StoreRules):
                 key = f"pair.{number}"
                 for change in (_of(first, key), _of(second, key)):
                     result = await store.apply_many([change])
-                    outcomes, _ = model.apply([change])
+                    outcomes, _, _ = model.apply([change])
                     assert list(result.outcomes) == outcomes, (first, second)
             await model.check(store)
 
@@ -118,9 +118,10 @@ class OrderRules(StoreRules):
                 live("k", b"[2]", at + 1), live("k", b"[3]", at + 3), live("k", b"[3]", at + 3),
             ]  # fmt: skip
             result = await store.apply_many(changes)
-            outcomes, deleted = model.apply(changes)
+            outcomes, deleted, added = model.apply(changes)
             assert list(result.outcomes) == outcomes
             assert result.live_deleted == deleted == 1
+            assert result.live_added == added == 2, "at first, and after the delete"
             await model.check(store)
 
         self.with_store(scenario)
@@ -135,7 +136,8 @@ class OrderRules(StoreRules):
                 changes, model = shifted(drawn), Model(store.resolver)
                 for batch in _cut(changes, cuts):
                     result = await store.apply_many(batch)
-                    assert (list(result.outcomes), result.live_deleted) == model.apply(batch)
+                    told = (list(result.outcomes), result.live_deleted, result.live_added)
+                    assert told == model.apply(batch)
                 await model.check(store, ["k", "k.1", "other", "never"])
                 assert await store.live_items() in (None, model.live)
 

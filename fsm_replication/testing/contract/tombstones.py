@@ -70,6 +70,20 @@ class TombstoneRules(StoreRules):
 
         self.with_store(scenario)
 
+    def test_items_that_come_to_life_are_counted(self) -> None:
+        """If this fails the interlock takes a stream that deletes and puts again for a mass delete."""
+
+        async def scenario(store: SyncEngine) -> None:
+            at = now_ms()
+            first = await store.apply_many([live("a", b"", at), live("b", b"", at)])
+            assert (first.live_deleted, first.live_added) == (0, 2)
+            await store.apply_many([dead("a", at + 1)])
+            puts = [live("a", b"", at + 2), live("a", b"", at + 3), live("b", b"", at + 1)]
+            again = await store.apply_many([*puts, live("c", b"", at), live("b", b"", at)])
+            assert (again.live_deleted, again.live_added) == (0, 2), "a and c, and b was live"
+
+        self.with_store(scenario)
+
     def test_an_expired_tombstone_deletes_what_is_older_and_nothing_else(self) -> None:
         """If this fails a late delete comes to no rest, deletes too much, or does not delete."""
 
