@@ -18,7 +18,7 @@ import pytest
 import pytest_asyncio
 import redis
 from conftest import Nodes, Peer, counts_entries, held, until
-from lying_proxy import Command, HangUpError, LyingProxy
+from fsm_replication.testing.lying_proxy import Command, HangUpError, LyingProxy
 
 from fsm_replication.config import (
     ColdPathConfig,

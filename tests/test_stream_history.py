@@ -12,7 +12,7 @@ import pytest
 from conftest import Nodes, Peer
 from hypothesis import given
 from hypothesis import strategies as st
-from lying_proxy import Command, LyingProxy
+from fsm_replication.testing.lying_proxy import Command, LyingProxy
 
 from fsm_replication.abilities import Abilities, Counts, is_too_old, question_of_age
 from fsm_replication.config import (
