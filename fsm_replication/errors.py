@@ -50,7 +50,13 @@ __all__ = (
     "WatcherLagged",
     "WorkerCrashedError",
     "redact",
+    "shorten",
 )
+
+TEXT_CHARS_MAX = 1000
+"""Of an error: what others wrote may stand in it, and it is kept in logs, journal and health."""
+ERROR_CHARS_MAX = 500
+"""Of an error that a server answers with."""
 
 # It begins at "://" and not at the scheme, which would be looked for from every letter of a text.
 _CREDENTIALS = re.compile(r"(?P<scheme>://)(?P<secret>[^/?#\s]*)@")
@@ -65,6 +71,14 @@ def redact(text: str) -> str:
         return text
     text = _CREDENTIALS.sub(r"\g<scheme>***@", text)
     return _QUERY_SECRETS.sub(r"\g<name>***", text)
+
+
+def shorten(text: str, chars: int = TEXT_CHARS_MAX) -> str:
+    """Return ``text``, cut in its middle where it is longer than so many characters."""
+    if len(text) <= chars:
+        return text
+    half = chars // 2
+    return f"{text[:half]}[... {len(text) - 2 * half} characters ...]{text[-half:]}"
 
 
 class ReplicationError(Exception):
@@ -155,7 +169,10 @@ class WatcherLagged(ReplicationError):  # noqa: N818 - it reports a fact, and is
 
 
 class PeerError(ReplicationError):
-    """A peer answered with something it should not have sent."""
+    """A peer answered with something it should not have sent; of a long text a part is kept."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shorten(message))
 
 
 class PeerReplyError(PeerError):
@@ -164,6 +181,7 @@ class PeerReplyError(PeerError):
     retryable = True
 
     def __init__(self, message: str, *, peer: str = "") -> None:
+        message = shorten(message, ERROR_CHARS_MAX)
         self.code = message.split(" ", 1)[0]
         self.peer = peer
         super().__init__(f"{peer}: {message}" if peer else message)
@@ -203,8 +221,8 @@ class BadEntryError(PeerError):
 
     def __init__(self, reason: str, detail: str) -> None:
         self.reason = reason
-        self.detail = detail
-        super().__init__(f"{reason}: {detail}")
+        self.detail = shorten(detail)
+        super().__init__(f"{reason}: {self.detail}")
 
 
 # The way between ------------------------------------------------------------------------------

@@ -412,8 +412,11 @@ class Connection(Protocol):
         The future may be waited for with ``asyncio.wait``; there is no timeout on it.
         """
 
-    def limit_reply(self, limit_bytes: int) -> None:
-        """Drop the connection when one flight's replies exceed this many bytes."""
+    def limit_reply(self, limit_bytes: int | None) -> None:
+        """Drop the connection when one flight's replies exceed this many bytes (None: never).
+
+        Replies that are small by their nature, such as statuses and numbers, have a limit anyway.
+        """
 
     async def skim(self, *args: bytes | str | int, timeout_sec: float) -> Any:
         """Send one command and keep no long string of its reply: each becomes an :class:`Oversize`.

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from fsm_replication.errors import BadEntryError, PeerReplyError, ProtocolError
 from fsm_replication.foreign import children_key, decode_hash, hash_key, parse_member
+from fsm_replication.replies import count, string, strings
 
 __all__ = ("CHILDREN_MAX", "DottedNode", "DottedReader", "Pipeline", "child_path")
 
@@ -51,7 +52,7 @@ class DottedReader:
         (reply,) = await self._ask([("GET", hash_key(self._prefix, ""))])
         if reply is None:
             return None
-        digest = decode_hash(reply)
+        digest = decode_hash(string(reply, "GET"))
         if digest is None:
             raise ProtocolError("the root of the dotted tree is not 64 hexadecimal characters")
         return digest
@@ -65,10 +66,15 @@ class DottedReader:
         names = [children_key(self._prefix, path) for path in paths]
         counts = [("ZCARD", name) for name in names]
         replies = await self._ask([*counts, *(("MEMORY", "USAGE", name) for name in names)])
-        return [
-            (count, size if isinstance(size, int) else 0) if isinstance(count, int) else None
-            for count, size in zip(replies[: len(names)], replies[len(names) :], strict=True)
-        ]
+        found: list[tuple[int, int] | None] = []
+        for number, size in zip(replies[: len(names)], replies[len(names) :], strict=True):
+            if isinstance(number, PeerReplyError):
+                found.append(None)
+                continue
+            unknown = size is None or isinstance(size, PeerReplyError)
+            in_bytes = 0 if unknown else count(size, "MEMORY USAGE")
+            found.append((count(number, "ZCARD"), in_bytes))
+        return found
 
     async def children(self, paths: Sequence[str]) -> list[DottedNode | None]:
         """Return the children of several nodes, none for a leaf; None for one that is no node.
@@ -81,12 +87,12 @@ class DottedReader:
         nodes: list[DottedNode | None] = []
         bare: list[tuple[DottedNode, str, str]] = []
         for path, reply in zip(paths, replies, strict=True):
-            if not isinstance(reply, list):
+            if isinstance(reply, PeerReplyError):
                 nodes.append(None)
                 continue
             node = DottedNode()
             nodes.append(node)
-            for member in reply:
+            for member in strings(reply, "ZRANGE", CHILDREN_MAX):
                 segment = self._take(node, member)
                 if segment is not None and not node.children[segment]:
                     bare.append((node, segment, child_path(path, segment)))
@@ -96,10 +102,10 @@ class DottedReader:
         return nodes
 
     @staticmethod
-    def _take(node: DottedNode, member: Any) -> str | None:
+    def _take(node: DottedNode, member: bytes) -> str | None:
         try:
             segment, digest = parse_member(member)
-        except (BadEntryError, AttributeError):
+        except BadEntryError:
             node.bad += 1
             return None
         if "." in segment:

@@ -20,6 +20,7 @@ from fsm_replication.merkle import (
     path_bucket,
 )
 from fsm_replication.redis_dotted import DottedReader, Pipeline
+from fsm_replication.replies import count
 
 __all__ = ("RedisTree", "parse_root", "root_command")
 
@@ -34,7 +35,7 @@ def parse_root(reply: object) -> bytes:
 
     :raises ProtocolError: if it is none.
     """
-    if not isinstance(reply, bytes) or len(reply) not in (0, DIGEST_BYTES):
+    if type(reply) is not bytes or len(reply) not in (0, DIGEST_BYTES):
         raise ProtocolError("the root of a tree is 8 bytes")
     return reply or EMPTY_ROOT
 
@@ -73,24 +74,32 @@ class RedisTree:
         return parse_root(raw)
 
     async def children(self, layout: str, paths: Sequence[str]) -> list[dict[str, bytes] | None]:
-        """Return the children of several nodes in one round trip; None for one that is no node."""
+        """Return the children of several nodes in one round trip; None for one that is no node.
+
+        :raises ProtocolError: if a reply has another shape.
+        """
         if layout == DOTTED:
             nodes = await self._dotted.children(paths)
             return [None if node is None else node.children for node in nodes]
         replies = await self._ask([children_command(self._key, path) for path in paths])
         found: list[dict[str, bytes] | None] = []
         for path, reply in zip(paths, replies, strict=True):
+            if isinstance(reply, PeerReplyError):
+                found.append(None)
+                continue
             try:
                 found.append(parse_children(path, reply))
-            except ValueError:
-                found.append(None)
+            except ValueError as error:
+                raise ProtocolError(f"the node {path!r} of a tree: {error}") from None
         return found
 
     async def sizes(self, layout: str, paths: Sequence[str]) -> list[int]:
         """Return how many keys each bucket holds, in one round trip."""
         commands = [("HLEN", f"{self._key}:{path_bucket(path)}") for path in paths]
         replies = await self._ask(commands)
-        return [reply if isinstance(reply, int) else 0 for reply in replies]
+        return [
+            0 if isinstance(reply, PeerReplyError) else count(reply, "HLEN") for reply in replies
+        ]
 
     async def _ask(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
         replies = await self._pipeline(commands) if commands else []

@@ -9,6 +9,11 @@ more than we agreed to; and a single entry too large to hold can be skimmed for 
 There is no retry here: a connection that has failed in any way is closed, and the link's machine
 decides what happens next. A cancelled call closes the connection too, since a reply that nobody
 waits for would be taken for the next one's.
+
+Every flight has a limit from its first byte: what is small by its nature (a status, a number, a piece
+of a string) may take no more than that, the greeting 64 KiB, and all else what the caller allows. The
+number of elements is bounded with the bytes, since an empty array takes four bytes on the way here and
+eighty in memory.
 """
 
 from __future__ import annotations
@@ -33,17 +38,53 @@ from fsm_replication.errors import (
     redact,
 )
 from fsm_replication.ports import Clock, Oversize, PackedArguments, SystemClock
+from fsm_replication.replies import status
 
 __all__ = ("RedisConnection", "RedisTransport", "pack_arguments")
 
 _CREDENTIAL_CODES: Final = frozenset({"NOAUTH", "WRONGPASS", "NOPERM"})
 _TLS_FILES: Final = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
 _NOTHING: Final = object()
+_ONE_OF_MANY: Final = PeerReplyError("ERR and so on: one of very many errors in one reply")
 Command = Sequence[bytes | str | int]
+GREETING_BYTES: Final = 64 * 1024
+"""What the replies to a greeting may take; a server that is none of ours may be chatty."""
+UNCOUNTED_BYTES: Final = 1024 * 1024
+"""A flight of no more is not looked at for its elements: counting them costs time."""
+BYTES_PER_ELEMENT: Final = 24
+"""A flight may hold one element, or line of an uncompressed content, for each so many bytes."""
+ERRORS_MAX: Final = 1000
+"""Error replies in one flight beyond one for each command; more are all the same object."""
+_SMALL_BYTES: Final = 2048
+# Statuses, numbers, errors: nothing in these replies grows with what a server holds.
+_SMALL: Final = frozenset(
+    {"PING", "EXISTS", "STRLEN", "HLEN", "ZCARD", "MEMORY", "CLIENT", "SELECT", "AUTH", "TIME"}
+)
 SEND_BUFFER_BYTES: Final = 512 * 1024
 _T = TypeVar("_T")
 # The stub of hiredis types the argument as a tuple of one element.
 _pack: Final[Callable[[tuple[bytes | str | int, ...]], bytes]] = hiredis.pack_command  # type: ignore[assignment]
+
+
+def _bound(command: Command) -> int | None:
+    """Return how many bytes the reply to a command takes at most, None where nobody can say."""
+    name = command[0]
+    if name in _SMALL:
+        return _SMALL_BYTES
+    if name == "GETRANGE":
+        return max(0, int(command[3]) - int(command[2])) + _SMALL_BYTES
+    return None
+
+
+def _bound_all(commands: Sequence[Command], limit_bytes: int | None) -> int | None:
+    """Return what the replies to a flight may take, ``limit_bytes`` at most."""
+    whole = 0
+    for command in commands:
+        one = _bound(command)
+        if one is None:
+            return limit_bytes
+        whole += one
+    return whole if limit_bytes is None else min(whole, limit_bytes)
 
 
 def pack_arguments(args: Sequence[bytes | str | int]) -> PackedArguments:
@@ -55,7 +96,15 @@ def pack_arguments(args: Sequence[bytes | str | int]) -> PackedArguments:
 class _Flight:
     """Commands sent together and the replies that have come for them."""
 
-    __slots__ = ("future", "limit_bytes", "received_bytes", "replies", "wanted")
+    __slots__ = (
+        "elements",
+        "errors",
+        "future",
+        "limit_bytes",
+        "received_bytes",
+        "replies",
+        "wanted",
+    )
 
     def __init__(
         self, wanted: int, future: asyncio.Future[list[Any]], limit_bytes: int | None
@@ -65,6 +114,23 @@ class _Flight:
         self.limit_bytes = limit_bytes
         self.replies: list[Any] = []
         self.received_bytes = 0
+        # An upper bound of those that came after the first UNCOUNTED_BYTES.
+        self.elements = 0
+        self.errors = 0
+
+    def take(self, data: bytes) -> bool:
+        """Count what came; False once it is more than was agreed to."""
+        limit = self.limit_bytes
+        self.received_bytes += len(data)
+        if limit is None:
+            return True
+        if self.received_bytes > UNCOUNTED_BYTES:
+            # Contents may hold line ends too, but hardly one in so few bytes.
+            self.elements += data.count(b"\r\n")
+        return (
+            self.received_bytes <= limit
+            and self.elements <= self.wanted + limit // BYTES_PER_ELEMENT
+        )
 
 
 class RedisConnection(asyncio.Protocol):
@@ -77,18 +143,25 @@ class RedisConnection(asyncio.Protocol):
         self._flights: deque[_Flight] = deque()
         self._transport: asyncio.Transport | None = None
         self._error: ReplicationError | None = None
-        self._limit_bytes: int | None = None
+        self._limit_bytes: int | None = GREETING_BYTES
         self._skim: _Skimmer | None = None
         self._held_back: list[tuple[_Flight, bytes]] = []
         self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._received_bytes = 0
 
-    @staticmethod
-    def _new_reader() -> hiredis.Reader:
+    def _new_reader(self) -> hiredis.Reader:
         return hiredis.Reader(
-            protocolError=ProtocolError, replyError=PeerReplyError, notEnoughData=_NOTHING
+            protocolError=ProtocolError, replyError=self._error_reply, notEnoughData=_NOTHING
         )
+
+    def _error_reply(self, text: str) -> PeerReplyError:
+        """Make an error of one that the server answers; of very many only one object is made."""
+        flight = self._flights[0] if self._flights else None
+        if flight is None or flight.errors > flight.wanted + ERRORS_MAX:
+            return _ONE_OF_MANY
+        flight.errors += 1
+        return PeerReplyError(text)
 
     # asyncio.Protocol
 
@@ -112,18 +185,26 @@ class RedisConnection(asyncio.Protocol):
             self._fail(ProtocolError(f"{self.where} sent data that nobody asked for"))
             return
         flight = self._flights[0]
-        flight.received_bytes += len(data)
-        if flight.limit_bytes is not None and flight.received_bytes > flight.limit_bytes:
-            self._fail(ReplyTooLargeError(flight.limit_bytes))
-            return
+        # Where others wait behind it, some of this may be theirs.
+        alone = len(self._flights) == 1
+        within = not alone or flight.take(data)
         try:
             self._reader.feed(data)
             reply = self._reader.gets()
-            while reply is not _NOTHING:
+            while within and reply is not _NOTHING:
                 self._deliver(reply)
                 reply = self._reader.gets()
         except ProtocolError as error:
             self._fail(ProtocolError(f"{self.where} does not speak the Redis protocol: {error}"))
+        except (MemoryError, OverflowError, TypeError, ValueError) as error:
+            # An array that no memory holds, a map with an array for a key.
+            what = type(error).__name__
+            self._fail(ProtocolError(f"{self.where} sent a reply that is none: {what}"))
+        else:
+            if not alone and self._flights and self._flights[0] is flight:
+                within = flight.take(data)
+            if not within:
+                self._fail(ReplyTooLargeError(flight.limit_bytes or 0))
 
     def _deliver(self, reply: Any) -> None:
         if not self._flights:
@@ -192,8 +273,8 @@ class RedisConnection(asyncio.Protocol):
         """Bytes received since it was opened."""
         return self._received_bytes
 
-    def limit_reply(self, limit_bytes: int) -> None:
-        """Drop the connection when a later flight's replies exceed this many bytes."""
+    def limit_reply(self, limit_bytes: int | None) -> None:
+        """Drop the connection when a later flight's replies exceed this many bytes (None: never)."""
         self._limit_bytes = limit_bytes
 
     def send(self, *commands: Command) -> asyncio.Future[list[Any]]:
@@ -205,7 +286,7 @@ class RedisConnection(asyncio.Protocol):
             future.exception()
             return future
         self._send(
-            _Flight(len(commands), future, self._limit_bytes),
+            _Flight(len(commands), future, _bound_all(commands, self._limit_bytes)),
             b"".join(_pack(tuple(command)) for command in commands),
         )
         return future
@@ -311,12 +392,17 @@ class _Skimmer:
     """Reads one RESP2 reply of any size.
 
     Strings over 256 bytes become :class:`Oversize`, and so does what an array holds beyond its
-    first 256 elements, all in one.
+    first 256 elements, all in one. Of the whole reply some 4,000 elements are kept, and arrays stand
+    at most 8 deep in each other.
     """
 
     KEPT_BYTES: Final = 256
     KEPT_ELEMENTS: Final = 256
+    KEPT_IN_ALL: Final = 4096
+    DEPTH_MAX: Final = 8
     ELEMENTS_MAX: Final = 10_000_000
+    LINE_BYTES_MAX: Final = 4096
+    NUMBER_BYTES_MAX: Final = 20
 
     def __init__(self, future: asyncio.Future[Any]) -> None:
         self.future = future
@@ -325,6 +411,7 @@ class _Skimmer:
         self._size = 0
         self._kept: bytearray | None = None
         self._elements = 0
+        self._kept_elements = 0
         # Arrays that are not complete, each with the number of elements it still lacks.
         self._open: list[tuple[list[Any], int]] = []
 
@@ -336,8 +423,9 @@ class _Skimmer:
                 at = self._pass_string(data, at)
                 continue
             end = data.find(b"\n", at)
-            self._line += data[at:] if end < 0 else data[at:end]
-            if len(self._line) > 4096:
+            until = min(len(data) if end < 0 else end, at + self.LINE_BYTES_MAX + 1)
+            self._line += data[at:until]
+            if len(self._line) > self.LINE_BYTES_MAX:
                 raise ProtocolError("a line of a reply is too long")
             if end < 0:
                 break
@@ -358,13 +446,17 @@ class _Skimmer:
 
     def _take_line(self, line: bytes) -> None:
         kind, rest = line[:1], line[1:]
-        if kind in (b"$", b"*", b":") and not rest.removeprefix(b"-").isdigit():
+        if kind in (b"$", b"*", b":") and not (
+            len(rest) <= self.NUMBER_BYTES_MAX and rest.removeprefix(b"-").isdigit()
+        ):
             raise ProtocolError(f"a length that is no number: {rest[:32]!r}")
         if kind == b"$" and int(rest) >= 0:
             self._size = int(rest)
             self._skip = self._size + 2
             self._kept = bytearray() if self._size <= self.KEPT_BYTES else None
         elif kind == b"*" and int(rest) > 0:
+            if len(self._open) == self.DEPTH_MAX:
+                raise ProtocolError("the arrays of a reply are nested too deeply")
             self._open.append(([], int(rest)))
         elif kind == b"*":
             self._put([] if rest == b"0" else None)
@@ -373,7 +465,7 @@ class _Skimmer:
         elif kind == b":":
             self._put(int(rest))
         elif kind == b"+":
-            self._put(rest)
+            self._put(rest if len(rest) <= self.KEPT_BYTES else Oversize(len(rest)))
         elif kind == b"-":
             self._put(PeerReplyError(rest.decode("utf-8", "replace")))
         else:
@@ -385,7 +477,10 @@ class _Skimmer:
             raise ProtocolError("a reply has too many elements")
         while self._open:
             array, lacking = self._open.pop()
-            if len(array) < self.KEPT_ELEMENTS:
+            if not array or (
+                len(array) < self.KEPT_ELEMENTS and self._kept_elements < self.KEPT_IN_ALL
+            ):
+                self._kept_elements += 1
                 array.append(value)
             else:
                 # What is asked for stands first; of the rest only the size is kept.
@@ -449,6 +544,8 @@ class RedisTransport:
             if isinstance(error, ssl.SSLError | OSError):
                 raise ConnectionLostError(f"{where} cannot be reached: {error}") from None
             raise
+        # What may come from now on is for the caller to say.
+        connection.limit_reply(None)
         return connection
 
     async def _open(self, options: dict[str, Any], where: str, _name: str) -> RedisConnection:
@@ -475,8 +572,10 @@ class RedisTransport:
         if options.get("db"):
             commands.append(["SELECT", int(options["db"])])
         commands.append(["PING"])
-        for reply in await connection.pipeline(commands):
+        for command, reply in zip(commands, await connection.pipeline(commands), strict=True):
+            name = str(command[0])
             if not isinstance(reply, PeerReplyError):
+                status(reply, f"{connection.where}: {name}", b"PONG" if name == "PING" else b"OK")
                 continue
             text = str(reply)
             if text.split(" ", 1)[0] in _CREDENTIAL_CODES or "AUTH" in text:

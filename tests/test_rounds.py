@@ -18,7 +18,6 @@ import pytest
 import pytest_asyncio
 import redis
 from conftest import Nodes, Peer, counts_entries, held, until
-from lying_proxy import Command, HangUpError, LyingProxy
 
 from fsm_replication.config import (
     ColdPathConfig,
@@ -40,6 +39,7 @@ from fsm_replication.stores.protocol import ApplyResult, Received
 from fsm_replication.stream import encode_data, encode_fields
 from fsm_replication.tables import PeerState
 from fsm_replication.testing import FaultProxy
+from fsm_replication.testing.lying_proxy import Command, HangUpError, LyingProxy
 from fsm_replication.workers.context import LinkProgress
 
 STREAM = Keys().stream.encode()

@@ -12,7 +12,6 @@ import pytest
 from conftest import Nodes, Peer
 from hypothesis import given
 from hypothesis import strategies as st
-from lying_proxy import Command, LyingProxy
 
 from fsm_replication.abilities import Abilities, Counts, is_too_old, question_of_age
 from fsm_replication.config import (
@@ -35,6 +34,7 @@ from fsm_replication.testing.local_mesh import (
     LocalMesh,
     topology,
 )
+from fsm_replication.testing.lying_proxy import Command, LyingProxy
 from fsm_replication.testing.sim_dialects import REDIS_6_2, REDIS_7_0, Dialect
 from fsm_replication.testing.sim_streams import Stream as Stream7
 from fsm_replication.testing.virtual_time import run

@@ -22,6 +22,7 @@ LAYERS = (
     ("ports", "reports", "circuits", "retry", "current", "limiter"),
     (
         "abilities",
+        "replies",
         "resolvers",
         "stream",
         "merkle",

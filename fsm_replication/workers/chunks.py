@@ -38,12 +38,12 @@ class ChunkQueue:
     def take_in(self, read: Read) -> None:
         """Queue what was read, cut into chunks."""
         progress = self._context.progress
-        progress.read = read.end
         entries = read.entries
         if not entries:
+            progress.read = read.end
             return
-        progress.events_read += len(entries)
-        self._context.metrics.read.inc(len(entries))
+        chunks: list[Chunk] = []
+        before_all = StreamId(-1, 0)
         now = self._context.ports.clock.monotonic()
         count = read.end.entries_read
         before = None if count is None else count - len(entries)
@@ -54,7 +54,15 @@ class ChunkQueue:
                 first, last = StreamId.parse(part[0][0]), StreamId.parse(part[-1][0])
             except ValueError as error:
                 raise ProtocolError(f"XREAD: {error}") from None
-            self._pending.append(Chunk(part, Position(last, done), first.ms, now))
+            if not before_all < first <= last <= read.end.stream_id:
+                # A cursor at its end would pass entries that come after it.
+                raise ProtocolError(f"XREAD: the ids {first} and {last} are out of order")
+            before_all = last
+            chunks.append(Chunk(part, Position(last, done), first.ms, now))
+        progress.read = read.end
+        progress.events_read += len(entries)
+        self._context.metrics.read.inc(len(entries))
+        self._pending += chunks
         progress.pending_events += len(entries)
         progress.newest_ms = max(progress.newest_ms, read.end.stream_id.ms)
         if read.info is not None:

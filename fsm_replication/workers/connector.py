@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from fsm_replication.abilities import TOO_OLD, Abilities, is_too_old, question_of_age
 from fsm_replication.config import PeerConfig, Settings
 from fsm_replication.errors import (
     PeerRefusedError,
     PeerReplyError,
-    ProtocolError,
     ReplicationError,
+    shorten,
 )
 from fsm_replication.foreign import DOTTED
 from fsm_replication.layout import FORMAT, Keys
 from fsm_replication.merkle import OWN, PARTITIONS
 from fsm_replication.ports import Connection, Transport
+from fsm_replication.replies import count, table
 from fsm_replication.reports import LinkFact, Reporter
 from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.slo import TimedConnection
@@ -32,6 +33,11 @@ __all__ = (
     "wait_for_mending",
     "wait_to_retry",
 )
+
+
+MARKER_BYTES: Final = 64 * 1024
+"""What the marker key and the questions beside it may take."""
+FIELD_CHARS_MAX: Final = 200
 
 
 @dataclass(slots=True)
@@ -137,6 +143,7 @@ async def open_lines(
     try:
         asking = await transport.connect(peer.redis_url, timeout_sec=timeout, name=name)
         try:
+            asking.limit_reply(MARKER_BYTES)
             marker, has_stream = await _read_marker(asking, peer, settings.timeouts.command)
             if marker or not has_stream:
                 _check_marker(marker, peer, settings, local_node_id, resolver)
@@ -148,6 +155,9 @@ async def open_lines(
     except BaseException:
         reading.close()
         raise
+    # What takes more by its nature says so.
+    for line in (reading, asking):
+        line.limit_reply(settings.limits.batch_bytes)
     return Lines(reading, asking, foreign=not marker, marker=marker)
 
 
@@ -169,9 +179,8 @@ async def _read_marker(
                 )
             raise PeerReplyError(str(reply), peer=peer.display_url)
     flat, has_stream, _ = replies
-    if not isinstance(flat, list) or not all(isinstance(part, bytes) for part in flat):
-        raise ProtocolError(f"{peer.display_url}: the marker key cannot be read")
-    return dict(zip(flat[::2], flat[1::2], strict=True)), bool(has_stream)
+    where = peer.display_url
+    return table(flat, f"{where}: HGETALL"), bool(count(has_stream, f"{where}: EXISTS"))
 
 
 def _check_marker(
@@ -193,14 +202,14 @@ def _check_marker(
         raise PeerReplyError("no node has written here yet", peer=where)
 
     def field(name: str) -> str:
-        return marker.get(name.encode(), b"").decode("utf-8", "replace")
+        return shorten(marker.get(name.encode(), b"").decode("utf-8", "replace"), FIELD_CHARS_MAX)
 
     node_id, form = field("node_id"), field("format")
     if node_id == local_node_id:
         raise PeerRefusedError(f"{where} is this very node: check peers[].redis_url")
     if node_id != peer.node_id:
         raise PeerRefusedError(f"{where} calls itself {node_id!r}: check node_id and redis_url")
-    if not form.isdigit() or int(form) > FORMAT:
+    if not (form.isascii() and form.isdigit() and len(form) < 10) or int(form) > FORMAT:
         raise PeerRefusedError(f"{where} has format {form!r}, this version reads up to {FORMAT}")
     ours = {"tombstone_ttl_ms": str(round(settings.tombstones.ttl * 1000)), "resolver": resolver}
     for name, mine in ours.items():

@@ -30,6 +30,7 @@ from fsm_replication.layout import STAMP_BYTES, Keys, decode_stamp
 from fsm_replication.merkle import Tree
 from fsm_replication.ports import BootstrapRow, Cursor, GapRow, Position
 from fsm_replication.redis_dotted import DottedReader
+from fsm_replication.replies import scanned, values
 from fsm_replication.stream import DataDecoder
 from fsm_replication.workers.applier import Applier
 from fsm_replication.workers.comparer import Comparer, Difference, is_wanted
@@ -49,6 +50,8 @@ from fsm_replication.workers.peer_tree import PeerTree
 __all__ = ("Copier", "GuardedTree", "make_comparer", "make_source", "make_walk")
 
 SCAN_COUNT: Final = 500
+# SCAN may find more than it was asked for, while the server's table of keys grows or shrinks.
+SCANNED_MAX: Final = 20 * SCAN_COUNT
 FETCH_KEYS: Final = 1000
 LOG_INTERVAL_SEC: Final = 5.0
 _WALK_MARK: Final = "own:"
@@ -87,8 +90,6 @@ def make_comparer(context: LinkContext, lines: Lines, applier: Applier) -> Compa
 def make_walk(context: LinkContext, lines: Lines, applier: Applier) -> ForeignWalk:
     """Return what walks a foreign node's tree."""
     timeout, limits = context.settings.timeouts.command, context.settings.limits
-    # Sizes are estimates of the peer's: this is what holds whatever they are.
-    lines.asking.limit_reply(limits.batch_bytes * 2)
     tree = context.store.tree
     ours = None
     if tree is not None and DOTTED in tree.layouts:
@@ -312,16 +313,13 @@ class Copier:
         reply = await asking.call(
             "SCAN", scan, "MATCH", self._source.match, "COUNT", SCAN_COUNT, timeout_sec=timeout
         )
-        try:
-            next_scan, found = reply
-        except (TypeError, ValueError):
-            raise ProtocolError("SCAN: unexpected reply") from None
+        next_scan, found = scanned(reply, "SCAN", SCANNED_MAX)
         named = [(raw, key) for raw in found if (key := self._source.key_of(raw)) is not None]
         if named:
             named = await self._only_newer(named)
         await self._fetcher.fetch(asking, named, self._fetched)
         self._show()
-        return bytes(next_scan)
+        return next_scan
 
     async def _only_newer(self, named: list[tuple[bytes, str]]) -> list[tuple[bytes, str]]:
         context = self._context
@@ -329,7 +327,7 @@ class Copier:
             [("GETRANGE", raw, 0, STAMP_BYTES - 1) for raw, _ in named],
             timeout_sec=context.settings.timeouts.command,
         )
-        check_replies(raws)
+        check_replies(values(raws, "GETRANGE"))
         held = await self._applier.call(
             context.reads, lambda: context.store.stamps([key for _, key in named])
         )

@@ -10,6 +10,7 @@ from fsm_replication.config import PeerConfig
 from fsm_replication.errors import BadEntryError, ReplicationError
 from fsm_replication.items import Stamp, check_key
 from fsm_replication.layout import HEAD_BYTES, Keys, decode_stamp
+from fsm_replication.replies import count, string
 from fsm_replication.stores.protocol import SyncEngine
 from fsm_replication.workers.arrivals import Arrival, Arrivals
 from fsm_replication.workers.connector import Lines
@@ -134,7 +135,7 @@ async def _ask(
             raw: Any = await lines.asking.call(
                 "GETRANGE", name, 0, HEAD_BYTES + _ORIGIN_BYTES, timeout_sec=timeout_sec
             )
-            theirs = _head(raw) if raw else None
+            theirs = _head(raw) if string(raw, "GETRANGE") else None
     except ReplicationError as error:
         return PeerVersion(peer.node_id, None, str(error))
     our_stamp = None if ours is None else ours.stamp
@@ -155,7 +156,7 @@ async def _ask_foreign(
     source = ForeignItems(lines, peer.redis_prefix, _FOREIGN_BYTES_MAX)
     name = source.redis_key(key)
     size: Any = await lines.asking.call(*source.size_command, name, timeout_sec=timeout_sec)
-    if isinstance(size, int) and size > _FOREIGN_BYTES_MAX:
+    if size is not None and count(size, source.size_command[0]) > _FOREIGN_BYTES_MAX:
         raise BadEntryError("size", f"{size} bytes of item are not read to explain it")
     (reply,) = await source.read(lines.asking, [name], timeout_sec)
     check_replies([reply])

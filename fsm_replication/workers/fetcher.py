@@ -10,6 +10,7 @@ from fsm_replication.batch import DAY_MS, Part
 from fsm_replication.errors import BadEntryError, InvalidKeyError, PeerReplyError
 from fsm_replication.items import SyncItem
 from fsm_replication.ports import Connection
+from fsm_replication.replies import count
 from fsm_replication.stores.protocol import ApplyResult, Outcome
 from fsm_replication.workers.applier import Applier
 from fsm_replication.workers.context import LinkContext
@@ -79,7 +80,10 @@ class Fetcher:
         for pair, size in zip(named, sizes, strict=True):
             if size is None:
                 continue  # It has gone meanwhile.
-            if not isinstance(size, int) or size > settings.limits.batch_bytes:
+            if isinstance(size, PeerReplyError):
+                self._skip(pair[1], f"its key holds no item: {size}", result)
+                continue
+            if count(size, self._source.size_command[0]) > settings.limits.batch_bytes:
                 self._skip(pair[1], f"an item of {size} bytes cannot be fetched", result)
                 continue
             if groups[-1] and (filled + size > budget or len(groups[-1]) >= APPLY_ITEMS):
@@ -102,10 +106,12 @@ class Fetcher:
 
     async def _read(self, asking: Connection, group: Sequence[tuple[bytes, str]]) -> Sequence[Any]:
         settings = self._context.settings
+        # Sizes are estimates of the peer's: this is what holds whatever they are.
         asking.limit_reply(settings.limits.batch_bytes * 2)
         replies = await self._source.read(
             asking, [raw for raw, _ in group], settings.timeouts.command
         )
+        asking.limit_reply(settings.limits.batch_bytes)
         check_replies(replies)
         return replies
 

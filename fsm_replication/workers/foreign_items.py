@@ -11,6 +11,7 @@ from fsm_replication.errors import BadEntryError, PeerReplyError
 from fsm_replication.foreign import decode_foreign, is_json_module_missing
 from fsm_replication.items import Stamp, SyncItem, content_hash
 from fsm_replication.ports import Connection
+from fsm_replication.replies import values
 from fsm_replication.stream import WireForm
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.item_source import ItemSource
@@ -46,7 +47,7 @@ class ForeignItems(ItemSource):
         replies: list[Any] = []
         if self._lines.abilities.json_module is not False:
             commands = [("JSON.GET", redis_key) for redis_key in redis_keys]
-            answers = await asking.pipeline(commands, timeout_sec=timeout_sec)
+            answers = values(await asking.pipeline(commands, timeout_sec=timeout_sec), "JSON.GET")
             self._lines.abilities.json_module = not any(map(_says_missing, answers))
             replies = [
                 ("json", answer) if isinstance(answer, bytes) else answer for answer in answers
@@ -58,7 +59,7 @@ class ForeignItems(ItemSource):
             strings = [place for place, reply in enumerate(replies) if _is_wrong_type(reply)]
         if strings:
             commands = [("GET", redis_keys[place]) for place in strings]
-            answers = await asking.pipeline(commands, timeout_sec=timeout_sec)
+            answers = values(await asking.pipeline(commands, timeout_sec=timeout_sec), "GET")
             for place, answer in zip(strings, answers, strict=True):
                 replies[place] = ("string", answer) if isinstance(answer, bytes) else answer
         return replies

@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from fsm_replication.abilities import Abilities, Counts
-from fsm_replication.errors import PeerReplyError, ProtocolError
+from fsm_replication.errors import PeerReplyError
 from fsm_replication.ports import BEFORE_ALL, Connection, Position, StreamId
+from fsm_replication.replies import count, raise_errors, stream_id, unexpected
 
 __all__ = ("Gap", "StreamInfo", "ask_info", "check_history", "find_gap", "learn_info", "parse_info")
 
+_COMMAND: Final = "XINFO STREAM"
 OTHER_STREAM: Final = "the stream's head is older than what was read: it is another stream"
 
 
@@ -93,24 +95,40 @@ def parse_info(reply: Any) -> StreamInfo:
     :raises PeerReplyError: if the server answered with another error.
     :raises ProtocolError: if the reply has another shape.
     """
-    if isinstance(reply, PeerReplyError):
-        if "no such key" in str(reply):
-            return EMPTY_STREAM
-        raise reply
-    try:
-        named = dict(zip(reply[::2], reply[1::2], strict=True))
-        first = named[b"first-entry"]
-        added = named.get(b"entries-added")
-        deleted = named.get(b"max-deleted-entry-id")
-        return StreamInfo(
-            length=int(named[b"length"]),
-            last_id=StreamId.parse(named[b"last-generated-id"]),
-            first_id=StreamId.parse(first[0]) if first else None,
-            added=None if added is None else int(added),
-            last_deleted=None if deleted is None else StreamId.parse(deleted),
-        )
-    except (TypeError, KeyError, ValueError, IndexError) as error:
-        raise ProtocolError(f"XINFO STREAM: unexpected reply ({error!r})") from None
+    if isinstance(reply, PeerReplyError) and "no such key" in str(reply):
+        return EMPTY_STREAM
+    raise_errors(reply)
+    if type(reply) is not list or len(reply) % 2:
+        raise unexpected(_COMMAND, reply, "names with a value each")
+    named = {
+        name: value
+        for name, value in zip(reply[::2], reply[1::2], strict=True)
+        if isinstance(name, bytes)
+    }
+    added = named.get(b"entries-added")
+    deleted = named.get(b"max-deleted-entry-id")
+    info = StreamInfo(
+        length=count(named.get(b"length"), f"{_COMMAND}, length"),
+        last_id=stream_id(named.get(b"last-generated-id"), f"{_COMMAND}, last-generated-id"),
+        first_id=_first_id(named),
+        added=None if added is None else count(added, f"{_COMMAND}, entries-added"),
+        last_deleted=None if deleted is None else stream_id(deleted, f"{_COMMAND}, max-deleted"),
+    )
+    if info.first_id is not None and info.first_id > info.last_id:
+        raise unexpected(_COMMAND, reply, "a first entry that is not after the last")
+    return info
+
+
+def _first_id(named: dict[bytes, Any]) -> StreamId | None:
+    """Return the id of the first entry, None where there is none."""
+    if b"first-entry" not in named:
+        raise unexpected(_COMMAND, None, "first-entry")
+    first = named[b"first-entry"]
+    if first is None:
+        return None
+    if type(first) is not list or not first:
+        raise unexpected(f"{_COMMAND}, first-entry", first, "an entry")
+    return stream_id(first[0], f"{_COMMAND}, first-entry")
 
 
 def learn_info(info: StreamInfo, abilities: Abilities) -> StreamInfo:

@@ -10,6 +10,7 @@ from fsm_replication.errors import BadEntryError
 from fsm_replication.items import Stamp, SyncItem
 from fsm_replication.layout import Keys, decode_item, glob_escape, item_data
 from fsm_replication.ports import Connection
+from fsm_replication.replies import values
 from fsm_replication.stream import DataDecoder, Encoded, WireForm, encode_meta
 
 __all__ = ("ItemSource", "OwnItems")
@@ -73,7 +74,7 @@ class OwnItems(ItemSource):
     ) -> Sequence[Any]:
         """Read each by GET, so that one of a wrong type spoils no other."""
         commands = [("GET", redis_key) for redis_key in redis_keys]
-        return await asking.pipeline(commands, timeout_sec=timeout_sec)
+        return values(await asking.pipeline(commands, timeout_sec=timeout_sec), "GET")
 
     def not_current(
         self, items: Sequence[SyncItem], held: Sequence[Stamp | None]
@@ -86,6 +87,6 @@ class OwnItems(ItemSource):
         if reply is None:
             return None
         if not isinstance(reply, bytes):
-            raise BadEntryError("item", f"the value is no string: {reply}")
+            raise BadEntryError("item", f"its key holds no item: {reply}")
         item = decode_item(key, reply, self._decoder)
         return item, Encoded(item_data(reply), encode_meta(item))

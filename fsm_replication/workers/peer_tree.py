@@ -14,6 +14,7 @@ from fsm_replication.errors import PeerReplacedError
 from fsm_replication.layout import Keys
 from fsm_replication.merkle import OWN
 from fsm_replication.redis_tree import RedisTree, parse_root, root_command
+from fsm_replication.replies import parts
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import LinkContext
 
@@ -47,6 +48,7 @@ class PeerTree(RedisTree):
             [root_command(self._key), ("HMGET", self._keys.marker, _INCARNATION, _LAYOUTS)]
         )
         known = self._lines.marker
+        marker = parts(marker, "HMGET", 2)
         if marker != [known.get(_INCARNATION), known.get(_LAYOUTS)]:
             raise _replaced(self._context)
         return parse_root(root)
@@ -67,9 +69,8 @@ async def look_for_tree(context: LinkContext, lines: Lines) -> None:
         *names,
         timeout_sec=context.settings.timeouts.command,
     )
-    found = {
-        name: value for name, value in zip(names, reply, strict=True) if isinstance(value, bytes)
-    }
+    values = parts(reply, "HMGET", len(names))
+    found = {name: value for name, value in zip(names, values, strict=True) if value is not None}
     if found.get(_INCARNATION) != lines.marker.get(_INCARNATION):
         raise _replaced(context)
     lines.marker = {**lines.marker, **found}

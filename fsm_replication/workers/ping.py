@@ -10,6 +10,7 @@ from fsm_replication.config import Settings
 from fsm_replication.current import Current
 from fsm_replication.errors import NetworkError, PeerError
 from fsm_replication.ports import Clock, Connection
+from fsm_replication.replies import status
 from fsm_replication.reports import LinkFact, Reporter
 from fsm_replication.workers.context import LinkContext, LinkProgress
 
@@ -23,7 +24,8 @@ async def ping_once(context: LinkContext, connection: Connection, report: Report
     clock = context.ports.clock
     began = clock.monotonic()
     try:
-        await connection.call("PING", timeout_sec=context.settings.timeouts.ping)
+        reply = await connection.call("PING", timeout_sec=context.settings.timeouts.ping)
+        status(reply, "PING", b"PONG")
     except (NetworkError, PeerError) as error:
         context.progress.failed(error)
         context.metrics.ping("failed")

@@ -25,6 +25,8 @@ from fsm_replication.config import HotPathConfig, Settings
 from fsm_replication.current import Current
 from fsm_replication.errors import PeerReplyError, ProtocolError
 from fsm_replication.ports import BEFORE_ALL, Connection, Oversize, Position, StreamId
+from fsm_replication.replies import entries as entries_of
+from fsm_replication.replies import raise_errors, reply_list
 from fsm_replication.workers.history import Gap, StreamInfo, find_gap, learn_info, parse_info
 
 __all__ = ("Read", "StreamReader")
@@ -176,7 +178,7 @@ class StreamReader:
         if isinstance(reply, PeerReplyError):
             raise reply
         info = None if about is None else learn_info(parse_info(about), self._abilities)
-        read = self._interpret(self._entries(reply), info, atomic=atomic)
+        read = self._interpret(self._entries(reply, self._asked), info, atomic=atomic)
         if read.gap is None:
             self._move_on(read)
         if read.entries:
@@ -203,26 +205,18 @@ class StreamReader:
         if isinstance(executed, PeerReplyError):
             # EXECABORT only says that something was wrong; what it was stands before it.
             raise next((r for r in replies if isinstance(r, PeerReplyError)), executed)
-        try:
-            reply, about = executed
-        except (TypeError, ValueError):
-            raise ProtocolError("EXEC: unexpected reply") from None
+        reply, about = reply_list(executed, "EXEC", 2)
         return reply, about
 
     @staticmethod
-    def _entries(reply: Any) -> Sequence[Any]:
+    def _entries(reply: Any, at_most: int) -> Sequence[Any]:
+        raise_errors(reply)
         if reply is None:
             return ()
-        try:
-            ((_key, entries),) = reply
-        except (TypeError, ValueError):
-            raise ProtocolError("XREAD: unexpected reply") from None
+        (stream,) = reply_list(reply, "XREAD", 1)
+        _key, found = reply_list(stream, "XREAD", 2)
         # Checked whole and once, so that nothing further up has to doubt an entry's shape.
-        rows: list[Any] = entries if isinstance(entries, list) else [None]
-        for row in rows:
-            if type(row) is not list or len(row) != 2 or type(row[0]) is not bytes:
-                raise ProtocolError("XREAD: unexpected reply")
-        return rows
+        return entries_of(found, "XREAD", at_most)
 
     def _interpret(
         self, entries: Sequence[Any], info: StreamInfo | None, *, atomic: bool = False
@@ -287,13 +281,11 @@ class StreamReader:
         reply = await connection.skim(
             "XREAD", "COUNT", 1, "STREAMS", self._key, after, timeout_sec=timeout_sec
         )
-        entries = self._entries(reply)
+        entries = self._entries(reply, 1)
         if not entries:
             return None
-        try:
-            stream_id, strings = StreamId.parse(entries[0][0]), entries[0][1] or ()
-            size = sum(s.size if isinstance(s, Oversize) else len(s) for s in strings)
-        except (TypeError, ValueError, IndexError):
-            raise ProtocolError("XREAD: unexpected reply") from None
+        end, strings = self._end_of(entries, self.position), entries[0][1] or ()
+        stream_id = end.stream_id
+        size = sum(s.size if isinstance(s, Oversize) else len(s) for s in strings)
         count = self.position.entries_read
         return Position(stream_id, None if count is None else count + 1), size

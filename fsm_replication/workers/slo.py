@@ -159,8 +159,8 @@ class TimedConnection:
         """Send now; when the replies come is for the caller to see, and is not timed."""
         return self._inner.send(*commands)
 
-    def limit_reply(self, limit_bytes: int) -> None:
-        """Drop the connection when one flight's replies exceed this many bytes."""
+    def limit_reply(self, limit_bytes: int | None) -> None:
+        """Drop the connection when one flight's replies exceed this many bytes (None: never)."""
         self._inner.limit_reply(limit_bytes)
 
     def close(self) -> None:

@@ -30,12 +30,14 @@ from fsm_replication.errors import (
     CursorStoreError,
     NetworkError,
     PeerError,
+    ProtocolError,
     ReplicationError,
     ReplyTooLargeError,
     StoreReopenedError,
 )
 from fsm_replication.layout import Keys
 from fsm_replication.ports import BEFORE_ALL, Cursor, GapRow, Position
+from fsm_replication.replies import entries as entries_of
 from fsm_replication.reports import LinkFact, PauseReason, Reporter
 from fsm_replication.workers.applier import Applier, Blocked, Unsettled
 from fsm_replication.workers.chunks import ChunkQueue
@@ -406,7 +408,7 @@ class Tailer:
             *(at, at, "COUNT", 1),
             timeout_sec=self._context.settings.timeouts.command,
         )
-        return bool(found)
+        return bool(entries_of(found, "XRANGE", 1))
 
     async def _ask_info(self) -> StreamInfo:
         return await ask_info(
@@ -679,8 +681,7 @@ class Tailer:
         if self._queue:
             return None
         end, size = ahead
-        if size <= context.settings.limits.batch_bytes:
-            await self._read_alone(end)
+        if size <= context.settings.limits.batch_bytes and await self._read_alone(end):
             await self._work_off(orders)
             return None
         applier = self._applier
@@ -690,17 +691,28 @@ class Tailer:
         context.progress.settled_to(end, 1)
         return None
 
-    async def _read_alone(self, end: Position) -> None:
-        """Read one entry that fits alone, but not beside the stream's counts."""
+    async def _read_alone(self, end: Position) -> bool:
+        """Read one entry that fits alone, but not beside the stream's counts.
+
+        False if it does not fit after all: its fields are too many for what they hold.
+        """
         context, reading = self._context, self._lines.reading
         reading.limit_reply(context.settings.limits.batch_bytes * 2)
         at = str(end.stream_id)
-        entries = await reading.call(
-            "XRANGE", self._keys.stream, at, at, timeout_sec=context.settings.timeouts.command
-        )
+        try:
+            reply = await reading.call(
+                "XRANGE", self._keys.stream, at, at, timeout_sec=context.settings.timeouts.command
+            )
+        except ReplyTooLargeError:
+            await self._reopen_reading()
+            return False
+        entries = entries_of(reply, "XRANGE", 1)
+        if entries and entries[0][0] != at.encode():
+            raise ProtocolError(f"XRANGE: another entry than {at}")
         self._reader.position = end
         if entries:
             self._queue.take_in(Read(entries, at_head=False, full=True, end=end))
+        return True
 
     async def _reopen_reading(self) -> None:
         context = self._context

@@ -1,8 +1,9 @@
 """A proxy that lies: what a Redis answers, told otherwise, with every command noted.
 
 Commands go on as they come, but for what ``ask`` makes of them, and each reply is what ``lie`` makes
-of the server's. A reply inside EXEC is lied about with the command it belongs to. How a connection
-breaks is not its business: put a ``FaultProxy`` before it for that.
+of the server's. A reply inside EXEC is lied about with the command it belongs to. What no Redis would
+say is said with :class:`Raw`: bytes that go over the wire as they are. How a connection breaks is not
+its business: put a ``FaultProxy`` before it for that.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple, Self
 
 import hiredis
 
-__all__ = ("Command", "HangUpError", "LyingProxy", "Seen", "pack_reply", "truth")
+__all__ = ("Command", "HangUpError", "LyingProxy", "Raw", "Seen", "pack_reply", "truth")
 
 Command = Sequence[bytes]
 Ask = Callable[[Command], Command]
@@ -35,6 +36,14 @@ class Seen(NamedTuple):
     command: Command
 
 
+class Raw(NamedTuple):
+    """Bytes in the place of a reply, or of a part of one; ``piece`` follows ``times`` times."""
+
+    wire: bytes
+    piece: bytes = b""
+    times: int = 0
+
+
 def truth(_command: Command, reply: Any) -> Any:
     """Return the server's reply as it is."""
     return reply
@@ -48,6 +57,8 @@ def pack_reply(reply: Any) -> bytes:
     """Return a reply as it goes over the wire, in RESP2; statuses go as strings."""
     if reply is None:
         return b"$-1\r\n"
+    if isinstance(reply, Raw):
+        return reply.wire + reply.piece * reply.times
     if isinstance(reply, Exception):
         return b"-%b\r\n" % str(reply).encode()
     if isinstance(reply, int):
@@ -178,7 +189,14 @@ class _Line:
         """Yield what goes on to the client."""
         self._replies.feed(data)
         while (reply := self._replies.gets()) is not Ellipsis:
-            yield pack_reply(self._told(self._awaited.popleft(), reply))
+            told = self._told(self._awaited.popleft(), reply)
+            if not isinstance(told, Raw):
+                yield pack_reply(told)
+                continue
+            # Piece by piece: what is sent may be more than memory holds.
+            yield told.wire
+            for _ in range(told.times):
+                yield told.piece
 
     def _told(self, command: Command, reply: Any) -> Any:
         name = command[0].upper()
@@ -203,4 +221,4 @@ async def _pass_on(
     while data := await reader.read(READ_BYTES):
         for piece in take(data):
             writer.write(piece)
-        await writer.drain()
+            await writer.drain()
