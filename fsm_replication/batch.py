@@ -7,27 +7,43 @@ for the candidates that the store does not hold already, is content decompressed
 of its key with it: they were superseded by something that does not exist, so the next newest good
 one is used (guarantee G1).
 
-Contents can be a thousand times larger than their entries, so what comes out is cut into parts of
-a bounded number of bytes.
+Contents can be thirty thousand times larger than their entries, so what comes out is cut into parts
+of a bounded number of bytes; the loop gets its turn after a bounded number of bytes, those of
+contents that turned out bad included; and what is large is decoded on a thread. What turned out
+bad is remembered with its chunk: however often that is tried again, nothing is decompressed twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, Self
 
 import msgspec
 
 from fsm_replication.errors import BadEntryError
-from fsm_replication.items import NUMBER_MAX, Stamp, SyncItem, content_hash
+from fsm_replication.heavy import HeavyWork, InTurn
+from fsm_replication.items import EMPTY_HASH, NUMBER_MAX, Stamp, SyncItem, content_hash
 from fsm_replication.ports import DeadLetter, StreamId
-from fsm_replication.stream import DataDecoder, Entry, WireForm, parse_entry
+from fsm_replication.stream import (
+    FIELDS_MAX,
+    INLINE_BYTES,
+    DataDecoder,
+    Encoded,
+    Entry,
+    WireForm,
+    encode_meta,
+    parse_entry,
+)
 
-__all__ = ("BatchBuilder", "Part", "RawEntry", "Selection")
+__all__ = ("BatchBuilder", "Decoding", "Part", "RawEntry", "Selection")
 
 MINUTE_MS: Final = 60_000
 DAY_MS: Final = 86_400_000
+TURN_BYTES: Final = 1024 * 1024
+"""Decoded by one link in one turn of the loop, good or bad: that takes 0.5 to 1.5 ms."""
 
 RawEntry = tuple[bytes, Sequence[bytes]]
 """A stream entry as the reader returns it: its id and the flat list of names and values."""
@@ -37,7 +53,8 @@ RawEntry = tuple[bytes, Sequence[bytes]]
 class Selection:
     """What a chunk comes to before anything is decompressed.
 
-    ``held_back`` are the places of old entries that wait for a person's word.
+    ``held_back`` are the places of old entries that wait for a person's word. ``bad`` is what was
+    found wrong with contents, by place; it outlives the selection.
     """
 
     entries: Sequence[Any]
@@ -46,6 +63,7 @@ class Selection:
     held_back: set[int] = field(default_factory=set)
     deduped: int = 0
     clock_ahead: int = 0
+    bad: dict[int, BadEntryError] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -64,7 +82,7 @@ class BatchBuilder:
     """Makes changes of one peer's entries.
 
     ``coalesce`` is false where a resolver looks at contents: then nothing may be dropped without
-    it. ``foreign`` says that the peer's own stamps are not to be used.
+    it. ``foreign`` says that the peer's own stamps are not to be used. ``heavy`` does what takes long.
     """
 
     def __init__(
@@ -76,27 +94,39 @@ class BatchBuilder:
         now_ms: Callable[[], int],
         coalesce: bool = True,
         foreign: bool = False,
+        heavy: HeavyWork | None = None,
     ) -> None:
+        self.heavy = heavy if heavy is not None else InTurn()
         self.peer_id = peer_id
         self.coalesce = coalesce
         self.foreign = foreign
         self.decoder = DataDecoder(payload_bytes)
-        self._decode = self.decoder.decode
-        self._part_bytes = part_bytes
+        self.part_bytes = part_bytes
         self._now_ms = now_ms
 
     # Choosing
 
-    def select(self, entries: Sequence[Any]) -> Selection:
-        """Choose the newest entry of each key; nothing is decompressed."""
+    def select(
+        self, entries: Sequence[Any], bad: dict[int, BadEntryError] | None = None
+    ) -> Selection:
+        """Choose the newest entry of each key; nothing is decompressed.
+
+        ``bad`` is what was found wrong with contents of these very entries before, by place.
+        """
         now = self._now_ms()
         selection = Selection(entries, [])
+        if bad is not None:
+            selection.bad = bad
+        known_bad = selection.bad
         newest: dict[str | int, Entry] = {}
         minute_ahead, day_ahead = now + MINUTE_MS, now + DAY_MS
         coalesce, foreign = self.coalesce, self.foreign
         index = -1
         for stream_id, fields in entries:
             index += 1
+            if known_bad and index in known_bad:
+                selection.letters.append(self.letter(stream_id, fields, known_bad[index]))
+                continue
             try:
                 entry = parse_entry(fields, index)
                 if foreign or not entry.stamped:
@@ -135,120 +165,51 @@ class BatchBuilder:
 
     # Looking into contents
 
-    def materialise(self, selection: Selection) -> Iterator[Part]:
-        """Decompress and verify the candidates, in parts of bounded size.
+    def materialise(self, selection: Selection) -> Decoding:
+        """Decompress and verify the candidates, in parts of bounded size."""
+        return Decoding(self, selection)
 
-        Dead letters are added to the selection as they are found, so it is complete when the
-        iterator is exhausted. At least one part comes, maybe an empty one.
-        """
-        part = Part()
-        items, wire = part.items, part.wire
-        filled, most = 0, self._part_bytes
-        decode = self._decode
-        for entry in selection.candidates:
-            digest = entry.digest
-            if entry.deleted or digest is None:
-                made = self._make(selection, entry)
-            else:
-                # As _make does, without the call: this is the path of nearly every entry.
-                try:
-                    content = decode(entry.data, digest)
-                except BadEntryError as error:
-                    made = self._fall_back(selection, entry, error)
-                else:
-                    filled += len(content)
-                    items.append(
-                        SyncItem(
-                            entry.key,
-                            content,
-                            entry.content_type,
-                            digest,
-                            entry.version,
-                            entry.updated_at,
-                            False,
-                            entry.origin,
-                        )
-                    )
-                    wire.append(entry)
-                    made = None
-            if made is not None:
-                filled += len(made[1].content)
-                wire.append(made[0])
-                items.append(made[1])
-            if filled >= most:
-                yield self._finish(part)
-                part = Part()
-                items, wire = part.items, part.wire
-                filled = 0
-        yield self._finish(part)
-
-    def _finish(self, part: Part) -> Part:
-        # A foreign entry was stamped anew, so its meta says something else than the item does.
-        if self.foreign:
-            part.wire[:] = [None] * len(part.wire)
-        return part
-
-    def _make(self, selection: Selection, entry: Entry) -> tuple[Entry, SyncItem] | None:
-        """Make the item of an entry, or of the newest older one that is good."""
-        content, digest = b"", entry.digest
-        if not entry.deleted:
-            try:
-                content = self._decode(entry.data, digest)
-            except BadEntryError as error:
-                return self._fall_back(selection, entry, error)
-        return entry, SyncItem(
-            entry.key,
-            content,
-            entry.content_type,
-            digest if digest is not None else content_hash(content),
-            entry.version,
-            entry.updated_at,
-            entry.deleted,
-            entry.origin,
-        )
-
-    def _fall_back(
-        self, selection: Selection, bad: Entry, error: BadEntryError
-    ) -> tuple[Entry, SyncItem] | None:
-        """Bury a bad entry, and try the next older one of its key."""
-        self._bury(selection, bad.index, error)
-        older = self._next_older(selection, bad)
-        return None if older is None else self._make(selection, older)
-
-    def _next_older(self, selection: Selection, bad: Entry) -> Entry | None:
-        """Return the newest entry of the same key that is older than a bad one; this is rare."""
-        if not self.coalesce:
-            return None
-        older: Entry | None = None
-        for index, (stream_id, fields) in enumerate(selection.entries):
-            try:
-                entry = parse_entry(fields, index)
-                if self.foreign or not entry.stamped:
-                    entry = _stamp_by_id(entry, stream_id)
-                _check_not_future(entry, self._now_ms() + DAY_MS)
-            except BadEntryError:
-                continue  # It has its letter already.
-            if entry.key == bad.key and self._rank(entry) < self._rank(bad):
-                older = entry if older is None else max(older, entry, key=self._rank)
-        return older
-
-    def _rank(self, entry: Entry) -> tuple[Any, ...]:
+    def order(self, entry: Entry) -> tuple[Any, ...]:
         """Order entries of one key; equal stamps by place, so that none is tried twice."""
         if self.foreign:
             return (entry.index,)
         return (*_order(entry), entry.index)
 
+    def usable(self, selection: Selection) -> dict[str, list[Entry]]:
+        """Return what could be used of a selection's entries by key, the newest last."""
+        found: dict[str, list[Entry]] = {}
+        day_ahead = self._now_ms() + DAY_MS
+        for index, (stream_id, fields) in enumerate(selection.entries):
+            if index in selection.bad:
+                continue
+            try:
+                entry = parse_entry(fields, index)
+                if self.foreign or not entry.stamped:
+                    entry = _stamp_by_id(entry, stream_id)
+                _check_not_future(entry, day_ahead)
+            except BadEntryError:
+                continue  # It has its letter already.
+            found.setdefault(entry.key, []).append(entry)
+        for entries in found.values():
+            entries.sort(key=self.order)
+        return found
+
     # Dead letters
 
-    def _bury(self, selection: Selection, index: int, error: BadEntryError) -> None:
+    def bury(self, selection: Selection, index: int, error: BadEntryError) -> None:
+        """Add the dead letter of an entry whose content is bad."""
         stream_id, fields = selection.entries[index]
+        # The traceback of the one that was raised would hold the content.
+        selection.bad[index] = BadEntryError(error.reason, error.detail)
         selection.letters.append(self.letter(stream_id, fields, error))
 
     def letter(
         self, stream_id: bytes, fields: Sequence[bytes] | None, error: BadEntryError
     ) -> DeadLetter:
         """Return the dead letter of an entry."""
-        raw = tuple(fields) if fields is not None else None
+        # Of an entry with more fields than anybody looks at only the size is kept.
+        looked_at = fields is not None and len(fields) <= FIELDS_MAX
+        raw = tuple(fields) if fields is not None and looked_at else None
         key = dict(zip(raw[::2], raw[1::2], strict=False)).get(b"key") if raw else None
         return DeadLetter(
             peer_id=self.peer_id,
@@ -257,10 +218,150 @@ class BatchBuilder:
             detail=error.detail,
             key=None if key is None else key[:1024].decode("utf-8", "replace"),
             fields=raw,
-            size=sum(map(len, raw)) if raw else 0,
+            size=sum(map(len, fields)) if fields else 0,
             at_ms=self._now_ms(),
             foreign=self.foreign,
         )
+
+
+class Decoding:
+    """Decompresses and verifies the candidates of a selection: an asynchronous iterator of parts.
+
+    Dead letters are added to the selection as they are found, so it is complete when the iterator
+    is exhausted. At least one part comes, maybe an empty one.
+    """
+
+    __slots__ = ("_builder", "_done", "_left", "_older", "_selection", "_turn_bytes")
+
+    def __init__(self, builder: BatchBuilder, selection: Selection) -> None:
+        self._builder = builder
+        self._selection = selection
+        self._left = iter(selection.candidates)
+        self._done = False
+        self._older: dict[str, list[Entry]] | None = None
+        self._turn_bytes = 0
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Part:
+        if self._done:
+            raise StopAsyncIteration
+        part = Part()
+        items, wire = part.items, part.wire
+        filled, most = 0, self._builder.part_bytes
+        decode = self._builder.decoder.decode_light
+        turn_bytes = 0
+        for entry in self._left:
+            digest = entry.digest
+            made: tuple[Entry, SyncItem] | None = None
+            if entry.deleted or digest is None:
+                made = await self._make(entry)
+            else:
+                # As _make does, without the call: this is the path of nearly every entry.
+                try:
+                    content = decode(entry.data, digest)
+                except BadEntryError as error:
+                    turn_bytes += INLINE_BYTES
+                    made = await self._fall_back(entry, error)
+                else:
+                    if content is None:
+                        made = await self._make(entry)
+                    else:
+                        filled += len(content)
+                        turn_bytes += len(content)
+                        items.append(
+                            SyncItem(
+                                entry.key,
+                                content,
+                                entry.content_type,
+                                digest,
+                                entry.version,
+                                entry.updated_at,
+                                False,
+                                entry.origin,
+                            )
+                        )
+                        wire.append(entry)
+            if made is not None:
+                filled += len(made[1].content)
+                wire.append(made[0])
+                items.append(made[1])
+            if filled >= most:
+                return self._finish(part)
+            if turn_bytes >= TURN_BYTES:
+                turn_bytes = 0
+                await asyncio.sleep(0)
+        self._done = True
+        return self._finish(part)
+
+    def _finish(self, part: Part) -> Part:
+        # A foreign entry was stamped anew, so its meta says something else than the item does.
+        if self._builder.foreign:
+            part.wire[:] = [
+                Encoded(form.data if form is not None else b"", encode_meta(item))
+                for item, form in zip(part.items, part.wire, strict=True)
+            ]
+        return part
+
+    async def _make(self, entry: Entry) -> tuple[Entry, SyncItem] | None:
+        """Make the item of an entry, or of the newest older one that is good."""
+        candidate: Entry | None = entry
+        while candidate is not None:
+            try:
+                content, digest = await self._content(candidate)
+            except BadEntryError as error:
+                candidate = self._bury(candidate, error)
+                continue
+            return candidate, SyncItem(
+                candidate.key,
+                content,
+                candidate.content_type,
+                digest,
+                candidate.version,
+                candidate.updated_at,
+                candidate.deleted,
+                candidate.origin,
+            )
+        return None
+
+    async def _content(self, entry: Entry) -> tuple[bytes, bytes]:
+        """Return the content of an entry and its hash."""
+        if entry.deleted:
+            return b"", EMPTY_HASH
+        decoder, heavy = self._builder.decoder, self._builder.heavy
+        decode = partial(_decode, decoder, entry.data, entry.digest)
+        if decoder.is_heavy(entry.data):
+            return await heavy.run(decode)
+        self._turn_bytes += INLINE_BYTES
+        if self._turn_bytes >= TURN_BYTES:
+            self._turn_bytes = 0
+            await asyncio.sleep(0)
+        return decode()
+
+    async def _fall_back(self, bad: Entry, error: BadEntryError) -> tuple[Entry, SyncItem] | None:
+        """Bury a bad entry, and try the next older one of its key."""
+        older = self._bury(bad, error)
+        return None if older is None else await self._make(older)
+
+    def _bury(self, bad: Entry, error: BadEntryError) -> Entry | None:
+        """Bury a bad entry; returns the newest of the same key that is older."""
+        self._builder.bury(self._selection, bad.index, error)
+        if not self._builder.coalesce:
+            return None
+        if self._older is None:
+            self._older = self._builder.usable(self._selection)
+        rivals, order = self._older.get(bad.key, []), self._builder.order
+        while rivals:
+            older = rivals.pop()
+            if order(older) < order(bad):
+                return older
+        return None
+
+
+def _decode(decoder: DataDecoder, data: bytes, digest: bytes | None) -> tuple[bytes, bytes]:
+    content = decoder.decode(data, digest)
+    return content, digest if digest is not None else content_hash(content)
 
 
 def _order(entry: Entry) -> tuple[int, int, bool, bytes, str]:

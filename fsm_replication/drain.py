@@ -1,7 +1,9 @@
 """Ends an engine: its workers, its links, and then the cursor store, all within the drain timeout (G9).
 
 The last fifth of the timeout is kept for closing. What does not end when it is asked is cancelled;
-what does not end even then is left behind, and named by the error that the engine ends with.
+what does not end even then is left behind, and named by the error that the engine ends with. So does
+one that has ended whole, but late: something has held up the event loop, and whoever relies on the
+timeout must know.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Final
 from fsm_replication.config import ReplicationConfig
 from fsm_replication.driver import Driver
 from fsm_replication.errors import CursorStoreError, DrainTimeoutError, ReplicationError
+from fsm_replication.heavy import HeavyWork
 from fsm_replication.links import Links
 from fsm_replication.log import get_logger
 from fsm_replication.ports import Clock, CursorStore
@@ -38,6 +41,7 @@ class Drainer:
         links: Links,
         book: CursorBook,
         store: CursorStore,
+        heavy: HeavyWork,
         clock: Clock,
         config: Callable[[], ReplicationConfig],
     ) -> None:
@@ -45,6 +49,7 @@ class Drainer:
         self._links = links
         self._book = book
         self._store = store
+        self._heavy = heavy
         self._clock = clock
         self._config = config
         self._log = get_logger("engine", node_id=config().local_node_id)
@@ -61,7 +66,11 @@ class Drainer:
         except TimeoutError:
             left = await self._cancel_all(timeout * (1 - DRAIN_SHARE) / 2)
         rest = max(timeout * (1 - DRAIN_SHARE) / 2, timeout - (clock.monotonic() - began))
-        report(EngineFact.DRAINED, "everything has ended", await self._close(rest, left))
+        error = await self._close(rest, left)
+        took = clock.monotonic() - began
+        if error is None and took > timeout:
+            error = DrainTimeoutError(left, timeout_sec=timeout, took_sec=took)
+        report(EngineFact.DRAINED, "everything has ended", error)
 
     async def by_force(self, report: Reporter) -> None:
         """Do what is left to do where a drainer died, or was cancelled by somebody else."""
@@ -123,6 +132,11 @@ class Drainer:
                 path=path,
                 retryable=True,
             )
+        try:
+            async with self._clock.timeout(timeout_sec / 4):
+                await self._heavy.close()
+        except TimeoutError:
+            left = (*left, "decoding thread")
         try:
             await self._store.close(timeout_sec=timeout_sec - (self._clock.monotonic() - began))
         except CursorStoreError:

@@ -163,6 +163,7 @@ class ReplicationEngine(Observer):
             links=self._links,
             book=self._book,
             store=self._ports.cursor_store,
+            heavy=self._ports.heavy,
             clock=self._ports.clock,
             config=lambda: self._config,
         )

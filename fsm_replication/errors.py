@@ -306,9 +306,18 @@ class WorkerCrashedError(ReplicationError):
 
 
 class DrainTimeoutError(ReplicationError):
-    """``shutdown()`` reached its deadline; ``left_behind`` names what would not end."""
+    """``shutdown()`` reached its deadline; ``left_behind`` names what would not end.
 
-    def __init__(self, left_behind: Sequence[str], *, timeout_sec: float) -> None:
+    Where that is nothing, everything has ended, but only after ``took_sec``.
+    """
+
+    def __init__(
+        self, left_behind: Sequence[str], *, timeout_sec: float, took_sec: float | None = None
+    ) -> None:
         self.left_behind = tuple(left_behind)
+        self.took_sec = took_sec
+        text = f"drain took longer than {timeout_sec:g} s"
+        if took_sec is not None:
+            text += f": {took_sec:.2f} s"
         names = ", ".join(self.left_behind) or "nothing"
-        super().__init__(f"drain took longer than {timeout_sec:g} s; cancelled: {names}")
+        super().__init__(f"{text}; left behind: {names}")

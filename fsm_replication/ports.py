@@ -1,6 +1,7 @@
 """What the engine takes from the world outside, as ports that a simulator can replace.
 
-Time, wall clock, randomness, the Redis transport and the cursor store are given to constructors;
+Time, wall clock, randomness, the Redis transport, the cursor store and the thread for heavy work are
+given to constructors;
 nothing above this module reads a clock, sleeps, opens a socket or rolls dice by itself.
 """
 
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
+
+from fsm_replication.heavy import HeavyWork, SideThread
 
 __all__ = (
     "BEFORE_ALL",
@@ -462,3 +465,4 @@ class Ports:
     clock: Clock = field(default_factory=SystemClock)
     wall_clock: WallClock = field(default_factory=SystemWallClock)
     random: random.Random = field(default_factory=random.Random)
+    heavy: HeavyWork = field(default_factory=SideThread)

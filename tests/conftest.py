@@ -17,6 +17,7 @@ import pytest_asyncio
 import redis
 from hypothesis import HealthCheck, settings
 
+from fsm_replication.batch import BatchBuilder, Part, Selection
 from fsm_replication.config import CursorConfig, PeerConfig, ReplicationConfig, Settings
 from fsm_replication.engine import ReplicationEngine
 from fsm_replication.errors import ReplicationError
@@ -289,6 +290,15 @@ async def held(store: SyncEngine, *keys: str) -> dict[str, bytes | None]:
         key: None if item is None or item.deleted else item.content
         for key, item in zip(keys, items, strict=True)
     }
+
+
+def all_parts(builder: BatchBuilder, selection: Selection) -> list[Part]:
+    """Return all that a selection is made into; no loop may be running."""
+
+    async def collect() -> list[Part]:
+        return [part async for part in builder.materialise(selection)]
+
+    return asyncio.run(collect())
 
 
 def digest(content: bytes) -> bytes:

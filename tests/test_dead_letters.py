@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEADLINE_SEC, Nodes, Peer, held, peer_config, until, until_async
+from conftest import DEADLINE_SEC, Nodes, Peer, all_parts, held, peer_config, until, until_async
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -180,7 +180,7 @@ def test_a_damaged_copy_takes_no_good_one_with_it(good_at: int) -> None:
     entries = [(b"%d-0" % n, good if n == good_at else damaged) for n in range(3)]
     builder = BatchBuilder("a", payload_bytes=10, part_bytes=10, now_ms=lambda: START_MS)
     selection = builder.select(entries)
-    parts = list(builder.materialise(selection))
+    parts = all_parts(builder, selection)
     assert [one.content for part in parts for one in part.items] == [b"1"]
     # What comes after a good one of the same stamp is damaged and told; what was before is older.
     assert [one.stream_id for one in selection.letters] == [f"{n}-0" for n in (2, 1)][: 2 - good_at]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import redis
 import zstandard
-from conftest import Nodes, Peer, counts_entries, digest, held, peer_config, until
+from conftest import Nodes, Peer, all_parts, counts_entries, digest, held, peer_config, until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -200,7 +200,7 @@ def test_latest_wins_within_a_batch(events: list[tuple[str, int, int, str]]) -> 
         entries.append((f"{number + 1}-0".encode(), fields))
     builder = BatchBuilder("p", payload_bytes=1000, part_bytes=1000, now_ms=lambda: now)
     selection = builder.select(entries)
-    made = [item for part in builder.materialise(selection) for item in part.items]
+    made = [item for part in all_parts(builder, selection) for item in part.items]
     assert {item.key: item.stamp for item in made} == {k: i.stamp for k, i in best.items()}
     assert {letter.reason for letter in selection.letters} <= {"hash"}
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from conftest import all_parts
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
@@ -147,7 +148,7 @@ def test_bad_entries_become_dead_letters_of_their_reason(bad: BadEntry, good: li
         "p", payload_bytes=10_000, part_bytes=10_000, now_ms=lambda: strategies.SOME_TIME_MS
     )
     selection = builder.select([(b"1-0", bad.fields), (b"2-0", good)])
-    made = [item for part in builder.materialise(selection) for item in part.items]
+    made = [item for part in all_parts(builder, selection) for item in part.items]
     assert [letter.reason for letter in selection.letters] == [bad.reason]
     assert len(made) == 1, "the entry after it is read all the same"
 

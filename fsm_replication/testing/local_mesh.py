@@ -25,6 +25,7 @@ from fsm_replication.config import (
     TombstonesConfig,
 )
 from fsm_replication.engine import ReplicationEngine
+from fsm_replication.heavy import InTurn
 from fsm_replication.items import Resolver, SyncItem
 from fsm_replication.merkle import OWN
 from fsm_replication.ports import Ports
@@ -188,6 +189,7 @@ class LocalMesh:
             clock=self._clock,
             wall_clock=node.wall_clock,
             random=self._rng,
+            heavy=InTurn(),
         )
         return ReplicationEngine(node.config, node.store, ports=ports)
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NoReturn, TypeVar
 
-from fsm_replication.batch import BatchBuilder, Part, Selection
+from fsm_replication.batch import BatchBuilder, Decoding, Part, Selection
 from fsm_replication.circuits import Circuit
 from fsm_replication.errors import (
     BadEntryError,
@@ -77,12 +77,14 @@ class Chunk:
     """Entries that are settled together, and the position that this settles.
 
     ``first_ms`` is the stream time of the first; ``seen_at`` the monotonic time it was read at.
+    ``bad`` is what was found wrong with contents so far, by place.
     """
 
     entries: Sequence[Any]
     end: Position
     first_ms: int
     seen_at: float
+    bad: dict[int, BadEntryError] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -95,7 +97,7 @@ class Prepared:
     chunk: Chunk
     selection: Selection
     first: Part
-    rest: Iterator[Part]
+    rest: Decoding
     applied: int = 0
     superseded: int = 0
 
@@ -139,13 +141,13 @@ class Applier:
         absent, whatever was agreed with the peer: the chunk itself may have lain for long.
         """
         builder = self._builder
-        selection = builder.select(chunk.entries)
+        selection = builder.select(chunk.entries, chunk.bad)
         if selection.candidates and (builder.foreign or (self._check_first and builder.coalesce)):
             await self._drop_current(selection)
         if self._context.stale.active or distrust_old:
             await self._hold_back(selection, distrust_old)
         parts = builder.materialise(selection)
-        first = next(parts)
+        first = await anext(parts)
         if first.items:
             first.encoded = self._context.store.encode(first.items, first.wire)
         return Prepared(chunk, selection, first, parts)
@@ -204,7 +206,7 @@ class Applier:
         """
         part: Part | None = prepared.first
         while part is not None:
-            following = next(prepared.rest, None)
+            following = await anext(prepared.rest, None)
             position = end if following is None else None
             result = await self.hand_over(part, position, path, end and end.stream_id)
             prepared.applied += result.applied

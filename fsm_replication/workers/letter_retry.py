@@ -152,6 +152,7 @@ class LetterRetry:
             now_ms=context.ports.wall_clock.now_ms,
             coalesce=context.store.resolver.by_stamp,
             foreign=foreign,
+            heavy=context.ports.heavy,
         )
         # A store call that fails is not tried again: the letters stay, and so does the reason.
         applier = Applier(context, builder, "", lambda: True)

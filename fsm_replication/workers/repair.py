@@ -103,6 +103,7 @@ def make_applier(context: LinkContext) -> Applier:
         payload_bytes=context.settings.limits.payload_bytes,
         part_bytes=context.settings.limits.batch_bytes // 4,
         now_ms=context.ports.wall_clock.now_ms,
+        heavy=context.ports.heavy,
     )
     return Applier(context, builder, "", lambda: True)
 

@@ -169,6 +169,7 @@ class Tailer:
             now_ms=context.ports.wall_clock.now_ms,
             coalesce=context.store.resolver.by_stamp,
             foreign=self._lines.foreign,
+            heavy=context.ports.heavy,
         )
 
     # What the link asks of it.

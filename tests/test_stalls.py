@@ -1,0 +1,300 @@
+"""What a peer can send that takes long to compute: the event loop goes on meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import zstandard
+from conftest import Nodes, Peer, all_parts, digest, held, peer_config, until
+
+from fsm_replication.batch import BatchBuilder, RawEntry
+from fsm_replication.config import ReplicationConfig, Settings, StartupConfig, TimeoutsConfig
+from fsm_replication.engine import ReplicationEngine
+from fsm_replication.errors import BadEntryError, DrainTimeoutError
+from fsm_replication.heavy import SideThread
+from fsm_replication.items import SyncItem, content_hash
+from fsm_replication.ports import Ports
+from fsm_replication.stores import MemorySyncEngine
+from fsm_replication.stream import DataDecoder, encode_fields
+from fsm_replication.tables import EngineState, PeerState
+from fsm_replication.testing.memory_cursor import MemoryCursorStore
+from fsm_replication.testing.sim_transport import SimTransport
+from fsm_replication.testing.virtual_time import LoopClock, VirtualTimeLoop
+from fsm_replication.testing.virtual_time import run as run_virtual
+
+MIB = 1024**2
+PAYLOAD_BYTES = 16 * MIB
+NOW_MS = 1_700_000_000_000
+# Of the loop's own thread in one turn, so that a busy machine makes no difference; it was 30 ms for
+# each of these contents, in one turn for all of them.
+STALL_SEC = 0.1
+BOMB = zstandard.ZstdCompressor().compress(bytes(PAYLOAD_BYTES))
+STREAMED = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(PAYLOAD_BYTES))
+
+
+def put(key: str, data: bytes, of: bytes = b"another content", version: int = 1) -> list[bytes]:
+    """Return the fields of an entry whose hash is that of ``of``."""
+    item = SyncItem(key, of, "binary", content_hash(of), version, NOW_MS, False, "a")
+    return encode_fields(item, data)
+
+
+def builder(**more: bool) -> BatchBuilder:
+    """Return a builder with a thread of its own where there is a loop to wait on it."""
+    return BatchBuilder(
+        "a", payload_bytes=PAYLOAD_BYTES, part_bytes=PAYLOAD_BYTES, now_ms=lambda: NOW_MS, **more
+    )
+
+
+async def longest_turn(work: Awaitable[object]) -> float:
+    """Return the most seconds that the loop's thread computed in one turn while ``work`` ran."""
+    worst, last, over = 0.0, time.thread_time(), False
+
+    async def watch() -> None:
+        nonlocal worst, last
+        while not over:
+            await asyncio.sleep(0)
+            now = time.thread_time()
+            worst, last = max(worst, now - last), now
+
+    watching = asyncio.create_task(watch())
+    await asyncio.sleep(0)
+    try:
+        await work
+    finally:
+        over = True
+        await watching
+    return worst
+
+
+async def consume(entries: Sequence[RawEntry], made_by: BatchBuilder) -> list[str]:
+    """Make all that there is of entries; returns the reasons of their letters."""
+    selection = made_by.select(entries)
+    async for _ in made_by.materialise(selection):
+        pass
+    return [letter.reason for letter in selection.letters]
+
+
+@pytest.mark.parametrize("data", [BOMB, STREAMED], ids=["size declared", "size left out"])
+async def test_contents_that_grow_and_are_bad_stop_nobody(data: bytes) -> None:
+    """If this fails half a kilobyte of a stream stops every link for 30 ms, and 200 of it for 6 s."""
+    thread = SideThread()
+    made_by = builder()
+    made_by.heavy = thread
+    entries = [(b"%d-0" % n, put(f"k{n}", data)) for n in range(1, 5)]
+    longest = await longest_turn(consume(entries, made_by))
+    await thread.close()
+    assert longest < STALL_SEC
+
+
+@contextmanager
+def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Count the bytes that come out of zstd."""
+    out: list[int] = []
+    real = zstandard.ZstdDecompressor
+
+    class Counting:
+        def __init__(self) -> None:
+            self._real = real()
+
+        def decompress(self, data: bytes, most: int = 0) -> bytes:
+            content = self._real.decompress(data, most)
+            out.append(len(content))
+            return content
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zstandard, "ZstdDecompressor", Counting)
+        yield out
+
+
+@pytest.mark.parametrize("size", [100_000, MIB])
+def test_nothing_is_decompressed_twice(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails a bad content costs its decompression again with each look at it."""
+    content = bytes(size)
+    data = zstandard.ZstdCompressor().compress(content)
+    entries = [(b"1-0", put("k", b"older", b"older")), (b"2-0", put("k", data, version=2))]
+    with counting(monkeypatch) as out:
+        made_by = builder()
+        selection = made_by.select(entries)
+        parts = all_parts(made_by, selection)
+        assert [item.content for part in parts for item in part.items] == [b"older"]
+        assert out == [size]
+        # The chunk is tried again: its letters could not be kept, or the store has failed.
+        again = made_by.select(entries, selection.bad)
+        parts = all_parts(made_by, again)
+        assert [item.content for part in parts for item in part.items] == [b"older"]
+        assert [letter.reason for letter in again.letters] == ["hash"]
+        assert out == [size]
+
+
+async def test_small_contents_take_turns_too() -> None:
+    """If this fails contents that are just not large stop the loop by their number."""
+    data = zstandard.ZstdCompressor().compress(bytes(200_000))
+    entries = [(b"%d-0" % n, put(f"k{n}", data)) for n in range(1, 201)]
+    turns = 0
+    over = False
+
+    async def count() -> None:
+        nonlocal turns
+        while not over:
+            await asyncio.sleep(0)
+            turns += 1
+
+    counting_turns = asyncio.create_task(count())
+    assert await consume(entries, builder()) == ["hash"] * 200
+    over = True
+    await counting_turns
+    assert turns > 20, "40 MB were decompressed, 1 MiB a turn"
+
+
+def test_a_chunk_of_bad_entries_is_taken_apart_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails 200 bad entries are parsed 200 times each."""
+    from fsm_replication import batch
+
+    parsed = 0
+    real = batch.parse_entry
+
+    def parse(fields: Sequence[bytes] | None, index: int = 0) -> batch.Entry:
+        nonlocal parsed
+        parsed += 1
+        return real(fields, index)
+
+    monkeypatch.setattr(batch, "parse_entry", parse)
+    entries = [(b"%d-0" % n, put(f"k{n}", b"bad")) for n in range(1, 201)]
+    made_by = builder()
+    selection = made_by.select(entries)
+    all_parts(made_by, selection)
+    assert len(selection.letters) == 200
+    assert parsed <= 400
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ([*put("k", b"x", b"x")[:9], b'{"content_type":"binary","version":1,"updated_at":1,"x":"'
+          + b"y" * 20_000 + b'"}'], "meta"),
+        ([b"op", b"DEL", b"key", b"k", b"meta", b'{"version":1,"updated_at":1,"x":"'
+          + b"y" * 20_000 + b'"}'], "meta"),
+        ([b"f", b"v"] * 100_000, "field"),
+    ],
+    ids=["meta of a put", "meta of a delete", "fields"],
+)  # fmt: skip
+def test_what_takes_long_to_parse_is_refused(fields: list[bytes], reason: str) -> None:
+    """If this fails a peer sends megabytes where each byte is parsed in one turn."""
+    selection = builder().select([(b"1-0", fields)])
+    assert [letter.reason for letter in selection.letters] == [reason]
+    assert not selection.candidates
+
+
+@pytest.mark.parametrize("size", [1, 1000, 255 * 1024, 257 * 1024, MIB])
+@pytest.mark.parametrize("declares", [True, False])
+def test_light_and_heavy_decode_to_the_same(size: int, declares: bool) -> None:
+    """If this fails what a content is depends on where it is decoded."""
+    content = b"ab" * size
+    data = zstandard.ZstdCompressor(write_content_size=declares).compress(content)
+    decoder, right = DataDecoder(PAYLOAD_BYTES), content_hash(content)
+    light = decoder.decode_light(data, right)
+    assert light in (None, content)
+    assert (light is None) == (len(content) > 256 * 1024)
+    assert decoder.decode(data, right) == content
+    for wrong in (data[:-1], content_hash(b"other")):
+        with pytest.raises(BadEntryError):
+            decoder.decode(wrong if wrong is not data else data, content_hash(b"other"))
+
+
+async def test_a_cancelled_wait_does_not_wait_for_the_thread() -> None:
+    """If this fails a drain lasts as long as what is being decompressed."""
+    thread, began, go_on = SideThread(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        began.set()
+        go_on.wait(10)
+
+    waiting = asyncio.create_task(thread.run(work))
+    await asyncio.to_thread(began.wait)
+    waiting.cancel()
+    await asyncio.wait((waiting,))
+    assert waiting.cancelled()
+    closing = asyncio.create_task(thread.close())
+    await asyncio.sleep(0)
+    assert not closing.done()
+    go_on.set()
+    await closing
+    assert not [t for t in threading.enumerate() if t.name.startswith("fsm_replication-heavy")]
+
+
+async def test_a_stream_of_bombs_neither_stops_the_loop_nor_the_drain(
+    nodes: Nodes, peer: Peer
+) -> None:
+    """If this fails 20 KiB of one peer's stream stop all links, and the shutdown with them (G8, G9)."""
+    peer.write_marker()
+    peer.send("first", b"1")
+    settings = Settings(timeouts=TimeoutsConfig(drain=3.0))
+    engine = nodes.engine(peer_config(peer.server), settings=settings)
+    await engine.start()
+    await engine.wait_for_state(PeerState.TAILING, peer_id="a", timeout=15)
+    for n in range(12):
+        peer.send_fields(encode_fields(peer.item(f"k{n}", b"x"), BOMB))
+
+    async def read_some_and_stop() -> float:
+        await until(lambda: engine._links["a"].context.progress.events_read >= 12)
+        began = time.perf_counter()
+        await engine.shutdown()
+        return time.perf_counter() - began
+
+    took = asyncio.create_task(read_some_and_stop())
+    assert await longest_turn(took) < STALL_SEC
+    assert took.result() < 3.0
+    assert engine.state is EngineState.STOPPED
+    assert not [t for t in threading.enumerate() if t.name.startswith("fsm_replication-heavy")]
+
+
+async def test_what_follows_bombs_is_applied(nodes: Nodes, peer: Peer) -> None:
+    """If this fails bad contents take good ones with them, or those too large for a turn."""
+    peer.write_marker()
+    peer.send("first", b"1")
+    large = bytes(3 * MIB)
+    async with nodes.engine(peer_config(peer.server), store=MemorySyncEngine()) as engine:
+        await engine.wait_for_state(PeerState.TAILING, peer_id="a", timeout=15)
+        for n in range(5):
+            peer.send_fields(encode_fields(peer.item(f"bad{n}", b"x"), BOMB))
+        peer.send("large", large)
+        peer.send("small", b"s")
+        await until(lambda: engine.health_check().peers[0].events_applied == 3)
+        assert engine.health_check().peers[0].dead_letters == 5
+        found = await held(engine.sync_engine, "large", "small")
+        # Compared whole they would be shown whole.
+        assert found["large"] is not None
+        assert digest(found["large"]) == digest(large)
+        assert found["small"] == b"s"
+
+
+def test_a_drain_that_ends_late_is_not_called_clean() -> None:
+    """If this fails an engine is Stopped though its drain took three times as long as it may."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualTimeLoop)
+        clock = LoopClock()
+        ports = Ports(SimTransport({}, clock, random.Random(1)), MemoryCursorStore(), clock)
+        settings = Settings(startup=StartupConfig(when_no_peer="run"))
+        engine = ReplicationEngine(
+            ReplicationConfig(local_node_id="b", settings=settings), ports=ports
+        )
+        await engine.start()
+
+        async def hold_up_the_loop() -> None:
+            loop._now += 11.0
+
+        engine._book.flush = hold_up_the_loop  # type: ignore[method-assign, assignment]
+        await engine.shutdown()
+        with pytest.raises(DrainTimeoutError, match=r"longer than 10 s: 11\.\d+ s"):
+            await engine.wait_closed()
+        assert engine.state is EngineState.FAILED
+
+    run_virtual(main)
