@@ -55,9 +55,12 @@ class PeerHealth:
 class HealthCheck:
     """The engine and its links, as they are now.
 
-    ``ready``: Running and at least one peer connected, or none configured. ``healthy``: ready and
-    the sync engine accepts writes. ``synced``: each configured peer was fully read or compared
-    once. ``cursor_store_error`` is "" while cursors reach the disk.
+    ``ready``: Running, at least one peer connected (or none configured), and the own store
+    reachable. ``healthy``: ready, the sync engine accepts writes, and none of its circuits is open.
+    ``synced``: each configured peer was fully read or compared
+    once. ``cursor_store_error`` is "" while cursors reach the disk. ``store_error`` says why the
+    own store is not reachable, "" while it is as far as is known: where no call has succeeded for
+    ``circuits.look_interval``, it is asked.
     """
 
     state: EngineState
@@ -71,6 +74,10 @@ class HealthCheck:
     peers_catching_up: int
     peers: tuple[PeerHealth, ...]
     cursor_store_error: str = ""
+    store_reachable: bool = True
+    store_error: str = ""
+    reads_circuit: CircuitState = CircuitState.CLOSED
+    writes_circuit: CircuitState = CircuitState.CLOSED
 
     def max_lag_ms(self) -> int:
         """Return the largest lag of any peer, in milliseconds."""

@@ -30,6 +30,8 @@ _GAUGES: Final[tuple[tuple[str, tuple[str, ...], str], ...]] = (
     ("lag_seconds", ("peer_id",), "The same in seconds"),
     ("lag_events", ("peer_id",), "Events of the stream that are not settled; NaN: unknown"),
     ("circuit_state", ("circuit",), "0 Closed, 1 HalfOpen, 2 Open"),
+    ("store_reachable", (), "1 while the own store answers, 0 while it does not"),
+    ("clock_skew_seconds", ("peer_id",), "The peer's clock minus ours; NaN: unknown"),
 )
 _COUNTERS: Final[tuple[tuple[str, tuple[str, ...], str], ...]] = (
     ("peer_connections", ("peer_id", "status"), "Attempts to connect, by outcome"),

@@ -1316,7 +1316,8 @@ async def play_history(steps: list[Step], seed: int) -> None:
     await until_true(lambda: not engine._links.owned)
     assert open_lines(mesh.nodes["b"]) == []
     assert engine._driver.workers == tuple(
-        f"engine:{name}" for name in ("cold-path", "cursor-flush", "pinger", "prober")
+        f"engine:{name}"
+        for name in ("cold-path", "cursor-flush", "pinger", "prober", "store-watch")
     )
     assert [
         sample for name in "acd" for sample in samples_about(engine.metrics.registry, name)

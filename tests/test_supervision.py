@@ -60,6 +60,7 @@ ENGINE_WORKERS = {
     "cold-path": ("fsm_replication.workers.cold_path:ColdPath", "cycle"),
     "pinger": ("fsm_replication.engine", "ping_idle_peers"),
     "prober": ("fsm_replication.engine", "probe_circuits"),
+    "store-watch": ("fsm_replication.workers.own_store:StoreWatch", "run"),
 }
 LINK_WORKERS = {
     "tailer": ("fsm_replication.workers.tailer:Tailer", "_read_on"),
