@@ -82,7 +82,7 @@ class Circuit(pybreaker.CircuitBreakerListener):
         self._opened_at = 0.0
         # How long it stays Open this time; 0 before it has ever opened.
         self._wait_sec = 0.0
-        self._closed_at = clock.monotonic()
+        self._closed_at = 0.0
         self._probing = False
         self._era = 0
         self.last_success: float | None = None

@@ -42,7 +42,7 @@ class StoreWatch:
         self._clock = clock
         # When a look failed for the last time, and why.
         self._failure: tuple[float, str] | None = None
-        self._looked_at = clock.monotonic()
+        self._looked_at = 0.0
         self._log = get_logger("store", node_id=node_id)
 
     @property
