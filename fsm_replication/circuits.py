@@ -13,14 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 import pybreaker
 
 from fsm_replication.errors import CircuitOpenError
 from fsm_replication.ports import Clock
 
-__all__ = ("CallOutcome", "Circuit", "CircuitState")
+__all__ = ("CLOSED_FOR_SEC", "CallOutcome", "Circuit", "CircuitState")
+
+# A circuit that stays Closed for this long has left its trouble behind.
+CLOSED_FOR_SEC: Final = 60.0
 
 
 class CircuitState(StrEnum):
@@ -53,9 +56,10 @@ class CallOutcome(StrEnum):
 class Circuit(pybreaker.CircuitBreakerListener):
     """One circuit: opens after ``failures`` in a row, closes after ``successes`` probes in a row.
 
-    ``reset_sec`` is the time in Open before a probe may run, in seconds. ``on_call`` hears of every
-    call, also of those that are not let through. ``last_error`` is what the last call that failed
-    died of, "" where none has.
+    ``reset_sec`` is the time in Open before the first probe may run, in seconds. It doubles with
+    each further opening, up to ``reset_max_sec`` (by default it does not grow), and is short again
+    after a minute Closed. ``on_call`` hears of every call, also of those that are not let through.
+    ``last_error`` is what the last call that failed died of, "" where none has.
     """
 
     def __init__(
@@ -66,27 +70,40 @@ class Circuit(pybreaker.CircuitBreakerListener):
         reset_sec: float,
         successes: int,
         clock: Clock,
+        reset_max_sec: float | None = None,
         on_change: CircuitListener | None = None,
         on_call: CallListener | None = None,
     ) -> None:
         self.name = name
         self.reset_sec = reset_sec
+        self.reset_max_sec = reset_sec if reset_max_sec is None else reset_max_sec
         self._clock = clock
         self._on_change = on_change
         self._on_call = on_call
         self._opened_at = 0.0
+        # How long it stays Open this time; 0 before it has ever opened.
+        self._wait_sec = 0.0
+        self._closed_at = 0.0
         self._probing = False
         self._era = 0
         self.last_error = ""
         self.last_success: float | None = None
         self._breaker = pybreaker.CircuitBreaker(
             fail_max=failures,
-            reset_timeout=reset_sec,
             success_threshold=successes,
             listeners=[self],
             name=name,
             throw_new_error_on_trip=False,
         )
+
+    def configure(
+        self, *, failures: int, successes: int, reset_sec: float, reset_max_sec: float
+    ) -> None:
+        """Put other numbers in force; the state stays, and a wait under way gets no longer."""
+        self._breaker.fail_max = failures
+        self._breaker.success_threshold = successes
+        self.reset_sec, self.reset_max_sec = reset_sec, reset_max_sec
+        self._wait_sec = min(self._wait_sec, reset_max_sec)
 
     @property
     def state(self) -> CircuitState:
@@ -104,8 +121,8 @@ class Circuit(pybreaker.CircuitBreakerListener):
         if self.state is CircuitState.CLOSED:
             return 0.0
         if self.state is CircuitState.HALF_OPEN:
-            return self.reset_sec if self._probing else 0.0
-        return max(0.0, self._opened_at + self.reset_sec - self._clock.monotonic())
+            return self._wait_sec if self._probing else 0.0
+        return max(0.0, self._opened_at + self._wait_sec - self._clock.monotonic())
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -162,10 +179,20 @@ class Circuit(pybreaker.CircuitBreakerListener):
         """Hear of a change from pybreaker."""
         self._era += 1
         self._probing = False
+        now = self._clock.monotonic()
         if new_state.name == pybreaker.STATE_OPEN:
-            self._opened_at = self._clock.monotonic()
+            self._wait_sec = self._next_wait(old_state.name, now)
+            self._opened_at = now
+        elif new_state.name == pybreaker.STATE_CLOSED:
+            self._closed_at = now
         if self._on_change is not None and old_state is not None:
             self._on_change(self, _STATES[old_state.name], _STATES[new_state.name])
+
+    def _next_wait(self, old_state: str, now: float) -> float:
+        rested = old_state == pybreaker.STATE_CLOSED and now - self._closed_at >= CLOSED_FOR_SEC
+        if rested or not self._wait_sec:
+            return self.reset_sec
+        return max(self.reset_sec, min(self.reset_max_sec, self._wait_sec * 2))
 
     def __repr__(self) -> str:
         return f"<Circuit {self.name} {self.state}>"

@@ -18,7 +18,7 @@ from typing import Any, Final, Self, cast
 from prometheus_client import CollectorRegistry
 
 from fsm_replication.circuits import CallOutcome, Circuit
-from fsm_replication.config import PeerConfig, ReplicationConfig
+from fsm_replication.config import CircuitConfig, PeerConfig, ReplicationConfig
 from fsm_replication.config_change import ConfigChange, compare_configs, refuse_what_is_fixed
 from fsm_replication.current import Current
 from fsm_replication.cursor import SqliteCursorStore
@@ -62,6 +62,7 @@ from fsm_replication.workers.foreign_walk import SettledHashes
 from fsm_replication.workers.guards import KeyMemory, StaleGuard
 from fsm_replication.workers.interlock import Interlock
 from fsm_replication.workers.letter_retry import LetterRetry
+from fsm_replication.workers.own_store import StoreWatch
 from fsm_replication.workers.ping import ping_idle_peers
 from fsm_replication.workers.prober import probe_circuits
 from fsm_replication.workers.repair import KeyDifference, StaleVerdict, find_differences
@@ -125,8 +126,16 @@ class ReplicationEngine(Observer):
         self._circuit_moved = asyncio.Event()
         self._crashes: dict[str, CrashCounter] = {}
         self.circuit = Circuits(
-            reads=self._circuit("store-reads", failures=5, reset_sec=30.0, successes=2),
-            writes=self._circuit("store-writes", failures=3, reset_sec=60.0, successes=3),
+            reads=self._store_circuit("store-reads", config.settings.circuits.reads),
+            writes=self._store_circuit("store-writes", config.settings.circuits.writes),
+        )
+        self._store_watch = StoreWatch(
+            self._store,
+            reads=self.circuit.reads,
+            writes=self.circuit.writes,
+            current=self._settings,
+            clock=self._ports.clock,
+            node_id=config.local_node_id,
         )
         self._driver = Driver(
             ENGINE,
@@ -157,6 +166,8 @@ class ReplicationEngine(Observer):
         """Make what depends on the configuration and can no longer change once it is used."""
         config = self._config
         self._log = get_logger("engine", node_id=config.local_node_id)
+        watch = self._store_watch
+        self.metrics.get("store_reachable").set_function(lambda: float(watch.reachable))
         self._book = CursorBook(self._ports.cursor_store, self.metrics)
         self._drainer = Drainer(
             driver=self._driver,
@@ -185,7 +196,24 @@ class ReplicationEngine(Observer):
             self._links.decide_anew,
         )
 
-    def _circuit(self, name: str, *, failures: int, reset_sec: float, successes: int) -> Circuit:
+    def _store_circuit(self, name: str, config: CircuitConfig) -> Circuit:
+        return self._circuit(
+            name,
+            failures=config.failures,
+            successes=config.successes,
+            reset_sec=config.reset_first,
+            reset_max_sec=config.reset_max,
+        )
+
+    def _circuit(
+        self,
+        name: str,
+        *,
+        failures: int,
+        reset_sec: float,
+        successes: int,
+        reset_max_sec: float | None = None,
+    ) -> Circuit:
         self.metrics.get("circuit_state", name).set(_CIRCUIT_VALUES[CircuitState.CLOSED])
         return Circuit(
             name,
@@ -193,6 +221,7 @@ class ReplicationEngine(Observer):
             reset_sec=reset_sec,
             successes=successes,
             clock=self._ports.clock,
+            reset_max_sec=reset_max_sec,
             on_change=self._circuit_changed,
             on_call=self._circuit_called,
         )
@@ -325,12 +354,15 @@ class ReplicationEngine(Observer):
         peers = tuple(link.health() for link in self._links.values())
         connected = sum(peer.connected for peer in peers)
         accepting = self._store.should_accept_writes()
+        watch, circuits = self._store_watch, self.circuit
         ready = self.is_running and (connected > 0 or not peers)
+        ready = ready and watch.reachable
+        is_open = CircuitState.OPEN in (circuits.reads.state, circuits.writes.state)
         error = self._book.last_error
         return HealthCheck(
             state=self.state,
             ready=ready,
-            healthy=ready and accepting,
+            healthy=ready and accepting and not is_open,
             synced=all(peer.synced for peer in peers),
             sync_engine_accepting_writes=accepting,
             peers_total=len(peers),
@@ -339,6 +371,10 @@ class ReplicationEngine(Observer):
             peers_catching_up=sum(peer.catching_up for peer in peers),
             peers=peers,
             cursor_store_error="" if error is None else str(error),
+            store_reachable=watch.reachable,
+            store_error=watch.error,
+            reads_circuit=circuits.reads.state,
+            writes_circuit=circuits.writes.state,
         )
 
     # Starting and stopping.
@@ -627,6 +663,17 @@ class ReplicationEngine(Observer):
     def _put_in_force(self, config: ReplicationConfig) -> None:
         self._config = config
         self._settings.replace(config.settings)
+        circuits = config.settings.circuits
+        for circuit, numbers in (
+            (self.circuit.reads, circuits.reads),
+            (self.circuit.writes, circuits.writes),
+        ):
+            circuit.configure(
+                failures=numbers.failures,
+                successes=numbers.successes,
+                reset_sec=numbers.reset_first,
+                reset_max_sec=numbers.reset_max,
+            )
         self._journal.keep(config.settings.limits.journal)
 
     async def repair(
@@ -794,11 +841,19 @@ class ReplicationEngine(Observer):
         self._supervise(
             "cursor-flush", lambda r: flush_cursors(self._book, clock, r, self._links.tidy)
         )
+        watch = self._store_watch
+        self._supervise("store-watch", lambda _r: watch.run())
         writes, reads = self.circuit.writes, self.circuit.reads
         self._supervise(
             "prober",
             lambda _r: probe_circuits(
-                writes, reads, self._links.grant_probe, clock, self._circuit_moved
+                self.circuit.writes,
+                self.circuit.reads,
+                watch.look,
+                lambda: self._links.await_store,
+                self._links.grant_probe,
+                clock,
+                self._circuit_moved,
             ),
         )
         # These two do nothing while they are not enabled, which may change.

@@ -64,9 +64,12 @@ class PeerHealth:
 class HealthCheck:
     """The engine and its links, as they are now.
 
-    ``ready``: Running and at least one peer connected, or none configured. ``healthy``: ready and
-    the sync engine accepts writes. ``synced``: since this start the head of each configured
-    peer's stream was reached, or its tree agreed with. ``cursor_store_error`` is "" while cursors reach the disk.
+    ``ready``: Running, at least one peer connected (or none configured), and the own store
+    reachable. ``healthy``: ready, the sync engine accepts writes, and none of its circuits is open.
+    ``synced``: since this start the head of each configured peer's stream was reached, or its tree
+    agreed with. ``cursor_store_error`` is "" while cursors reach the disk. ``store_error`` says why the
+    own store is not reachable, "" while it is as far as is known: where no call has succeeded for
+    ``circuits.look_interval``, it is asked.
     """
 
     state: EngineState
@@ -80,6 +83,10 @@ class HealthCheck:
     peers_catching_up: int
     peers: tuple[PeerHealth, ...]
     cursor_store_error: str = ""
+    store_reachable: bool = True
+    store_error: str = ""
+    reads_circuit: CircuitState = CircuitState.CLOSED
+    writes_circuit: CircuitState = CircuitState.CLOSED
 
     def max_lag_ms(self) -> int | None:
         """Return the largest lag of any peer, in milliseconds; 0 without peers.

@@ -237,6 +237,11 @@ class Links(Mapping[str, PeerLink]):
         for link in self._links.values():
             link.context.judge_lag()
 
+    @property
+    def await_store(self) -> bool:
+        """Whether a link waits for a circuit of the store."""
+        return any(PauseReason.CIRCUIT in link.pause_reasons for link in self._links.values())
+
     def grant_probe(self) -> bool:
         """Let one link try the store although its circuit is open; False if none waits for it."""
         for link in self._links.values():

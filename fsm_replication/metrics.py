@@ -37,6 +37,8 @@ _GAUGES: Final[tuple[tuple[str, tuple[str, ...], str], ...]] = (
     ("interlock_shrunk", ("peer_id",), "Live items less within an hour because of a peer"),
     ("interlock_allowed", ("peer_id",), "How many it may be before the link pauses"),
     ("circuit_state", ("circuit",), "0 Closed, 1 HalfOpen, 2 Open"),
+    ("store_reachable", (), "1 while the own store answers, 0 while it does not"),
+    ("clock_skew_seconds", ("peer_id",), "The peer's clock minus ours; NaN: unknown"),
 )
 _COUNTERS: Final[tuple[tuple[str, tuple[str, ...], str], ...]] = (
     ("peer_connections", ("peer_id", "status"), "Attempts to connect, by outcome"),

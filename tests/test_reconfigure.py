@@ -97,6 +97,9 @@ class GatedStore(MemorySyncEngine):
         """Say whether exactly this item is held."""
         return self._items.get(item.key) == item
 
+    async def ping(self) -> None:
+        """Answer: a look of the engine is no call of a link."""
+
     async def incarnation(self) -> str:
         """Return it once the gate is open."""
         await self._pass()
@@ -1316,7 +1319,8 @@ async def play_history(steps: list[Step], seed: int) -> None:
     await until_true(lambda: not engine._links.owned)
     assert open_lines(mesh.nodes["b"]) == []
     assert engine._driver.workers == tuple(
-        f"engine:{name}" for name in ("cold-path", "cursor-flush", "pinger", "prober", "slo-watch")
+        f"engine:{name}"
+        for name in ("cold-path", "cursor-flush", "pinger", "prober", "slo-watch", "store-watch")
     )
     assert [
         sample for name in "acd" for sample in samples_about(engine.metrics.registry, name)

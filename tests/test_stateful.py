@@ -78,7 +78,15 @@ OWNED = {
 ENGINE_OWNED = {
     "group:Active": {f"farewell to {peer}" for peer in PEERS},
     "Connecting": {"starter"},
-    "Running": {"cursor-flush", "prober", "cold-path", "slo-watch", "pinger", "repair"},
+    "Running": {
+        "cursor-flush",
+        "store-watch",
+        "prober",
+        "cold-path",
+        "slo-watch",
+        "pinger",
+        "repair",
+    },
     "ShuttingDown": {"drainer"},
 }
 DIAGRAMS = Path(__file__).parent.parent / "diagrams"

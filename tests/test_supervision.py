@@ -61,6 +61,7 @@ ENGINE_WORKERS = {
     "pinger": ("fsm_replication.engine", "ping_idle_peers"),
     "prober": ("fsm_replication.engine", "probe_circuits"),
     "slo-watch": ("fsm_replication.engine", "watch_lag"),
+    "store-watch": ("fsm_replication.workers.own_store:StoreWatch", "run"),
 }
 LINK_WORKERS = {
     "tailer": ("fsm_replication.workers.tailer:Tailer", "_read_on"),

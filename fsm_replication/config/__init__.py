@@ -11,6 +11,8 @@ What is where: ``node`` the configuration of a node, ``settings`` what it sets f
 
 from fsm_replication.config.node import CursorConfig, PeerConfig, ReplicationConfig, StoreConfig
 from fsm_replication.config.settings import (
+    CircuitConfig,
+    CircuitsConfig,
     ColdPathConfig,
     DeadLettersConfig,
     HotPathConfig,
@@ -23,10 +25,13 @@ from fsm_replication.config.settings import (
     StartupConfig,
     TimeoutsConfig,
     TombstonesConfig,
+    WritesCircuitConfig,
 )
 from fsm_replication.config.values import parse_duration, parse_size
 
 __all__ = (
+    "CircuitConfig",
+    "CircuitsConfig",
     "ColdPathConfig",
     "CursorConfig",
     "DeadLettersConfig",
@@ -43,6 +48,7 @@ __all__ = (
     "StoreConfig",
     "TimeoutsConfig",
     "TombstonesConfig",
+    "WritesCircuitConfig",
     "parse_duration",
     "parse_size",
 )

@@ -24,6 +24,8 @@ from fsm_replication.config.values import (
 )
 
 __all__ = (
+    "CircuitConfig",
+    "CircuitsConfig",
     "ColdPathConfig",
     "DeadLettersConfig",
     "HotPathConfig",
@@ -36,6 +38,7 @@ __all__ = (
     "StartupConfig",
     "TimeoutsConfig",
     "TombstonesConfig",
+    "WritesCircuitConfig",
 )
 
 
@@ -109,6 +112,49 @@ class PeerHealthConfig(Model):
     idle_threshold_sec: Duration = 60.0
     """Seconds without an answer after which a peer is pinged; 0 pings every peer every time.
     Twice ``ping_interval_sec`` is a good choice."""
+
+
+class CircuitConfig(Model):
+    """When a circuit of the node's own store opens, and how it closes again."""
+
+    failures: Count = 5
+    """Failed calls in a row that open it, at least 1. With more, a store that is down is asked for
+    longer."""
+    successes: Count = 2
+    """Probes in a row that must succeed before it closes, at least 1."""
+    reset_first: PositiveDuration = 1.0
+    """Seconds from its opening to the first probe, over 0; doubled each time that it opens again,
+    and short again after a minute Closed. Not over ``reset_max``. Less than the store takes to
+    restart."""
+    reset_max: PositiveDuration = 30.0
+    """Seconds; the longest wait for a probe. How long a store may be back without being used."""
+
+    @classmethod
+    def _together(cls, data: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
+        yield from over(cls._known(data), "reset_first", "reset_max")
+
+
+class WritesCircuitConfig(CircuitConfig):
+    """The same for calls that write, which do more harm to a store in trouble."""
+
+    failures: Count = 3
+    """Failed calls in a row that open it, at least 1."""
+    successes: Count = 3
+    """Probes in a row that must succeed before it closes, at least 1."""
+    reset_max: PositiveDuration = 60.0
+    """Seconds; the longest wait for a probe."""
+
+
+class CircuitsConfig(Model):
+    """The circuits that guard the node's own store, and how soon its outage is noticed."""
+
+    writes: WritesCircuitConfig = WritesCircuitConfig()
+    """For calls that write."""
+    reads: CircuitConfig = CircuitConfig()
+    """For calls that read."""
+    look_interval: PositiveDuration = 2.0
+    """Seconds without an answer from the store after which it is asked for a sign of life, over 0.
+    Health tells of an outage within this and, where calls hang, ``timeouts.ping``."""
 
 
 class SloConfig(Model):
@@ -229,6 +275,8 @@ class Settings(Model):
     """Comparing trees."""
     peer_health: PeerHealthConfig = PeerHealthConfig()
     """Pinging idle peers."""
+    circuits: CircuitsConfig = CircuitsConfig()
+    """The circuits of the own store."""
     slo: SloConfig = SloConfig()
     """When a metric counts."""
     startup: StartupConfig = StartupConfig()

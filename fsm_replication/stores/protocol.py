@@ -106,6 +106,14 @@ class SyncEngine(ABC):
     async def incarnation(self) -> str:
         """Return a name of this store's content: it changes when the store starts empty again."""
 
+    async def ping(self) -> None:
+        """Return if the store can be reached, and raise anything if it cannot.
+
+        Called every few seconds while nothing else is, so it should be cheap and change nothing:
+        one round trip. Here it asks for the incarnation.
+        """
+        await self.incarnation()
+
     @abstractmethod
     async def apply_many(
         self, changes: Sequence[SyncItem], received: Received | None = None

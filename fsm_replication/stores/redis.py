@@ -347,6 +347,13 @@ class RedisSyncEngine(SyncEngine):
         self._incarnation = text
         return text
 
+    async def ping(self) -> None:
+        """Return if Redis answers, after one round trip.
+
+        :raises StoreError: if it does not.
+        """
+        await self._call("PING")
+
     def should_accept_writes(self) -> bool:
         """Return False for a second after Redis refused a write: out of memory, read-only, ..."""
         return self._clock.monotonic() >= self._refused_until

@@ -8,9 +8,7 @@ stays in the hands of the caller meanwhile.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NoReturn, TypeVar
 
@@ -20,10 +18,7 @@ from fsm_replication.errors import (
     BadEntryError,
     CircuitOpenError,
     CursorStoreError,
-    ReplicationError,
     StoreError,
-    StoreReopenedError,
-    StoreTimeoutError,
 )
 from fsm_replication.items import Stamp, SyncItem
 from fsm_replication.ports import Cursor, DeadLetter, Position, StreamId
@@ -31,6 +26,7 @@ from fsm_replication.reports import PauseReason
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received
 from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.interlock import Claim, deepest_fall
+from fsm_replication.workers.store_call import call_store
 
 __all__ = ("Applier", "Blocked", "Chunk", "Prepared", "Unsettled")
 
@@ -42,22 +38,6 @@ NO_LIMIT: Final = 2**31
 # On these paths what comes later relies on what came before; a repair compares anew each time.
 _ORDERED: Final = frozenset({"stream", "bootstrap"})
 _T = TypeVar("_T")
-
-
-@contextmanager
-def _cancellation_passes() -> Iterator[None]:
-    """Raise :exc:`asyncio.CancelledError` at the end if a cancellation was swallowed inside.
-
-    A user's store may do so, and a worker that goes on then works for an owner that has given it
-    up: beside the application, or beside the engine that comes next.
-    """
-    task = asyncio.current_task()
-    before = task.cancelling() if task else 0
-    try:
-        yield
-    finally:
-        if task and task.cancelling() > before:
-            raise asyncio.CancelledError
 
 
 class Blocked(Exception):  # noqa: N818 - it is an outcome, not an error
@@ -419,37 +399,9 @@ class Applier:
             wait = min(RETRY_MAX_SEC, wait * 2)
 
     async def _call_once(self, circuit: Circuit, function: Callable[[], Awaitable[_T]]) -> _T:
-        with _cancellation_passes():
-            return await self._call_guarded(circuit, function)
-
-    async def _call_guarded(self, circuit: Circuit, function: Callable[[], Awaitable[_T]]) -> _T:
-        clock, limit = self._context.ports.clock, self._context.settings.timeouts.store_call
-        reopened: StoreReopenedError
-        with circuit.guard():
-            try:
-                async with clock.timeout(limit):
-                    return await function()
-            except StoreReopenedError as error:
-                # To the circuit this is a success: the store answers.
-                reopened = error
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
-                    raise
-                # Something inside the store was cancelled, and not this task.
-                raise StoreError("the store failed: a call inside it was cancelled") from None
-            except TimeoutError:
-                raise StoreTimeoutError(
-                    f"a call into the store took longer than {limit:g} s"
-                ) from None
-            except ReplicationError as error:
-                if isinstance(error, StoreError):
-                    raise
-                raise StoreError(f"the store failed: {error}") from error
-            except Exception as error:
-                # A user's store may raise anything; to the link it is a failure like any other.
-                raise StoreError(f"the store failed: {type(error).__name__}: {error}") from error
-        raise reopened
+        context = self._context
+        limit = context.settings.timeouts.store_call
+        return await call_store(circuit, function, context.ports.clock, limit)
 
     # Dead letters
 

@@ -41,7 +41,9 @@ _BUG: Final = RuntimeError("a bug")
 _LATER_BUG: Final = RuntimeError("a later bug")
 PEERS: Final = ("a", "b")
 DRAIN: Final = "drain"
-LASTING: Final = frozenset({"cursor-flush", "prober", "cold-path", "slo-watch", "pinger"})
+LASTING: Final = frozenset(
+    {"cursor-flush", "store-watch", "prober", "cold-path", "slo-watch", "pinger"}
+)
 """What Running owns: supervised workers that end only when they are asked, or broken."""
 # Workers that were asked to end, where it does not matter which they are.
 _ENDING: Final = Job("workers", "", asked=True)

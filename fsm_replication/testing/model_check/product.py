@@ -44,6 +44,8 @@ Taken = tuple[str, str, str]
 """A move of a machine: its table, the trigger, the state before."""
 
 MENDING: Final = frozenset({"probe", "mend"})
+# The place of the circuit of reads among those of the store.
+READS: Final = 1
 OPERATORS: Final = frozenset({PauseReason.OPERATOR, PauseReason.INTERLOCK})
 
 
@@ -262,8 +264,10 @@ class Product:
                         after, faults = self._cleared(after, dest)
                     self.taken.add(("circuit", row.trigger, str(state)))
                     label = ("store", "engine", f"{('writes', 'reads')[place]}: {row.trigger}")
-                    # The cold path may be switched off, so only what links do is relied upon.
-                    yield Move(label, row.trigger in MENDING and called, after, faults)
+                    # The cold path may be switched off, so only what links do is relied upon, and
+                    # what the prober does: it probes the circuit of reads by itself.
+                    mends = called or (place == READS and self._probes_are_made(engine))
+                    yield Move(label, row.trigger in MENDING and mends, after, faults)
 
     def _cleared(
         self, at: Combined, closed: CircuitState | None
@@ -283,7 +287,10 @@ class Product:
         engine, links, circuits = at
         if all(circuit is CircuitState.CLOSED for circuit in circuits):
             return
-        if not any(job.name == "prober" and job.scope for job in self.engines.things[engine].jobs):
+        # A link begins by reading, so it is not let through while reads are not.
+        if circuits[READS:] not in ((), (CircuitState.CLOSED,)):
+            return
+        if not self._probes_are_made(engine):
             return
         label = ("prober", "engine", "grants a probe")
         after, faults = self._cleared(at, None)
@@ -293,6 +300,9 @@ class Product:
         other: Combined = (engine, turned[::-1], circuits)
         if other not in (at, after):
             yield Move(label, True, other, faults)
+
+    def _probes_are_made(self, engine: int) -> bool:
+        return any(job.name == "prober" and job.scope for job in self.engines.things[engine].jobs)
 
     # What must hold.
 
