@@ -843,7 +843,6 @@ class ReplicationEngine(Observer):
         )
         watch = self._store_watch
         self._supervise("store-watch", lambda _r: watch.run())
-        writes, reads = self.circuit.writes, self.circuit.reads
         self._supervise(
             "prober",
             lambda _r: probe_circuits(
