@@ -231,7 +231,6 @@ class PeerRecord:
     cursor: Cursor | None = None
     bootstrap: BootstrapRow | None = None
     operator_pause: bool = False
-    synced: bool = False
     agreed_at_ms: int | None = None
     gaps: tuple[GapRow, ...] = field(default=())
     dead_letters: int = 0
@@ -297,9 +296,6 @@ class CursorStore(Protocol):
 
     async def set_operator_pause(self, peer_id: str, paused: bool) -> None:
         """Keep the operator's wish over restarts."""
-
-    async def set_synced(self, peer_id: str) -> None:
-        """Note that the peer was fully read or compared once."""
 
     async def set_agreed(self, peer_id: str, at_ms: int, *, heal_gaps: bool) -> None:
         """Note when the peer's items were last known to be all here (G5).
