@@ -254,7 +254,7 @@ class ReplicationEngine(Observer):
         log = get_logger("link", node_id=self._config.local_node_id, peer_id=peer.node_id)
 
         def lag_events() -> float:
-            known = progress.lag_events()
+            known = progress.lag_events(clock.monotonic())
             return math.nan if known is None else known
 
         def lag_ms() -> float:

@@ -17,9 +17,10 @@ class PeerHealth:
     ``since`` is the wall-clock time of its last move, in milliseconds since the epoch.
     ``lag_ms`` is 0 where nothing is unsettled and the stream's head is being read. It grows from the
     last read that reached the head on where the link does not read, whatever the reason, and is None
-    until the head was reached for the first time since this start; ``lag_events`` is None where the peer's Redis does
-    not count entries. ``millis_since_success`` is None before the first success. ``bootstrap``
-    tells how far a copy has come, "" where none runs. ``gaps_open`` counts the
+    until the head was reached for the first time since this start; ``lag_events`` counts the events
+    that are known not to be settled, and is None where the peer's Redis does not count entries, or
+    where that would be 0 of a stream whose head is not being read. ``millis_since_success`` is None
+    before the first success. ``bootstrap`` tells how far a copy has come, "" where none runs. ``gaps_open`` counts the
     lines of the loss ledger that are not healed yet: gaps, and dropped dead letters.
     ``shrunk`` is by how many live items this peer has made the store the poorer within the hour,
     below the most it held; beyond ``shrink_allowed`` the link pauses (interlock), by the live

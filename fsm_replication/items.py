@@ -8,6 +8,7 @@ tombstone). Every node picks the same winner of two items by comparing their *or
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
@@ -23,8 +24,10 @@ __all__ = (
     "Resolver",
     "Stamp",
     "SyncItem",
+    "check_content",
     "check_key",
     "content_hash",
+    "encode_json",
     "next_stamp",
     "resolve",
 )
@@ -33,6 +36,8 @@ KEY_BYTES_MAX: Final = 1024
 # Redis's Lua computes in doubles, and so do many JSON readers: beyond this they are not exact.
 NUMBER_MAX: Final = 2**53 - 1
 CONTENT_TYPES: Final = frozenset({"binary", "json"})
+# Finds what is no JSON, and makes no objects of what is.
+_JSON: Final = msgspec.json.Decoder(msgspec.Raw)
 EMPTY_HASH: Final = hashlib.sha256(b"").digest()
 
 
@@ -170,6 +175,49 @@ def check_key(key: str) -> bytes:
     if len(encoded) > KEY_BYTES_MAX:
         raise InvalidKeyError(f"a key has at most {KEY_BYTES_MAX} bytes, not {len(encoded)}")
     return encoded
+
+
+def check_content(key: str, content: object, content_type: str) -> bytes:
+    """Return the content of a local write, as bytes.
+
+    :raises TypeError: if it is none; the message says what to pass.
+    :raises ValueError: if the type is neither binary nor json, or if it is json and the content is not.
+    """
+    if content_type not in CONTENT_TYPES:
+        raise ValueError(f"content_type is 'binary' or 'json', not {content_type!r}")
+    if isinstance(content, bytearray | memoryview):
+        content = bytes(content)
+    if not isinstance(content, bytes):
+        way = "text.encode()" if isinstance(content, str) else "bytes, or use put_json(key, value)"
+        raise TypeError(f"{key!r}: content is bytes, not {type(content).__name__}: pass {way}")
+    if content_type == "json":
+        try:
+            _JSON.decode(content)
+            content.decode()
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{key!r}: the content is no JSON ({error}): pass JSON in UTF-8, use"
+                " put_json(key, value), or leave content_type out"
+            ) from None
+    return content
+
+
+def encode_json(key: str, value: object) -> bytes:
+    """Return a value as compact JSON.
+
+    :raises TypeError: if it holds something that JSON has no form for.
+    :raises ValueError: if it holds NaN, an infinite number, itself, or text that cannot be encoded.
+    """
+    told = f"{key!r}: the value cannot be written as JSON: "
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        return text.encode()
+    except TypeError as error:
+        raise TypeError(
+            f"{told}{error}; pass dict, list, str, int, float, bool and None, or bytes to put()"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{told}{error}") from None
 
 
 def next_stamp(known: Stamp | None, now_ms: int) -> tuple[int, int]:

@@ -220,7 +220,7 @@ class Links(Mapping[str, PeerLink]):
     def repair_targets(self) -> list[Target]:
         """Return what the cold path needs to know of each link."""
         return [
-            Target(link.context, link.state, link.lines, link.block, link.lost)
+            Target(link.context, link.state, link.lines, link.block, link.lost, link.describe)
             for link in self._links.values()
         ]
 

@@ -56,11 +56,21 @@ def _shorten(text: str) -> str:
 
 def _mask(_logger: Any, _method: str, event: _Event) -> _Event:
     for name, value in event.items():
-        if isinstance(value, str):
-            event[name] = _shorten(value)
-        elif isinstance(value, BaseException) and name != "exc_info":
-            event[name] = _shorten(f"{type(value).__name__}: {value}")
+        if name != "exc_info":
+            event[name] = _masked(value)
     return event
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, str):
+        return _shorten(value)
+    if isinstance(value, BaseException):
+        return _shorten(f"{type(value).__name__}: {value}")
+    if isinstance(value, Mapping):
+        return {_masked(name): _masked(one) for name, one in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_masked(one) for one in value]
+    return value
 
 
 def _to_record(_logger: Any, _method: str, event: _Event) -> _Event:
@@ -94,9 +104,9 @@ def _for_reading(fields: Mapping[str, Any], exc_info: object) -> dict[str, Any]:
 def _as_text(value: object) -> str:
     if isinstance(value, Mapping):
         value = ", ".join(f"{name} {count}" for name, count in value.items())
-    elif isinstance(value, list | tuple | set | frozenset):
+    elif isinstance(value, list):
         value = ", ".join(map(str, value))
-    return one_line(redact(str(value)), LINE_MAX)
+    return one_line(str(value), LINE_MAX)
 
 
 def get_logger(part: str = "", **fields: Any) -> structlog.stdlib.BoundLogger:

@@ -33,7 +33,7 @@ _GAUGES: Final[tuple[tuple[str, tuple[str, ...], str], ...]] = (
         "How far the link is behind, in milliseconds; NaN: its head was never reached",
     ),
     ("lag_seconds", ("peer_id",), "The same in seconds"),
-    ("lag_events", ("peer_id",), "Events of the stream that are not settled; NaN: unknown"),
+    ("lag_events", ("peer_id",), "Events of the stream known not to be settled; NaN: unknown"),
     ("interlock_shrunk", ("peer_id",), "Live items less within an hour because of a peer"),
     ("interlock_allowed", ("peer_id",), "How many it may be before the link pauses"),
     ("circuit_state", ("circuit",), "0 Closed, 1 HalfOpen, 2 Open"),

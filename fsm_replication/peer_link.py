@@ -396,7 +396,7 @@ class PeerLink:
             failure_count=progress.failures,
             millis_since_success=None if success is None else int((now - success) * 1000),
             lag_ms=progress.lag_ms(now),
-            lag_events=progress.lag_events(),
+            lag_events=progress.lag_events(now),
             catching_up=state in (PeerState.CATCHING_UP, PeerState.BOOTSTRAPPING),
             pause_reasons=self.pause_reasons,
             last_error=progress.last_error,

@@ -252,7 +252,6 @@ class PeerRecord:
     cursor: Cursor | None = None
     bootstrap: BootstrapRow | None = None
     operator_pause: bool = False
-    synced: bool = False
     agreed_at_ms: int | None = None
     gaps: tuple[GapRow, ...] = field(default=())
     dead_letters: int = 0
@@ -322,9 +321,6 @@ class CursorStore(Protocol):
 
     async def save_interlock(self, peer_id: str, row: InterlockRow) -> None:
         """Keep what the interlock knows of a peer; it is on the disk when this returns."""
-
-    async def set_synced(self, peer_id: str) -> None:
-        """Note that the peer was fully read or compared once."""
 
     async def set_agreed(self, peer_id: str, at_ms: int, *, heal_gaps: bool) -> None:
         """Note when the peer's items were last known to be all here (G5).

@@ -60,6 +60,15 @@ _SMALL_BYTES: Final = 2048
 _SMALL: Final = frozenset(
     {"PING", "EXISTS", "STRLEN", "HLEN", "ZCARD", "MEMORY", "CLIENT", "SELECT", "AUTH", "TIME"}
 )
+# How much of the time for connecting a TLS handshake may take: who is silent is told apart then.
+_HANDSHAKE_SHARE: Final = 0.5
+# How others begin who are no Redis, and what is said of them.
+_STRANGERS: Final = (
+    (b"\x15\x03", "it answers in TLS, for which the URL begins with rediss://"),
+    (b"HTTP/", "it answers as an HTTP server: check the port"),
+    (b"SSH-", "it answers as an SSH server: check the port"),
+)
+_NO_TLS: Final = "is this a port without TLS? Then the URL begins with redis://"
 SEND_BUFFER_BYTES: Final = 512 * 1024
 _T = TypeVar("_T")
 # The stub of hiredis types the argument as a tuple of one element.
@@ -195,7 +204,9 @@ class RedisConnection(asyncio.Protocol):
                 self._deliver(reply)
                 reply = self._reader.gets()
         except ProtocolError as error:
-            self._fail(ProtocolError(f"{self.where} does not speak the Redis protocol: {error}"))
+            known = (told for begin, told in _STRANGERS if data.startswith(begin))
+            told = next(known, str(error))
+            self._fail(ProtocolError(f"{self.where} does not speak the Redis protocol: {told}"))
         except (MemoryError, OverflowError, TypeError, ValueError) as error:
             # An array that no memory holds, a map with an array for a key.
             what = type(error).__name__
@@ -232,7 +243,11 @@ class RedisConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Fail whoever waits."""
-        self._fail(ConnectionLostError(f"{self.where} closed the connection{_because(exc)}"))
+        told = f"{self.where} closed the connection{_because(exc)}"
+        if not self._received_bytes and self.where.startswith("redis://"):
+            told += " (before it answered anything: if it is a port with TLS, the URL begins with"
+            told += " rediss://)"
+        self._fail(ConnectionLostError(told))
         if not self._gone.done():
             self._gone.set_result(None)
 
@@ -522,6 +537,9 @@ class RedisTransport:
         except ValueError:
             # What it says quotes the part it could not read, which may be a part of the password.
             raise PeerRefusedError(f"{where} cannot be used: it is not a Redis URL") from None
+        options["handshake_sec"] = _HANDSHAKE_SHARE * timeout_sec
+        if not options.get("host") and not options.get("path"):
+            raise PeerRefusedError(f"{where} cannot be used: it names no host")
         connection: RedisConnection | None = None
         try:
             async with self._clock.timeout(timeout_sec):
@@ -541,6 +559,8 @@ class RedisTransport:
                     " where its authority is not one of this machine's, name that with"
                     " ?ssl_ca_certs=FILE in the URL"
                 ) from None
+            if options.get("connection_class") is SSLConnection and _is_no_tls(error):
+                raise ConnectionLostError(f"{where} does not answer in TLS: {_NO_TLS}") from None
             if isinstance(error, ssl.SSLError | OSError):
                 raise ConnectionLostError(f"{where} cannot be reached: {error}") from None
             raise
@@ -561,7 +581,10 @@ class RedisTransport:
             return connection
         context = _tls_context(options, where) if kind is SSLConnection else None
         host, port = options.get("host", "localhost"), options.get("port", 6379)
-        _, connection = await loop.create_connection(factory, host, port, ssl=context)
+        patience = options["handshake_sec"] if context is not None else None
+        _, connection = await loop.create_connection(
+            factory, host, port, ssl=context, ssl_handshake_timeout=patience
+        )
         return connection
 
     async def _greet(self, connection: RedisConnection, options: dict[str, Any], name: str) -> None:
@@ -613,6 +636,19 @@ def _tls_context(options: dict[str, Any], where: str) -> ssl.SSLContext:
             f"{where}: the TLS settings cannot be used: {error} ({', '.join(files)})"
         ) from None
     return context
+
+
+def _is_no_tls(error: BaseException) -> bool:
+    """Say whether a handshake failed as it does with a server that speaks no TLS.
+
+    Redis waits for the end of a line and says nothing, which asyncio tells as an aborted connection;
+    others close it, or answer in their own way.
+    """
+    ended = ConnectionAbortedError | ConnectionResetError | ssl.SSLEOFError
+    if isinstance(error, ended):
+        return True
+    reason = error.reason if isinstance(error, ssl.SSLError) else None
+    return reason in ("WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE", "RECORD_LAYER_FAILURE")
 
 
 def _no_passphrase() -> str:

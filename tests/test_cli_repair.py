@@ -107,7 +107,7 @@ async def test_a_peer_that_is_down_is_named(redis_servers: Servers, tmp_path: Pa
     config.write_text(text)
     done = run("repair", str(config))
     assert done.returncode == 1
-    assert "peer 'a' is Backoff" in done.stdout
+    assert "peer 'a' cannot be compared now: it is Backoff: redis://127.0.0.1:1" in done.stdout
     assert run("repair", str(config), "--dry-run").returncode == 1
 
 

@@ -65,13 +65,12 @@ async def test_everything_lasts_over_a_restart(store: SqliteCursorStore) -> None
     await store.begin_bootstrap("a", BootstrapRow(Position(StreamId(9, 1), 4), "", "i", "why"), gap)
     await store.save_walk("a", "half-way")
     await store.set_operator_pause("a", True)
-    await store.set_synced("a")
     await store.close()
     await store.open()
     record = await store.load("a")
     assert record.cursor == cursor(8)
     assert record.bootstrap == BootstrapRow(Position(StreamId(9, 1), 4), "half-way", "i", "why")
-    assert (record.operator_pause, record.synced, record.dead_letters) == (True, True, 1)
+    assert (record.operator_pause, record.dead_letters) == (True, 1)
     assert [found.reason for found in record.gaps] == ["trimmed"]
     await store.finish_bootstrap("a", cursor(20), 99)
     record = await store.load("a")
@@ -162,9 +161,9 @@ async def test_it_can_be_read_beside_a_running_engine(
     await reader.open()
     assert len(await reader.dead_letters()) == 1
     with pytest.raises(CursorStoreError):
-        await reader.set_synced("a")
+        await reader.set_operator_pause("a", True)
     await reader.close()
-    await store.set_synced("a")
+    await store.set_operator_pause("a", True)
 
 
 @pytest.mark.parametrize(
@@ -214,12 +213,12 @@ async def test_locked_is_waited_for_and_may_pass(store: SqliteCursorStore, tmp_p
     """If this fails somebody who looks into the file with sqlite3 stops the engine."""
     other = sqlite3.connect(tmp_path / "c.db", isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
-    waiting = asyncio.create_task(store.set_synced("a"))
+    waiting = asyncio.create_task(store.set_operator_pause("a", True))
     await asyncio.sleep(0.05)
     assert not waiting.done()
     other.execute("ROLLBACK")
     await waiting
-    assert (await store.load("a")).synced
+    assert (await store.load("a")).operator_pause
     other.execute("BEGIN IMMEDIATE")
     store._file._timeout_sec = 0.2
     with pytest.raises(CursorStoreError) as raised:
@@ -280,7 +279,7 @@ async def test_closing_twice_and_after_a_failed_open_is_harmless(tmp_path: Path)
     await store.close()
     await store.close()
     with pytest.raises(CursorStoreError, match="not open"):
-        await store.set_synced("a")
+        await store.set_operator_pause("a", True)
     await until(lambda: threading.active_count() <= threads, "the thread ended")
 
 

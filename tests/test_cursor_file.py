@@ -242,10 +242,9 @@ async def test_wishes_survive_and_do_not_touch_the_cursor(path: str) -> None:
     """A peer the operator has paused would run again after a restart, or lose its cursor."""
     async with opened(path) as store:
         await store.set_operator_pause("b", True)
-        await store.set_synced("b")
         await store.save([("b", at(3))])
     async with opened(path) as store:
-        expected = PeerRecord(cursor=at(3), operator_pause=True, synced=True)
+        expected = PeerRecord(cursor=at(3), operator_pause=True)
         assert await store.load("b") == expected
         await store.set_operator_pause("b", False)
         assert (await store.load("b")).operator_pause is False
@@ -511,12 +510,9 @@ class Model(RuleBasedStateMachine):
 
     @rule(peer_id=peers, paused=st.booleans())
     def pause(self, peer_id: str, paused: bool) -> None:
-        """Note both lasting wishes."""
+        """Note a lasting wish."""
         self.run(self.store.set_operator_pause(peer_id, paused))
         self.known(peer_id)["operator_pause"] = paused
-        if paused:
-            self.run(self.store.set_synced(peer_id))
-            self.known(peer_id)["synced"] = True
 
     @rule(pick=st.integers(0, 20))
     def delete(self, pick: int) -> None:

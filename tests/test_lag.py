@@ -48,6 +48,7 @@ def test_the_lag_of_a_peer_that_is_down_grows() -> None:
         rig.transport.cut("a")
         await rig.reach(PeerState.BACKOFF)
         assert lag_ms(rig) <= 6000
+        assert health_of_a(rig).lag_events is None
         await asyncio.sleep(130)
         assert lag_ms(rig) == pytest.approx(133_000, abs=4000)
         assert rig.engine.health_check().max_lag_ms() == lag_ms(rig)
@@ -258,6 +259,8 @@ def test_not_connected_says_why_and_when_it_is_tried_again() -> None:
         why = r"Backoff: .*redis://a.*, next attempt in \d+\.\d s"
         with pytest.raises(Exception, match=r"peer 'a' is not connected: it is " + why):
             _ = [found async for found in rig.engine.differences("a")]
+        stats = await rig.engine.repair("a")
+        assert re.search("cannot be compared now: it is " + why, stats.problems[0])
         explained = await rig.engine.explain("k")
         (there,) = explained.peers
         assert re.search(why, there.problem)

@@ -80,7 +80,6 @@ async def test_everything_lasts_over_a_restart(store: CursorStore) -> None:
     await store.begin_bootstrap("a", row(), gap(7, None))
     await store.save_walk("a", "half-way")
     await store.set_operator_pause("a", True)
-    await store.set_synced("a")
     await store.set_agreed("a", 77, heal_gaps=False)
     await store.close()
     await store.close()
@@ -90,7 +89,6 @@ async def test_everything_lasts_over_a_restart(store: CursorStore) -> None:
         cursor=cursor(8),
         bootstrap=row("half-way"),
         operator_pause=True,
-        synced=True,
         agreed_at_ms=77,
         gaps=(replace(gap(7, None), id=record.gaps[0].id),),
         dead_letters=1,
@@ -177,7 +175,12 @@ async def test_letters_are_bounded_listed_and_removed(store: CursorStore) -> Non
 async def test_a_closed_store_is_of_no_use(store: CursorStore) -> None:
     """If this fails an engine that has ended still writes."""
     await store.close()
-    for call in (store.load("a"), store.save([]), store.gaps(), store.set_synced("a")):
+    for call in (
+        store.load("a"),
+        store.save([]),
+        store.gaps(),
+        store.set_operator_pause("a", True),
+    ):
         with pytest.raises(CursorStoreError, match="not open"):
             await call
 
@@ -264,7 +267,6 @@ calls: st.SearchStrategy[Call] = st.one_of(
         *(peers, cursors, st.none() | times),
     ),
     st.builds(lambda p, b: lambda store: store.set_operator_pause(p, b), peers, st.booleans()),
-    st.builds(lambda p: lambda store: store.set_synced(p), peers),
     st.builds(
         lambda p, at, heal: lambda store: store.set_agreed(p, at, heal_gaps=heal),
         *(peers, times, st.booleans()),

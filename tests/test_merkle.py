@@ -133,7 +133,7 @@ async def test_local_writes_are_in_the_tree(redis_server: RedisServer) -> None:
     """If this fails peers do not see what the application writes."""
     async with RedisSyncEngine(redis_server.url, node_id="n") as store:
         await store.put_many({f"user-{number}": b"x" for number in range(500)})
-        await store.put("user-3", b"y", "json")
+        await store.put("user-3", b"[]", "json")
         assert await store.delete("user-4")
         assert await store.delete("user-5")
         await store.put("user-5", b"again")

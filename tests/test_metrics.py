@@ -547,7 +547,7 @@ async def test_tries_of_a_locked_cursor_file_are_counted(tmp_path: Path) -> None
     holder.start()
     try:
         await asyncio.to_thread(locked.wait, 20)
-        saving = asyncio.create_task(store.set_synced("a"))
+        saving = asyncio.create_task(store.set_operator_pause("a", True))
         await until(lambda: retries)
         release.set()
         await saving

@@ -432,6 +432,17 @@ def test_each_command_of_the_documented_user_is_told() -> None:
     assert granted == {name for name in told if not name.startswith("ssl_")}
 
 
+async def test_a_port_with_tls_that_is_spoken_to_without_it_is_told_as_that(
+    certificates: Certificates, tls_server: Callable[..., TlsServer]
+) -> None:
+    """If this fails who forgets the s of rediss:// reads of a connection that was reset."""
+    server = tls_server(certificates.sign("node"))
+    with pytest.raises(ConnectionLostError, match="with TLS, the URL begins with rediss://"):
+        await RedisTransport().connect(
+            f"redis://127.0.0.1:{server.port}", timeout_sec=5, name="test"
+        )
+
+
 async def test_rejected_credentials_that_are_mended_need_no_restart(
     nodes: Nodes,
     new_redis_server: Callable[[], RedisServer],

@@ -874,12 +874,6 @@ async def test_a_store_that_hung_can_be_closed_and_opened_again(
     assert [t for t in threading.enumerate() if "connection_worker" in t.name] == []
 
 
-def is_synced(path: Path) -> bool:
-    """Say whether the file holds that the peer was read in full once."""
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        return db.execute("SELECT 1 FROM peers WHERE synced").fetchone() is not None
-
-
 async def test_a_locked_database_does_not_hold_up_a_stop(nodes: Nodes, peer: Peer) -> None:
     """If this fails a backup of the cursor file holds up a stop, or hides that cursors are old."""
     settings = Settings(timeouts=TimeoutsConfig(drain=1.0, cursor=30))
@@ -888,7 +882,7 @@ async def test_a_locked_database_does_not_hold_up_a_stop(nodes: Nodes, peer: Pee
     engine = nodes.engine(peer_config(peer.server), store=store, settings=settings)
     before = Census(peer)
     await engine.start()
-    await until(lambda: is_synced(nodes.folder / "b.db"), "all that is noted at first is noted")
+    await engine.wait_synced(10)
     await engine.wait_for_state(PeerState.TAILING, peer_id="a", timeout=10)
     other = sqlite3.connect(nodes.folder / "b.db", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")

@@ -6,10 +6,12 @@ import asyncio
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import time
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -91,6 +93,62 @@ async def test_what_is_newer_wins_and_the_rest_is_superseded(store: Store) -> No
     assert await store.stamps(["k", "nothing"]) == [second.stamp, None]
     assert await store.is_current("k", first.stamp)
     assert not await store.is_current("nothing", first.stamp)
+
+
+@pytest.mark.parametrize(
+    ("content", "content_type", "error", "told"),
+    [
+        ("text", "binary", TypeError, r"content is bytes, not str: pass text.encode\(\)"),
+        ({"a": 1}, "json", TypeError, r"content is bytes, not dict: .* put_json\(key, value\)"),
+        (None, "binary", TypeError, "content is bytes, not NoneType"),
+        (b"{nope", "json", ValueError, r"the content is no JSON \(.*byte.*\): pass JSON"),
+        (b'{"a": NaN}', "json", ValueError, "the content is no JSON"),
+        (b'"\xff"', "json", ValueError, "the content is no JSON"),
+        (b"[" * 100_000 + b"]" * 100_000, "json", ValueError, "the content is no JSON"),
+        (b"x", "text", ValueError, "content_type is 'binary' or 'json', not 'text'"),
+    ],
+)
+async def test_a_put_of_what_is_no_content_says_what_to_pass(
+    store: Store, content: Any, content_type: str, error: type[Exception], told: str
+) -> None:
+    """If this fails a mistake of the caller is an error from the depths, or is published."""
+    with pytest.raises(error, match=told):
+        await store.put("k", content, content_type)
+    assert await store.get("k") is None
+    if isinstance(store, RedisSyncEngine):
+        with pytest.raises(error, match=told):
+            await store.put_many({"fine": b"1", "k": content}, content_type)
+        assert await store.get("fine") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "told"),
+    [
+        (object(), TypeError, "cannot be written as JSON: .*object.*; pass dict, list, str"),
+        ({"a": b"bytes"}, TypeError, "cannot be written as JSON: .*bytes"),
+        ({"a": [math.nan]}, ValueError, "cannot be written as JSON: "),
+        (math.inf, ValueError, "cannot be written as JSON: "),
+        ("\ud800", ValueError, "cannot be written as JSON: "),
+    ],
+)
+async def test_a_put_of_what_is_no_json_says_so(
+    store: Store, value: object, error: type[Exception], told: str
+) -> None:
+    """If this fails NaN is published, which no reader of JSON takes."""
+    with pytest.raises(error, match=told):
+        await store.put_json("k", value)
+    assert await store.get("k") is None
+
+
+async def test_what_is_like_bytes_is_kept_as_bytes(store: Store) -> None:
+    """If this fails a buffer that changes later changes what is held."""
+    buffer: Any = bytearray(b"one")
+    await store.put("k", buffer)
+    buffer[:] = b"two"
+    held = await store.get("k")
+    assert held is not None
+    assert (held.content, type(held.content)) == (b"one", bytes)
+    assert (await store.put_json("j", {"a": [1, "é"]})).content == '{"a":[1,"é"]}'.encode()
 
 
 async def test_every_field_of_the_order_tuple_decides(store: Store) -> None:
@@ -226,7 +284,7 @@ async def test_local_writes_come_after_everything_they_have_seen(store: Store) -
     """If this fails a local write loses to one it replaced, as where a clock has gone back."""
     ahead = item(content=b"ahead", at=3_600_000, version=7)
     await store.submit(ahead)
-    mine = await store.put("k", b"mine", "json")
+    mine = await store.put("k", b'"mine"', "json")
     assert (mine.updated_at, mine.version) == (ahead.updated_at + 1, 8)
     assert (mine.origin, mine.content_type) == ("n", "json")
     assert await store.get("k") == mine

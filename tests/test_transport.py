@@ -198,3 +198,66 @@ async def test_a_reader_needs_read_commands_only() -> None:
                 await connection.call(*command)
             with pytest.raises(PeerReplyError, match="NOPERM"):
                 await connection.call("SET", "k", "v")
+
+
+# Wrong ports --------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def stranger(answer: bytes | None) -> AsyncIterator[int]:
+    """A server that is no Redis; it answers once, or with None says nothing and closes."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await reader.read(4096)
+            writer.write(answer or b"")
+            await writer.drain()
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+
+
+HTTP = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"
+ALERT = b"\x15\x03\x01\x00\x02\x02\x46"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "answer", "told"),
+    [
+        ("redis", HTTP, r"does not speak the Redis protocol: it answers as an HTTP server"),
+        ("redis", b"SSH-2.0-OpenSSH_9\r\n", r"it answers as an SSH server: check the port"),
+        ("redis", ALERT, r"it answers in TLS, for which the URL begins with rediss://"),
+        ("redis", None, r"before it answered anything: .* begins with rediss://"),
+        ("rediss", HTTP, r"does not answer in TLS: .* begins with redis://"),
+        ("rediss", b"-ERR unknown\r\n", r"does not answer in TLS: .* begins with redis://"),
+        ("rediss", None, r"does not answer in TLS: .* begins with redis://"),
+    ],
+)
+async def test_who_is_no_redis_is_told_as_what_it_is(
+    scheme: str, answer: bytes | None, told: str
+) -> None:
+    """If this fails a wrong port or scheme in a URL must be guessed from a wrong byte."""
+    async with stranger(answer) as port:
+        with pytest.raises((ConnectionLostError, ProtocolError), match=told):
+            await RedisTransport().connect(
+                f"{scheme}://127.0.0.1:{port}", timeout_sec=5, name="test"
+            )
+
+
+async def test_tls_spoken_to_a_redis_without_it_is_told_as_that(redis_server: RedisServer) -> None:
+    """If this fails who writes rediss:// for redis:// is told that the server is silent."""
+    url = redis_server.url.replace("redis://", "rediss://")
+    with pytest.raises(ConnectionLostError, match=r"does not answer in TLS: .* with redis://"):
+        await RedisTransport().connect(url, timeout_sec=1, name="test")
+
+
+async def test_a_url_without_a_host_is_refused() -> None:
+    """If this fails a store is opened at whatever Redis this machine happens to run."""
+    for url in ("redis://", "redis://:6379/0"):
+        with pytest.raises(PeerRefusedError, match="names no host"):
+            await RedisTransport().connect(url, timeout_sec=1, name="test")

@@ -9,6 +9,7 @@ __all__ = ("APPLICATION_ID", "SCHEMA_VERSION", "migrate", "one_number", "view_as
 
 APPLICATION_ID: Final = 0x46534D52  # "FSMR"
 
+# ``peers.synced`` is no longer used: that a peer was met is a matter of the present process.
 _SCHEMA_1: Final = (
     """CREATE TABLE peers (
         peer_id TEXT PRIMARY KEY,

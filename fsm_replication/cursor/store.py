@@ -113,9 +113,6 @@ INSERT OR REPLACE INTO interlocks
     (peer_id, saved_at_ms, falls, reserved, forgiven_ms, tripped)
 VALUES (?, ?, ?, ?, ?, ?)
 """
-_SET_SYNCED: Final = """
-INSERT INTO peers (peer_id, synced) VALUES (?, 1) ON CONFLICT (peer_id) DO UPDATE SET synced = 1
-"""
 _SET_AGREED: Final = """
 INSERT INTO peers (peer_id, agreed_at_ms) VALUES (?, ?)
 ON CONFLICT (peer_id) DO UPDATE SET agreed_at_ms = excluded.agreed_at_ms
@@ -276,10 +273,6 @@ class SqliteCursorStore:
         """Keep what the interlock knows of a peer; it is on the disk when this returns."""
         await self._do(_SET_INTERLOCK, *interlock_row(peer_id, row))
 
-    async def set_synced(self, peer_id: str) -> None:
-        """Note that the peer was fully read or compared once."""
-        await self._do(_SET_SYNCED, to_text(peer_id))
-
     async def set_agreed(self, peer_id: str, at_ms: int, *, heal_gaps: bool) -> None:
         """Note when the peer's items were last known to be all here, in ms since the epoch.
 
@@ -396,11 +389,11 @@ def _extend_gap(db: sqlite3.Connection, gap: GapRow) -> bool:
 def _load(db: sqlite3.Connection, peer_id: str | bytes) -> PeerRecord:
     one = (peer_id,)
     known = db.execute(
-        "SELECT stream_id, entries_read, incarnation, operator_pause, synced, agreed_at_ms"
+        "SELECT stream_id, entries_read, incarnation, operator_pause, agreed_at_ms"
         " FROM peers WHERE peer_id = ?",
         one,
     ).fetchone()
-    stream_id, read, incarnation, paused, synced, agreed = known or (None, None, None, 0, 0, None)
+    stream_id, read, incarnation, paused, agreed = known or (None, None, None, 0, None)
     copying = db.execute(
         "SELECT stream_id, entries_read, walk, incarnation, reason FROM bootstraps"
         " WHERE peer_id = ?",
@@ -418,7 +411,6 @@ def _load(db: sqlite3.Connection, peer_id: str | bytes) -> PeerRecord:
         bootstrap=copying
         and BootstrapRow(position_of(*copying[:2]), *(from_text(text) for text in copying[2:])),
         operator_pause=bool(paused),
-        synced=bool(synced),
         agreed_at_ms=agreed,
         gaps=tuple(gap_of(row) for row in db.execute(_GAPS_OPEN, one)),
         dead_letters=one_number(db, "SELECT count(*) FROM dead_letters WHERE peer_id = ?", peer_id),

@@ -7,19 +7,20 @@ import heapq
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from typing import Final
+from typing import Any, Final
 
 from fsm_replication.errors import MergeError
 from fsm_replication.items import (
-    CONTENT_TYPES,
     EMPTY_HASH,
     NUMBER_MAX,
     LastWriterWins,
     Resolver,
     Stamp,
     SyncItem,
+    check_content,
     check_key,
     content_hash,
+    encode_json,
     next_stamp,
     resolve,
 )
@@ -178,12 +179,12 @@ class MemorySyncEngine(SyncEngine):
         """Write locally; returns the item as it is held.
 
         :raises InvalidKeyError: if the key is not one.
-        :raises ValueError: if the content type is neither binary nor json, or if the held item's
-            time or version is the largest there can be.
+        :raises TypeError: if the content is not bytes.
+        :raises ValueError: if the content type is neither binary nor json, if it is json and the
+            content is not, or if the held item's time or version is the largest there can be.
         """
         check_key(key)
-        if content_type not in CONTENT_TYPES:
-            raise ValueError(f"content_type is 'binary' or 'json', not {content_type!r}")
+        content = check_content(key, content, content_type)
         digest = content_hash(content)
         updated_at, version = self._next(key)
         item = SyncItem(
@@ -191,6 +192,14 @@ class MemorySyncEngine(SyncEngine):
         )
         await self.apply_many([item])
         return self._items[key]
+
+    async def put_json(self, key: str, value: Any) -> SyncItem:
+        """Write a value as compact JSON.
+
+        :raises TypeError: if the value cannot be written as JSON.
+        :raises ValueError: if it holds NaN or an infinite number; and as ``put`` does.
+        """
+        return await self.put(key, encode_json(key, value), "json")
 
     async def delete(self, key: str) -> bool:
         """Delete locally; returns whether there was a live item.

@@ -42,15 +42,16 @@ from fsm_replication.errors import (
 )
 from fsm_replication.foreign import DOTTED, reserved
 from fsm_replication.items import (
-    CONTENT_TYPES,
     EMPTY_HASH,
     NUMBER_MAX,
     LastWriterWins,
     Resolver,
     Stamp,
     SyncItem,
+    check_content,
     check_key,
     content_hash,
+    encode_json,
     next_stamp,
     resolve,
 )
@@ -670,7 +671,9 @@ class RedisSyncEngine(SyncEngine):
         """Write an item and publish it; returns it as it is held.
 
         :raises InvalidKeyError: if the key is not one.
-        :raises ValueError: if the content is too large or its type is neither binary nor json.
+        :raises TypeError: if the content is not bytes.
+        :raises ValueError: if the content is too large, its type is neither binary nor json, or it is
+            json and the content is not.
         :raises StoreError: if Redis fails, and the write may then have happened or not; or if the
             key in Redis holds something that is no item.
         """
@@ -684,13 +687,13 @@ class RedisSyncEngine(SyncEngine):
         """Write several items, each as ``put`` would, in as few calls as are short enough.
 
         :raises InvalidKeyError: if a key is not one; then nothing was written.
-        :raises ValueError: if a content is too large or the type unknown, and then nothing was
+        :raises TypeError: if a content is not bytes; then nothing was written.
+        :raises ValueError: if a content is too large or not of the type, and then nothing was
             written; or if an item's version cannot go up, and then some may have been.
         :raises StoreError: if Redis fails; some of the writes may then have happened.
         """
-        pairs = list(items.items()) if isinstance(items, Mapping) else list(items)
-        if content_type not in CONTENT_TYPES:
-            raise ValueError(f"content_type is 'binary' or 'json', not {content_type!r}")
+        given = items.items() if isinstance(items, Mapping) else items
+        pairs = [(key, check_content(key, content, content_type)) for key, content in given]
         for key, content in pairs:
             self._check_key(key)
             if len(content) > self._payload_bytes:
@@ -769,9 +772,9 @@ class RedisSyncEngine(SyncEngine):
         """Write a value as compact JSON.
 
         :raises TypeError: if the value cannot be written as JSON.
+        :raises ValueError: if it holds NaN or an infinite number; and as ``put`` does.
         """
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        return await self.put(key, text.encode(), "json")
+        return await self.put(key, encode_json(key, value), "json")
 
     async def delete(self, key: str) -> bool:
         """Delete an item and publish that; False, and no event, if there was no live one.

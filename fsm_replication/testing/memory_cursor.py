@@ -219,12 +219,6 @@ class MemoryCursorStore:
         self._change(peer_id, interlock=row)
         await asyncio.sleep(0)
 
-    async def set_synced(self, peer_id: str) -> None:
-        """Note that the peer was fully read or compared once."""
-        self._use()
-        self._change(peer_id, synced=True)
-        await asyncio.sleep(0)
-
     async def set_agreed(self, peer_id: str, at_ms: int, *, heal_gaps: bool) -> None:
         """Note when the peer's items were last known to be all here, in ms since the epoch.
 

@@ -52,13 +52,17 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A peer that may be repaired: its link's state and connections, and what to tell the link."""
+    """A peer that may be repaired: its link's state and connections, and what to tell the link.
+
+    ``describe`` tells the state with what explains it.
+    """
 
     context: LinkContext
     state: str
     lines: Lines | None
     block: Callable[[PauseReason, str], None]
     lost: Callable[[Lines, str], None]
+    describe: Callable[[], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,8 +278,8 @@ class ColdPath:
             if peer_id not in (None, name):
                 continue
             if target.lines is None or target.state not in (*_READY, _BUSY):
-                why = target.context.interlock.tripped or "it cannot be compared now"
-                stats = stats.failed(f"peer {name!r} is {target.state}: {why}")
+                why = target.context.interlock.tripped or f"it is {target.describe()}"
+                stats = stats.failed(f"peer {name!r} cannot be compared now: {why}")
             elif not await self._has_tree(target):
                 stats = stats.failed(f"peer {name!r} publishes no tree that could be compared")
             else:

@@ -124,11 +124,16 @@ class LinkProgress:
             return lag_ms / 1000
         return 0.0 if self.wanted_since is None else now - self.wanted_since
 
-    def lag_events(self) -> int | None:
-        """Return how many events are not settled, None where the peer does not count them."""
+    def lag_events(self, now: float) -> int | None:
+        """Return how many events are known not to be settled.
+
+        None where the peer does not count them; and where all that were seen are settled, but the
+        head is not being read: there may be others.
+        """
         if self.unread_events is None:
             return None
-        return self.unread_events + self.pending_events
+        known = self.unread_events + self.pending_events
+        return known if known or now <= self.head_watched_until else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -595,7 +595,7 @@ class Tailer:
         return waited or not read.entries
 
     def _ask(self, *, bulk: bool) -> None:
-        reading = self._lines.reading
+        reading, settings = self._lines.reading, self._context.settings
         self._asked_at = self._context.ports.clock.monotonic()
         self._asked_bulk = bulk
         self._received_when_asked = reading.received_bytes
@@ -603,11 +603,11 @@ class Tailer:
             self._asked_to_block_sec = 0.0
             self._outstanding = self._reader.ask_bulk(reading)
         else:
-            settings = self._context.settings
             self._asked_to_block_sec = settings.hot_path.block_timeout
+            self._outstanding = self._reader.ask_blocking(reading)
+        if self._obeyed is not None and self._obeyed.mode is Mode.READ_AT_HEAD:
             overdue_at = self._asked_at + self._asked_to_block_sec + settings.timeouts.command
             self._context.progress.head_watched_until = overdue_at
-            self._outstanding = self._reader.ask_blocking(reading)
         # By the time that somebody looks at it the store may have worked for long.
         self._outstanding.add_done_callback(self._note_answered)
 
