@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,14 +60,17 @@ class FakeClock:
 
 
 class CountingStore(MemoryCursorStore):
-    """Counts how often an interlock is written."""
+    """Counts how often an interlock is written, and may answer too late that it was."""
 
     writes = 0
+    is_late = False
 
     async def save_interlock(self, peer_id: str, row: InterlockRow) -> None:
         """Write it."""
         self.writes += 1
         await super().save_interlock(peer_id, row)
+        if self.is_late:
+            raise CursorStoreError("no answer", path="c.db", retryable=True)
 
 
 def dead(number: int, at: int = 1) -> SyncItem:
@@ -146,6 +149,7 @@ steps = st.one_of(
     st.tuples(st.just("killed in a batch"), counts, counts),
     st.tuples(st.just("doubt"), counts, st.booleans()),
     st.tuples(st.just("disk"), st.booleans()),
+    st.tuples(st.just("late")),
 )
 
 
@@ -197,6 +201,12 @@ async def _take(node: Node, name: str, values: list[Any]) -> None:
         if await node.books.claim([dead(n) for n in range(deleted)], deleted) is not None:
             node.happen(-min(deleted, applied))
         await node.start()
+    elif name == "late":
+        clock.sec += 2 * TIDY_SEC
+        store.is_late = True
+        with suppress(CursorStoreError):
+            await node.books.tidy()
+        store.is_late = False
     elif name == "doubt":
         await _doubt(node, *values)
     elif name == "disk":
