@@ -137,7 +137,9 @@ steps = st.one_of(
     st.tuples(st.just("batch"), counts, counts),
     st.tuples(st.just("batch"), st.integers(0, 20), st.integers(0, 20)),
     st.tuples(st.just("add"), st.integers(1, 500)),
-    st.tuples(st.just("pass"), st.sampled_from([0.5, 10.0, 61.0, 600.0, 1800.0, 3600.0, 3700.0])),
+    st.tuples(
+        st.just("pass"), st.sampled_from([0.5, 10.0, 61.0, 600.0, 1800.0, 3595.0, 3600.0, 3700.0])
+    ),
     st.tuples(st.just("tick")),
     st.tuples(st.just("jump"), st.sampled_from([-86_400.0, -3600.0, -60.0, 60.0, 3600.0, 1e6])),
     st.tuples(
@@ -199,6 +201,9 @@ async def _take(node: Node, name: str, values: list[Any]) -> None:
         store.failure = None
         deleted, applied = values
         if await node.books.claim([dead(n) for n in range(deleted)], deleted) is not None:
+            if applied % 2:
+                clock.sec += 2 * TIDY_SEC
+                await node.books.tidy()
             node.happen(-min(deleted, applied))
         await node.start()
     elif name == "late":
@@ -334,7 +339,8 @@ def test_a_clock_set_back_blocks_for_an_hour_and_not_for_ever(end: str) -> None:
         await node.books.tidy()
         for _ in range(3):
             node.clock.sec += 1300.0
-            await _take(node, "kill", [0.0, 0.0])
+            if not end:
+                await _take(node, "kill", [0.0, 0.0])
         assert await node.delete(1)
 
     on_node(scenario)
