@@ -319,6 +319,7 @@ def test_a_repair_deletes_no_more_than_that_until_it_is_forced() -> None:
             assert stats.errors == 1
             assert pair.live >= ITEMS - ALLOWED
         assert "live items would be deleted" in stats.problems[0]
+        assert engine is not None
         await engine.repair(force=True)
         await pair.mesh.kill("b")
         await pair.mesh.start("b")
