@@ -359,6 +359,7 @@ def test_a_persons_word_lasts_an_hour_over_restarts() -> None:
         for _ in range(3):
             await _take(node, "kill", [1000.0, 0.0])
             assert not node.books.tripped
+            assert node.books.fits(10 * ALLOWED)
             assert await node.delete(10 * ALLOWED)
             assert node.books.shrunk == 0
             assert node.books.forgiven_until_ms is not None
