@@ -231,8 +231,8 @@ MUTANTS: Final = (
     Mutant(
         "the interlock never trips",
         "workers/interlock.py",
-        "            if not self.fits(most):\n                return None\n",
-        "",
+        "        return shrunk + self._claimed + more <= self._allowance(shrunk)\n",
+        "        return True\n",
         "tests/test_repair.py",
     ),
     Mutant(

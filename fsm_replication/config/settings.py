@@ -254,14 +254,16 @@ class TombstonesConfig(Model):
 
 
 class RepairConfig(Model):
-    """The interlock: a link pauses when replication would delete too many live keys in an hour.
+    """The interlock: a link pauses when its peer shrinks the number of live keys too far in an hour.
 
-    Too many is more than the larger of the two bounds.
+    What counts is the sum of the keys that it brought to life minus the live keys that it deleted,
+    below the highest value of that sum within the hour, over restarts. Too far is more than the
+    larger of the two bounds.
     """
 
     interlock_share: Share = 0.2
-    """Share of the live keys, 0 to 1. At 0 ``interlock_min`` decides alone; at 1 it never
-    trips."""
+    """Share of the live keys, those that went within the hour included; 0 to 1. At 0
+    ``interlock_min`` decides alone; at 1 it never trips."""
     interlock_min: CountOrZero = 1000
     """Keys, for small stores; at 0 ``interlock_share`` decides alone."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, TypeVar
 
 from fsm_replication.batch import BatchBuilder, Decoding, Part, Selection
 from fsm_replication.circuits import Circuit
@@ -282,6 +282,7 @@ class Applier:
             live = await self._count_live()
             if is_exact and not interlock.fits(most):
                 await self._trip(most, live)
+                continue
             most, is_exact = await self._count_dying(items), True
 
     async def _count_live(self) -> int | None:
@@ -315,8 +316,8 @@ class Applier:
             await context.ports.clock.sleep(wait)
             wait = min(RETRY_MAX_SEC, wait * 2)
 
-    async def _trip(self, more: int, live: int | None) -> NoReturn:
-        """Pause the link until a person lets the deletes through, over restarts."""
+    async def _trip(self, more: int, live: int | None) -> None:
+        """Let no delete through, over restarts, until a person says so; that may be meanwhile."""
         context, interlock = self._context, self._context.interlock
         why = (
             f"{interlock.shrunk + more} live items would be deleted within an hour, of"
@@ -339,7 +340,6 @@ class Applier:
             # It is in force, and written with the next flush that succeeds.
             context.cursors.failed(error)
             context.log.warning("interlock_not_kept", error=error, path=error.path)
-        raise Blocked(PauseReason.INTERLOCK, why)
 
     async def _apply_many(
         self,

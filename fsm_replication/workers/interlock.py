@@ -71,11 +71,16 @@ class RunningSum:
 
     def move(self, change: int, now: float) -> None:
         """Add ``change``, which may be negative."""
+        self._forget(now)
         if change < 0:
             self._leave(now)
         self._level += change
         while self._highs and self._highs[-1][1] <= self._level:
             self._highs.pop()
+
+    def _forget(self, now: float) -> None:
+        while self._highs and self._highs[0][0] <= now - WINDOW_SEC:
+            self._highs.popleft()
 
     def _leave(self, now: float) -> None:
         """Note that the present value was in force until now."""
@@ -90,14 +95,15 @@ class RunningSum:
         return self._level
 
     def fallen(self, now: float) -> int:
-        """Return how far it is below its highest value within the hour; 0 or more."""
-        while self._highs and self._highs[0][0] <= now - WINDOW_SEC:
-            self._highs.popleft()
-        return self._highs[0][1] - self._level if self._highs else 0
+        """Return how far it is below its highest value within the hour; changes nothing."""
+        # Health and metrics may be read by another thread: a copy is taken in one step.
+        begin, level = now - WINDOW_SEC, self._level
+        highest = next((high for at, high in tuple(self._highs) if at > begin), level)
+        return max(0, highest - level)
 
     def falls(self, now: float) -> tuple[tuple[int, int], ...]:
         """Return how long ago each value was left, in ms, and how far the sum is below it."""
-        self.fallen(now)
+        self._forget(now)
         return tuple(
             (max(0, round((now - at) * 1000)), high - self._level) for at, high in self._highs
         )
@@ -209,12 +215,8 @@ class Interlock:
         return self._wall_clock.now_ms() + round(left * 1000) if left else None
 
     def _forgiven_sec(self) -> float:
-        if self._forgiven_until is None:
-            return 0.0
-        left = self._forgiven_until - self._clock.monotonic()
-        if left <= 0:
-            self._forgiven_until = None
-        return max(0.0, left)
+        until = self._forgiven_until
+        return 0.0 if until is None else max(0.0, until - self._clock.monotonic())
 
     def _allowance(self, shrunk: int) -> int:
         bounds = self._settings.value.repair
@@ -236,6 +238,8 @@ class Interlock:
     def fits(self, more: int) -> bool:
         """Say whether so many live items less are allowed, by the live items that are known."""
         shrunk = self.shrunk
+        if self._forgiven_sec():
+            return True
         return shrunk + self._claimed + more <= self._allowance(shrunk)
 
     def wants_count(self, more: int) -> bool:
