@@ -306,15 +306,18 @@ class DataDecoder:
 
     def is_heavy(self, data: bytes) -> bool:
         """Say whether decoding takes, or may take, so long that a thread is to do it."""
-        if len(data) > INLINE_BYTES:
-            return True
+        return len(data) > INLINE_BYTES or self.declared_bytes(data) > INLINE_BYTES
+
+    def declared_bytes(self, data: bytes) -> int:
+        """Return what ``data``, or its first 32 bytes, say that they grow to; 0 if to nothing."""
         if not data.startswith(MAGIC):
-            return False
+            return 0
         try:
-            # A size that is not declared is -1: some writers stream, and leave it out.
-            return not 0 <= _declared_size(data) <= INLINE_BYTES
+            declared = _declared_size(data)
         except zstandard.ZstdError:
-            return False
+            return 0
+        # Some writers stream, and leave the size out.
+        return declared if declared >= 0 else self.payload_bytes
 
     def decode_light(self, data: bytes, digest: bytes | None) -> bytes | None:
         """Return the content, or None where it is for ``decode`` on a thread.

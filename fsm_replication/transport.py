@@ -32,9 +32,15 @@ from fsm_replication.errors import (
     ReplyTooLargeError,
     redact,
 )
-from fsm_replication.ports import Clock, Oversize, PackedArguments, SystemClock
+from fsm_replication.ports import (
+    LEAST_BYTES_PER_SEC,
+    Clock,
+    Oversize,
+    PackedArguments,
+    SystemClock,
+)
 
-__all__ = ("RedisConnection", "RedisTransport", "pack_arguments")
+__all__ = ("RedisConnection", "RedisTransport", "pack_arguments", "too_slow")
 
 _CREDENTIAL_CODES: Final = frozenset({"NOAUTH", "WRONGPASS", "NOPERM"})
 _TLS_FILES: Final = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
@@ -237,21 +243,21 @@ class RedisConnection(asyncio.Protocol):
         return await self._wait(self.send(*commands), timeout_sec)
 
     async def _wait(self, future: asyncio.Future[_T], timeout_sec: float | None) -> _T:
-        """Wait as long as bytes keep coming, with at most ``timeout_sec`` between them."""
-        received = self._received_bytes
+        """Wait as long as bytes keep coming, and not just a few of them."""
+        received, least = self._received_bytes, 1
         try:
             while not future.done():
                 try:
                     async with self._clock.timeout(timeout_sec):
                         await asyncio.wait((future,))
                 except TimeoutError:
+                    assert timeout_sec is not None
                     before, received = received, self._received_bytes
-                    if before == received:
-                        error = ConnectionLostError(
-                            f"{self.where} gave no answer within {timeout_sec:g} s"
-                        )
+                    if received - before < least:
+                        error = too_slow(self.where, received - before, timeout_sec)
                         self._fail(error)
                         raise error from None
+                    least = int(timeout_sec * LEAST_BYTES_PER_SEC)
         except asyncio.CancelledError:
             self._fail(ConnectionLostError(f"a call to {self.where} was cancelled"))
             raise
@@ -489,6 +495,16 @@ class RedisTransport:
         # A name helps whoever looks at CLIENT LIST over there; a user who may only read may be
         # refused it, which does not matter.
         await connection.pipeline([["CLIENT", "SETNAME", name]])
+
+
+def too_slow(where: str, received_bytes: int, within_sec: float) -> ConnectionLostError:
+    """Return the error for a peer that did not answer, or whose answer just drips."""
+    if not received_bytes:
+        return ConnectionLostError(f"{where} gave no answer within {within_sec:g} s")
+    return ConnectionLostError(
+        f"{where} answers too slowly: {received_bytes} bytes within {within_sec:g} s, at least"
+        f" {LEAST_BYTES_PER_SEC} a second are expected"
+    )
 
 
 def _tls_context(options: dict[str, Any], where: str) -> ssl.SSLContext:

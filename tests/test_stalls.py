@@ -14,14 +14,14 @@ import zstandard
 from conftest import Nodes, Peer, all_parts, digest, held, peer_config, until
 
 from fsm_replication.batch import BatchBuilder, RawEntry
-from fsm_replication.config import ReplicationConfig, Settings, StartupConfig, TimeoutsConfig
+from fsm_replication.config import ReplicationConfig, Settings, StartupConfig
 from fsm_replication.engine import ReplicationEngine
 from fsm_replication.errors import BadEntryError, DrainTimeoutError
 from fsm_replication.heavy import SideThread
 from fsm_replication.items import SyncItem, content_hash
 from fsm_replication.ports import Ports
 from fsm_replication.stores import MemorySyncEngine
-from fsm_replication.stream import DataDecoder, encode_fields
+from fsm_replication.stream import DataDecoder, Entry, encode_fields, parse_entry
 from fsm_replication.tables import EngineState, PeerState
 from fsm_replication.testing.memory_cursor import MemoryCursorStore
 from fsm_replication.testing.sim_transport import SimTransport
@@ -44,10 +44,10 @@ def put(key: str, data: bytes, of: bytes = b"another content", version: int = 1)
     return encode_fields(item, data)
 
 
-def builder(**more: bool) -> BatchBuilder:
-    """Return a builder with a thread of its own where there is a loop to wait on it."""
+def builder() -> BatchBuilder:
+    """Return a builder without a thread."""
     return BatchBuilder(
-        "a", payload_bytes=PAYLOAD_BYTES, part_bytes=PAYLOAD_BYTES, now_ms=lambda: NOW_MS, **more
+        "a", payload_bytes=PAYLOAD_BYTES, part_bytes=PAYLOAD_BYTES, now_ms=lambda: NOW_MS
     )
 
 
@@ -154,17 +154,14 @@ async def test_small_contents_take_turns_too() -> None:
 
 def test_a_chunk_of_bad_entries_is_taken_apart_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails 200 bad entries are parsed 200 times each."""
-    from fsm_replication import batch
-
     parsed = 0
-    real = batch.parse_entry
 
-    def parse(fields: Sequence[bytes] | None, index: int = 0) -> batch.Entry:
+    def parse(fields: Sequence[bytes] | None, index: int = 0) -> Entry:
         nonlocal parsed
         parsed += 1
-        return real(fields, index)
+        return parse_entry(fields, index)
 
-    monkeypatch.setattr(batch, "parse_entry", parse)
+    monkeypatch.setattr("fsm_replication.batch.parse_entry", parse)
     entries = [(b"%d-0" % n, put(f"k{n}", b"bad")) for n in range(1, 201)]
     made_by = builder()
     selection = made_by.select(entries)
@@ -234,22 +231,17 @@ async def test_a_stream_of_bombs_neither_stops_the_loop_nor_the_drain(
     """If this fails 20 KiB of one peer's stream stop all links, and the shutdown with them (G8, G9)."""
     peer.write_marker()
     peer.send("first", b"1")
-    settings = Settings(timeouts=TimeoutsConfig(drain=3.0))
-    engine = nodes.engine(peer_config(peer.server), settings=settings)
+    engine = nodes.engine(peer_config(peer.server))
     await engine.start()
     await engine.wait_for_state(PeerState.TAILING, peer_id="a", timeout=15)
     for n in range(12):
         peer.send_fields(encode_fields(peer.item(f"k{n}", b"x"), BOMB))
 
-    async def read_some_and_stop() -> float:
+    async def read_some_and_stop() -> None:
         await until(lambda: engine._links["a"].context.progress.events_read >= 12)
-        began = time.perf_counter()
         await engine.shutdown()
-        return time.perf_counter() - began
 
-    took = asyncio.create_task(read_some_and_stop())
-    assert await longest_turn(took) < STALL_SEC
-    assert took.result() < 3.0
+    assert await longest_turn(read_some_and_stop()) < STALL_SEC
     assert engine.state is EngineState.STOPPED
     assert not [t for t in threading.enumerate() if t.name.startswith("fsm_replication-heavy")]
 

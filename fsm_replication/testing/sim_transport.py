@@ -31,6 +31,7 @@ from fsm_replication.transport import Command, RedisConnection, RedisTransport
 __all__ = ("SimConnection", "SimTransport")
 
 CHUNK_BYTES: Final = 64 * 1024
+DRIPS_PER_SEC: Final = 4
 
 
 class SimConnection(RedisConnection):
@@ -112,6 +113,7 @@ class _Wire(asyncio.Transport):
         self._coming = _Lane(self._reach_client)
         self._inbox: deque[_Batch] = deque()
         self._held_back: deque[bytes] = deque()
+        self._dripping = bytearray()
         self._wait: Wait | None = None
         self._alarm: asyncio.TimerHandle | None = None
         self._still_to_run: int | None = None
@@ -164,6 +166,27 @@ class _Wire(asyncio.Transport):
         if self.host in self._network.hung:
             self._held_back.append(data)
             return
+        if self._dripping:
+            self._dripping += data
+        elif self.host in self._network.dripping:
+            self._dripping += data
+            self._drip()
+        else:
+            self._hand_on(data)
+
+    def _drip(self) -> None:
+        """Hand on the next few bytes, or all of them once the line is well again."""
+        rate = self._network.dripping.get(self.host)
+        most = len(self._dripping) if rate is None else max(1, rate // DRIPS_PER_SEC)
+        data = bytes(self._dripping[:most])
+        del self._dripping[:most]
+        self._hand_on(data)
+        if self._protocol is None:
+            self._dripping.clear()
+        elif self._dripping:
+            asyncio.get_running_loop().call_later(1 / DRIPS_PER_SEC, self._drip)
+
+    def _hand_on(self, data: bytes) -> None:
         for begin in range(0, len(data), CHUNK_BYTES):
             if self._protocol is not None:
                 self._protocol.data_received(data[begin : begin + CHUNK_BYTES])
@@ -313,6 +336,7 @@ class SimTransport(RedisTransport):
         self.commands = 0
         self.down: set[str] = set()
         self.hung: set[str] = set()
+        self.dripping: dict[str, int] = {}
         self.rejecting: set[str] = set()
         # In the order in which they were opened.
         self._wires: dict[_Wire, None] = {}
@@ -328,6 +352,10 @@ class SimTransport(RedisTransport):
         """Let a host answer nothing until :meth:`heal`, as if its process were stopped."""
         self.hung.add(self._known(host))
 
+    def drip(self, host: str, bytes_per_sec: int) -> None:
+        """Let replies of a host come at this rate until :meth:`heal`, four times a second."""
+        self.dripping[self._known(host)] = bytes_per_sec
+
     def reject(self, host: str) -> None:
         """Let a host reject the credentials of new lines until :meth:`heal`."""
         self.rejecting.add(self._known(host))
@@ -337,6 +365,7 @@ class SimTransport(RedisTransport):
         self.down.discard(self._known(host))
         self.rejecting.discard(host)
         self.hung.discard(host)
+        self.dripping.pop(host, None)
         for wire in list(self._wires):
             if wire.host == host:
                 wire.go_on()
