@@ -27,6 +27,7 @@ from fsm_replication.testing.memory_cursor import MemoryCursorStore
 from fsm_replication.testing.sim_transport import SimTransport
 from fsm_replication.testing.virtual_time import LoopClock, VirtualTimeLoop
 from fsm_replication.testing.virtual_time import run as run_virtual
+from fsm_replication.workers.chunks import cut
 
 MIB = 1024**2
 PAYLOAD_BYTES = 16 * MIB
@@ -177,7 +178,7 @@ def test_a_chunk_of_bad_entries_is_taken_apart_once(monkeypatch: pytest.MonkeyPa
           + b"y" * 20_000 + b'"}'], "meta"),
         ([b"op", b"DEL", b"key", b"k", b"meta", b'{"version":1,"updated_at":1,"x":"'
           + b"y" * 20_000 + b'"}'], "meta"),
-        ([b"f", b"v"] * 100_000, "field"),
+        ([b"f", b"v"] * 60_000, "field"),
     ],
     ids=["meta of a put", "meta of a delete", "fields"],
 )  # fmt: skip
@@ -290,3 +291,18 @@ def test_a_drain_that_ends_late_is_not_called_clean() -> None:
         assert engine.state is EngineState.FAILED
 
     run_virtual(main)
+
+
+def test_wide_entries_are_parsed_a_few_at_a_time() -> None:
+    """If this fails entries of many fields stop the loop, 200 of them in one turn."""
+    narrow, wide = [b"op", b"PUT"] * 5, [b"f", b"v"] * 6000
+    for entries, sizes in (
+        ([narrow] * 450, [200, 200, 50]),
+        ([wide] * 5, [1] * 5),
+        ([narrow] * 3 + [wide] + [narrow] * 10 + [None], [15]),
+        ([wide, narrow, wide, narrow], [2, 2]),
+    ):
+        rows = [(b"1-0", fields) for fields in entries]
+        chunks = list(cut(rows))
+        assert [len(chunk) for chunk in chunks] == sizes
+        assert [row for chunk in chunks for row in chunk] == rows
