@@ -17,10 +17,13 @@ from fsm_replication.batch import BatchBuilder, RawEntry
 from fsm_replication.config import ReplicationConfig, Settings, StartupConfig
 from fsm_replication.engine import ReplicationEngine
 from fsm_replication.errors import BadEntryError, DrainTimeoutError
-from fsm_replication.heavy import SideThread
-from fsm_replication.items import SyncItem, content_hash
+from fsm_replication.heavy import TURN_STEPS, SideThread
+from fsm_replication.items import EMPTY_HASH, SyncItem, content_hash
+from fsm_replication.layout import encode_stamp
 from fsm_replication.ports import Ports
-from fsm_replication.stores import MemorySyncEngine
+from fsm_replication.redis_dotted import DottedReader
+from fsm_replication.servers import RedisServer
+from fsm_replication.stores import MemorySyncEngine, RedisSyncEngine
 from fsm_replication.stream import DataDecoder, Entry, encode_fields, parse_entry
 from fsm_replication.tables import EngineState, PeerState
 from fsm_replication.testing.memory_cursor import MemoryCursorStore
@@ -28,6 +31,7 @@ from fsm_replication.testing.sim_transport import SimTransport
 from fsm_replication.testing.virtual_time import LoopClock, VirtualTimeLoop
 from fsm_replication.testing.virtual_time import run as run_virtual
 from fsm_replication.workers.chunks import cut
+from fsm_replication.workers.comparer import Comparer
 
 MIB = 1024**2
 PAYLOAD_BYTES = 16 * MIB
@@ -71,6 +75,23 @@ async def longest_turn(work: Awaitable[object]) -> float:
         over = True
         await watching
     return worst
+
+
+async def turns_of(work: Awaitable[object]) -> int:
+    """Return how many turns of the loop others get while ``work`` is awaited."""
+    turns, over = 0, False
+
+    async def count() -> None:
+        nonlocal turns
+        while not over:
+            await asyncio.sleep(0)
+            turns += 1
+
+    counting_turns = asyncio.create_task(count())
+    await work
+    over = True
+    await counting_turns
+    return turns
 
 
 async def consume(entries: Sequence[RawEntry], made_by: BatchBuilder) -> list[str]:
@@ -137,19 +158,13 @@ async def test_small_contents_take_turns_too() -> None:
     """If this fails contents that are just not large stop the loop by their number."""
     data = zstandard.ZstdCompressor().compress(bytes(200_000))
     entries = [(b"%d-0" % n, put(f"k{n}", data)) for n in range(1, 201)]
-    turns = 0
-    over = False
+    reasons: list[str] = []
 
-    async def count() -> None:
-        nonlocal turns
-        while not over:
-            await asyncio.sleep(0)
-            turns += 1
+    async def make() -> None:
+        reasons.extend(await consume(entries, builder()))
 
-    counting_turns = asyncio.create_task(count())
-    assert await consume(entries, builder()) == ["hash"] * 200
-    over = True
-    await counting_turns
+    turns = await turns_of(make())
+    assert reasons == ["hash"] * 200
     assert turns > 20, "40 MB were decompressed, 1 MiB a turn"
 
 
@@ -306,3 +321,52 @@ def test_wide_entries_are_parsed_a_few_at_a_time() -> None:
         chunks = list(cut(rows))
         assert [len(chunk) for chunk in chunks] == sizes
         assert [row for chunk in chunks for row in chunk] == rows
+
+
+async def test_a_bucket_of_many_leaves_takes_turns() -> None:
+    """If this fails a bucket of 100,000 leaves stops the loop for a second."""
+    leaf = encode_stamp(SyncItem("k", b"", "binary", EMPTY_HASH, 1, NOW_MS))
+    theirs = {f"k{number}": leaf for number in range(20_000)}
+
+    class Peer:
+        async def sizes(self, _layout: str, paths: Sequence[str]) -> list[int]:
+            return [len(theirs)] * len(paths)
+
+        async def children(
+            self, _layout: str, paths: Sequence[str]
+        ) -> list[dict[str, bytes] | None]:
+            return [theirs for _ in paths]
+
+        async def root(self, _layout: str) -> bytes:
+            return b"another"
+
+    async def stamps(keys: Sequence[str]) -> list[None]:
+        return [None] * len(keys)
+
+    async def walk() -> None:
+        found = [group async for group in Comparer(None, Peer(), stamps).groups(["0000"])]
+        assert [len(group.differences) for group in found] == [20_000]
+
+    assert await turns_of(walk()) >= 2 * 20_000 / TURN_STEPS - 2
+
+
+async def test_a_node_of_many_children_takes_turns() -> None:
+    """If this fails a foreign node with 100,000 children stops the loop for a second."""
+    members = [f"{number}:{'ab' * 32}".encode() for number in range(20_000)]
+
+    async def answer(commands: Sequence[Sequence[object]]) -> list[object]:
+        return [members if command[0] == "ZRANGE" else b"ab" * 32 for command in commands]
+
+    async def read() -> None:
+        await DottedReader(answer, "").children([""])
+
+    assert await turns_of(read()) >= 20_000 / TURN_STEPS - 2
+
+
+async def test_reading_our_own_store_takes_turns(redis_server: RedisServer) -> None:
+    """If this fails items that grow stop the loop whenever they are read from our own store."""
+    async with RedisSyncEngine(redis_server.url, node_id="b") as store:
+        for number in range(8):
+            await store.put(f"k{number}", bytes(3 * MIB))
+        longest = await longest_turn(store.get_many([f"k{number}" for number in range(8)]))
+    assert longest < STALL_SEC

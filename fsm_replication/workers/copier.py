@@ -316,10 +316,13 @@ class Copier:
             next_scan, found = reply
         except (TypeError, ValueError):
             raise ProtocolError("SCAN: unexpected reply") from None
-        named = [(raw, key) for raw in found if (key := self._source.key_of(raw)) is not None]
-        if named:
-            named = await self._only_newer(named)
-        await self._fetcher.fetch(asking, named, self._fetched)
+        # COUNT is a wish: how many come is the peer's choice.
+        for begin in range(0, len(found), FETCH_KEYS):
+            part = found[begin : begin + FETCH_KEYS]
+            named = [(raw, key) for raw in part if (key := self._source.key_of(raw)) is not None]
+            if named:
+                named = await self._only_newer(named)
+            await self._fetcher.fetch(asking, named, self._fetched)
         self._show()
         return bytes(next_scan)
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Final
 
 from fsm_replication.batch import BatchBuilder, Part
+from fsm_replication.heavy import take_turns
 from fsm_replication.items import EMPTY_HASH, Stamp, SyncItem
 from fsm_replication.merkle import bucket_of, bucket_path
 from fsm_replication.workers.applier import Applier
@@ -207,7 +208,8 @@ class _Pass:
         result.differing += len(group.differences) + len(group.newer_here)
         wanted: list[Difference] = []
         stale: list[Difference] = []
-        for found in group.differences:
+        for step, found in enumerate(group.differences):
+            await take_turns(step)
             if context.stale.is_spent(found.theirs, found.ours):
                 continue
             if found.key in context.unfetchable:
