@@ -298,10 +298,11 @@ class DataDecoder:
     What is heavy (see ``is_heavy``) may be decoded on any thread, all else by one thread at a time.
     """
 
-    __slots__ = ("_decompress", "payload_bytes")
+    __slots__ = ("_decompress", "_inline_bytes", "payload_bytes")
 
     def __init__(self, payload_bytes: int) -> None:
         self.payload_bytes = payload_bytes
+        self._inline_bytes = min(INLINE_BYTES, payload_bytes)
         self._decompress = zstandard.ZstdDecompressor().decompress
 
     def is_heavy(self, data: bytes) -> bool:
@@ -328,7 +329,7 @@ class DataDecoder:
             return None
         if not data.startswith(MAGIC):
             return self._check(data, digest)
-        most = min(INLINE_BYTES, self.payload_bytes)
+        most = self._inline_bytes
         try:
             declared = _declared_size(data)
             if declared > most:

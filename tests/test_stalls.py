@@ -30,6 +30,7 @@ from fsm_replication.testing.memory_cursor import MemoryCursorStore
 from fsm_replication.testing.sim_transport import SimTransport
 from fsm_replication.testing.virtual_time import LoopClock, VirtualTimeLoop
 from fsm_replication.testing.virtual_time import run as run_virtual
+from fsm_replication.transport import SKIM_BYTES, RedisTransport
 from fsm_replication.workers.chunks import cut
 from fsm_replication.workers.comparer import Comparer
 
@@ -370,3 +371,30 @@ async def test_reading_our_own_store_takes_turns(redis_server: RedisServer) -> N
             await store.put(f"k{number}", bytes(3 * MIB))
         longest = await longest_turn(store.get_many([f"k{number}" for number in range(8)]))
     assert longest < STALL_SEC
+
+
+async def test_skimming_takes_turns() -> None:
+    """If this fails a reply of tiny elements stops the loop each time that some of them come."""
+    elements = 200_000
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for reply in (b"+PONG\r\n", b"+OK\r\n", b"*%d\r\n" % elements + b":1\r\n" * elements):
+            await reader.read(4096)
+            writer.write(reply)
+        await reader.read(4096)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        connection = await RedisTransport().connect(url, timeout_sec=10, name="test")
+        replies: list[list[object]] = []
+
+        async def skim() -> None:
+            replies.append(await connection.skim("XRANGE", timeout_sec=10))
+
+        turns = await turns_of(skim())
+        connection.close()
+        await connection.wait_closed()
+    assert turns >= 4 * elements / SKIM_BYTES
+    assert len(replies[0]) == 256

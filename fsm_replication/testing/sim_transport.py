@@ -145,6 +145,12 @@ class _Wire(asyncio.Transport):
         """Whether the client is gone."""
         return self._protocol is None
 
+    def pause_reading(self) -> None:
+        """Do nothing: what comes meanwhile is a simulated server's, and bounded."""
+
+    def resume_reading(self) -> None:
+        """Do nothing."""
+
     def close(self) -> None:
         """Close at once."""
         self.abort()
