@@ -346,6 +346,8 @@ class DataDecoder:
             check = _fresh_sha256()
             check.update(content)
             if check.digest() != digest:
+                # An error holds the frames that it has passed, and what stands in them.
+                del content
                 return self._as_it_stands(data, digest, _wrong_hash())
         return content
 
@@ -369,6 +371,7 @@ class DataDecoder:
             return self._as_it_stands(data, digest, _bad_data(error))
         if digest is None or content_hash(content) == digest:
             return content
+        del content
         return self._as_it_stands(data, digest, _wrong_hash())
 
     def _check(self, data: bytes, digest: bytes | None) -> bytes:

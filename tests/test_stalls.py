@@ -398,3 +398,15 @@ async def test_skimming_takes_turns() -> None:
         await connection.wait_closed()
     assert turns >= 4 * elements / SKIM_BYTES
     assert len(replies[0]) == 256
+
+
+@pytest.mark.parametrize("size", [200_000, 3 * MIB])
+def test_an_error_does_not_hold_the_content(size: int) -> None:
+    """If this fails each bad content stays in memory until its error is collected: 600 MiB of them."""
+    data = zstandard.ZstdCompressor().compress(bytes(size))
+    decoder = DataDecoder(PAYLOAD_BYTES)
+    decode = decoder.decode_light if size < MIB else decoder.decode
+    with pytest.raises(BadEntryError) as caught:
+        decode(data, content_hash(b"another"))
+    held = [value for entry in caught.traceback[1:] for value in entry.frame.f_locals.values()]
+    assert not [value for value in held if isinstance(value, bytes) and len(value) >= size]
