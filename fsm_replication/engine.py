@@ -118,7 +118,7 @@ class ReplicationEngine(Observer):
         self._feed = ChangeFeed()
         self._arrivals = Arrivals()
         self._limiter = RateLimiter(self._settings, self._ports.clock)
-        self._copy_slot = PrioritySlot()
+        self._copy_slot = PrioritySlot(self._ports.clock)
         # One change of the configuration at a time, in the order of the calls.
         self._changing = asyncio.Lock()
         self._records_taken = False

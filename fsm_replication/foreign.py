@@ -8,7 +8,7 @@ each of the usual ways (keys as they stand or sorted, with or without spaces, wi
 escapes, numbers as the server or as Python writes them) until one has the hash that stands in the
 document. Where none has, the content is kept in compact UTF-8 together with the foreign hash, so
 that the trees still agree; such an item is known by ``content_hash(item.content)`` being another
-than ``item.content_hash``.
+than ``item.content_hash``. A payload of over 256 KiB is kept as it came, and tried in no other way.
 
 :class:`DottedTree` is a trie over the segments of the keys. A change empties the hashes on the way
 from its leaf to the root, and asking for a hash computes those that are empty below it, so a batch
@@ -280,6 +280,8 @@ def _forget(trail: Iterable[_Node]) -> None:
 
 # What may stand in an item beside its content: names, numbers, an audit record.
 _ENVELOPE_BYTES: Final = 64 * 1024
+# Larger payloads stay as they came: some ms for each spelling, and there are up to twelve.
+_RESPELLED_BYTES_MAX: Final = 256 * 1024
 # A byte value takes up to three digits, a comma and perhaps a space.
 _ARRAY_FACTOR: Final = 5
 # Byte values are decoded and encoded in pieces: whole, a list of them is 8 times the content.
@@ -361,6 +363,11 @@ def _from_document(key: str, raw: bytes, payload_limit: int) -> SyncItem:
     document = _decode_document(raw)
     _check_numbers(document.version, document.timestamp)
     payload = bytes(document.payload)
+    if len(payload) > _RESPELLED_BYTES_MAX:
+        # To spell it anew makes objects of twenty times its size, in calls that nothing interrupts.
+        _check_size(len(payload), payload_limit)
+        known = decode_hash(document.payload_hash) or content_hash(payload)
+        return SyncItem(key, payload, "json", known, document.version, document.timestamp)
     value = _decode_payload(payload)
     content = _encode_json(value)
     digest = decode_hash(document.payload_hash)

@@ -4,6 +4,8 @@ A few bytes of a peer may decompress to many megabytes, and a whole one takes a 
 decompressed and hashed. Both let go of the interpreter lock, so on a thread they cost the loop
 nothing but the hand-over, which takes about 60 us. A thread cannot be cancelled: each piece of work
 is therefore bounded, by ``limits.payload_bytes``, and whoever is cancelled does not wait for its end.
+
+What is made of many small steps needs no thread: it takes turns.
 """
 
 from __future__ import annotations
@@ -11,9 +13,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
-__all__ = ("HeavyWork", "InTurn", "SideThread")
+__all__ = ("TURN_STEPS", "HeavyWork", "InTurn", "SideThread", "take_turns")
+
+TURN_STEPS: Final = 1000
+"""Names, leaves or members of a tree that are looked at in one turn of the loop: a few ms."""
 
 _T = TypeVar("_T")
 
@@ -51,6 +56,12 @@ class SideThread:
         pool.shutdown(wait=False)
         await last
         pool.shutdown(wait=True)
+
+
+async def take_turns(step: int) -> None:
+    """Let others run once in a while; called at each step of a loop that may be a long one."""
+    if step % TURN_STEPS == TURN_STEPS - 1:
+        await asyncio.sleep(0)
 
 
 class InTurn:

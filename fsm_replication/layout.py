@@ -207,6 +207,12 @@ def decode_item(key: str, raw: bytes, decoder: DataDecoder) -> SyncItem:
     )
 
 
+def item_data_head(raw: bytes) -> bytes:
+    """Return the beginning of what ``item_data`` returns, enough for the header of a zstd frame."""
+    begin = HEAD_BYTES + 1 + (raw[HEAD_BYTES] if len(raw) > HEAD_BYTES else 0)
+    return raw[begin : begin + 32]
+
+
 def item_data(raw: bytes) -> bytes:
     """Return the tail of an item value: its content as on the stream."""
     return raw[HEAD_BYTES + 1 + raw[HEAD_BYTES] :]

@@ -19,6 +19,7 @@ from fsm_replication.heavy import HeavyWork, SideThread
 
 __all__ = (
     "BEFORE_ALL",
+    "LEAST_BYTES_PER_SEC",
     "LETTERS_BYTES",
     "PART_MAX",
     "BootstrapRow",
@@ -44,6 +45,12 @@ __all__ = (
 
 # What a page of dead letters may hold; their number alone bounds no memory.
 LETTERS_BYTES: Final = 16 * 1024 * 1024
+
+
+LEAST_BYTES_PER_SEC: Final = 4096
+"""What the line to a peer must bring. A reply has begun within its timeout, or is not waited for any
+more; from then on each further timeout must bring this rate, which is half of what a line of 64 kbit/s
+does. So a reply of n bytes is waited for no longer than two timeouts and n / 4096 seconds."""
 
 
 # Time -----------------------------------------------------------------------------------------
@@ -378,6 +385,9 @@ class Connection(Protocol):
     in the list that ``pipeline`` returns. Anything else that goes wrong closes the connection and
     raises ConnectionLostError, ProtocolError or ReplyTooLargeError; so does a cancelled call,
     because its reply could no longer be told from the next one.
+
+    A reply must begin within ``timeout_sec``; after that each further ``timeout_sec`` must bring at
+    least :data:`LEAST_BYTES_PER_SEC`, or the peer has given no answer.
     """
 
     @property

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from fsm_replication.errors import BadEntryError, PeerReplyError, ProtocolError
 from fsm_replication.foreign import children_key, decode_hash, hash_key, parse_member
+from fsm_replication.heavy import take_turns
 from fsm_replication.replies import count, string, strings
 
 __all__ = ("CHILDREN_MAX", "DottedNode", "DottedReader", "Pipeline", "child_path")
@@ -92,12 +93,14 @@ class DottedReader:
                 continue
             node = DottedNode()
             nodes.append(node)
-            for member in strings(reply, "ZRANGE", CHILDREN_MAX):
+            for step, member in enumerate(strings(reply, "ZRANGE", CHILDREN_MAX)):
+                await take_turns(step)
                 segment = self._take(node, member)
                 if segment is not None and not node.children[segment]:
                     bare.append((node, segment, child_path(path, segment)))
         hashes = await self._ask([("GET", hash_key(self._prefix, path)) for _, _, path in bare])
-        for (node, segment, _), reply in zip(bare, hashes, strict=True):
+        for step, ((node, segment, _), reply) in enumerate(zip(bare, hashes, strict=True)):
+            await take_turns(step)
             node.children[segment] = decode_hash(reply) or b""
         return nodes
 

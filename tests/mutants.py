@@ -349,8 +349,8 @@ MUTANTS: Final = (
     Mutant(
         "a foreign delete is written on absence",
         "workers/foreign_walk.py",
-        "        return [child for child in children if not _is_leaf_of(child, held.get(child[0]))]",
-        "        return [child for child in children if child[0] not in held]",
+        "            if not _is_leaf_of(child, held.get(child[0])):\n",
+        "            if child[0] not in held:\n",
         "tests/test_foreign_nodes.py",
     ),
     Mutant(

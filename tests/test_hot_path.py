@@ -32,7 +32,7 @@ from fsm_replication.errors import PeerReplyError, ProtocolError
 from fsm_replication.items import SyncItem, content_hash
 from fsm_replication.layout import Keys
 from fsm_replication.limiter import PrioritySlot
-from fsm_replication.ports import Position, StreamId
+from fsm_replication.ports import Position, StreamId, SystemClock
 from fsm_replication.reports import PauseReason
 from fsm_replication.servers import RedisServer
 from fsm_replication.stores import MemorySyncEngine, RedisSyncEngine
@@ -736,7 +736,7 @@ def test_the_batch_size_adapts(before: int, full: bool, empty: bool, after: int)
 
 async def test_one_link_copies_at_a_time_by_priority() -> None:
     """If this fails several bootstraps at once share memory and the store between them."""
-    slot = PrioritySlot()
+    slot = PrioritySlot(SystemClock())
     await slot.acquire("first", lambda: 5)
     order: list[str] = []
 

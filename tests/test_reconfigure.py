@@ -678,7 +678,7 @@ def test_priority_is_taken_up_by_links_that_wait_to_copy() -> None:
     """If this fails the links copy in the order of a configuration that is gone."""
 
     async def main() -> None:
-        slot, order = PrioritySlot(), []
+        slot, order = PrioritySlot(LoopClock()), []
         ranks = {"x": 1, "y": 2}
         await slot.acquire("first", lambda: 0)
 

@@ -14,19 +14,25 @@ import zstandard
 from conftest import Nodes, Peer, all_parts, digest, held, peer_config, until
 
 from fsm_replication.batch import BatchBuilder, RawEntry
-from fsm_replication.config import ReplicationConfig, Settings, StartupConfig, TimeoutsConfig
+from fsm_replication.config import ReplicationConfig, Settings, StartupConfig
 from fsm_replication.engine import ReplicationEngine
 from fsm_replication.errors import BadEntryError, DrainTimeoutError
-from fsm_replication.heavy import SideThread
-from fsm_replication.items import SyncItem, content_hash
+from fsm_replication.heavy import TURN_STEPS, SideThread
+from fsm_replication.items import EMPTY_HASH, SyncItem, content_hash
+from fsm_replication.layout import encode_stamp
 from fsm_replication.ports import Ports
-from fsm_replication.stores import MemorySyncEngine
-from fsm_replication.stream import DataDecoder, encode_fields
+from fsm_replication.redis_dotted import DottedReader
+from fsm_replication.servers import RedisServer
+from fsm_replication.stores import MemorySyncEngine, RedisSyncEngine
+from fsm_replication.stream import DataDecoder, Entry, encode_fields, parse_entry
 from fsm_replication.tables import EngineState, PeerState
 from fsm_replication.testing.memory_cursor import MemoryCursorStore
 from fsm_replication.testing.sim_transport import SimTransport
 from fsm_replication.testing.virtual_time import LoopClock, VirtualTimeLoop
 from fsm_replication.testing.virtual_time import run as run_virtual
+from fsm_replication.transport import SKIM_BYTES, RedisTransport
+from fsm_replication.workers.chunks import cut
+from fsm_replication.workers.comparer import Comparer
 
 MIB = 1024**2
 PAYLOAD_BYTES = 16 * MIB
@@ -44,10 +50,10 @@ def put(key: str, data: bytes, of: bytes = b"another content", version: int = 1)
     return encode_fields(item, data)
 
 
-def builder(**more: bool) -> BatchBuilder:
-    """Return a builder with a thread of its own where there is a loop to wait on it."""
+def builder() -> BatchBuilder:
+    """Return a builder without a thread."""
     return BatchBuilder(
-        "a", payload_bytes=PAYLOAD_BYTES, part_bytes=PAYLOAD_BYTES, now_ms=lambda: NOW_MS, **more
+        "a", payload_bytes=PAYLOAD_BYTES, part_bytes=PAYLOAD_BYTES, now_ms=lambda: NOW_MS
     )
 
 
@@ -70,6 +76,23 @@ async def longest_turn(work: Awaitable[object]) -> float:
         over = True
         await watching
     return worst
+
+
+async def turns_of(work: Awaitable[object]) -> int:
+    """Return how many turns of the loop others get while ``work`` is awaited."""
+    turns, over = 0, False
+
+    async def count() -> None:
+        nonlocal turns
+        while not over:
+            await asyncio.sleep(0)
+            turns += 1
+
+    counting_turns = asyncio.create_task(count())
+    await work
+    over = True
+    await counting_turns
+    return turns
 
 
 async def consume(entries: Sequence[RawEntry], made_by: BatchBuilder) -> list[str]:
@@ -136,35 +159,26 @@ async def test_small_contents_take_turns_too() -> None:
     """If this fails contents that are just not large stop the loop by their number."""
     data = zstandard.ZstdCompressor().compress(bytes(200_000))
     entries = [(b"%d-0" % n, put(f"k{n}", data)) for n in range(1, 201)]
-    turns = 0
-    over = False
+    reasons: list[str] = []
 
-    async def count() -> None:
-        nonlocal turns
-        while not over:
-            await asyncio.sleep(0)
-            turns += 1
+    async def make() -> None:
+        reasons.extend(await consume(entries, builder()))
 
-    counting_turns = asyncio.create_task(count())
-    assert await consume(entries, builder()) == ["hash"] * 200
-    over = True
-    await counting_turns
+    turns = await turns_of(make())
+    assert reasons == ["hash"] * 200
     assert turns > 20, "40 MB were decompressed, 1 MiB a turn"
 
 
 def test_a_chunk_of_bad_entries_is_taken_apart_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails 200 bad entries are parsed 200 times each."""
-    from fsm_replication import batch
-
     parsed = 0
-    real = batch.parse_entry
 
-    def parse(fields: Sequence[bytes] | None, index: int = 0) -> batch.Entry:
+    def parse(fields: Sequence[bytes] | None, index: int = 0) -> Entry:
         nonlocal parsed
         parsed += 1
-        return real(fields, index)
+        return parse_entry(fields, index)
 
-    monkeypatch.setattr(batch, "parse_entry", parse)
+    monkeypatch.setattr("fsm_replication.batch.parse_entry", parse)
     entries = [(b"%d-0" % n, put(f"k{n}", b"bad")) for n in range(1, 201)]
     made_by = builder()
     selection = made_by.select(entries)
@@ -180,7 +194,7 @@ def test_a_chunk_of_bad_entries_is_taken_apart_once(monkeypatch: pytest.MonkeyPa
           + b"y" * 20_000 + b'"}'], "meta"),
         ([b"op", b"DEL", b"key", b"k", b"meta", b'{"version":1,"updated_at":1,"x":"'
           + b"y" * 20_000 + b'"}'], "meta"),
-        ([b"f", b"v"] * 100_000, "field"),
+        ([b"f", b"v"] * 60_000, "field"),
     ],
     ids=["meta of a put", "meta of a delete", "fields"],
 )  # fmt: skip
@@ -234,22 +248,17 @@ async def test_a_stream_of_bombs_neither_stops_the_loop_nor_the_drain(
     """If this fails 20 KiB of one peer's stream stop all links, and the shutdown with them (G8, G9)."""
     peer.write_marker()
     peer.send("first", b"1")
-    settings = Settings(timeouts=TimeoutsConfig(drain=3.0))
-    engine = nodes.engine(peer_config(peer.server), settings=settings)
+    engine = nodes.engine(peer_config(peer.server))
     await engine.start()
     await engine.wait_for_state(PeerState.TAILING, peer_id="a", timeout=15)
     for n in range(12):
         peer.send_fields(encode_fields(peer.item(f"k{n}", b"x"), BOMB))
 
-    async def read_some_and_stop() -> float:
+    async def read_some_and_stop() -> None:
         await until(lambda: engine._links["a"].context.progress.events_read >= 12)
-        began = time.perf_counter()
         await engine.shutdown()
-        return time.perf_counter() - began
 
-    took = asyncio.create_task(read_some_and_stop())
-    assert await longest_turn(took) < STALL_SEC
-    assert took.result() < 3.0
+    assert await longest_turn(read_some_and_stop()) < STALL_SEC
     assert engine.state is EngineState.STOPPED
     assert not [t for t in threading.enumerate() if t.name.startswith("fsm_replication-heavy")]
 
@@ -298,3 +307,106 @@ def test_a_drain_that_ends_late_is_not_called_clean() -> None:
         assert engine.state is EngineState.FAILED
 
     run_virtual(main)
+
+
+def test_wide_entries_are_parsed_a_few_at_a_time() -> None:
+    """If this fails entries of many fields stop the loop, 200 of them in one turn."""
+    narrow, wide = [b"op", b"PUT"] * 5, [b"f", b"v"] * 6000
+    for entries, sizes in (
+        ([narrow] * 450, [200, 200, 50]),
+        ([wide] * 5, [1] * 5),
+        ([narrow] * 3 + [wide] + [narrow] * 10 + [None], [15]),
+        ([wide, narrow, wide, narrow], [2, 2]),
+    ):
+        rows = [(b"1-0", fields) for fields in entries]
+        chunks = list(cut(rows))
+        assert [len(chunk) for chunk in chunks] == sizes
+        assert [row for chunk in chunks for row in chunk] == rows
+
+
+async def test_a_bucket_of_many_leaves_takes_turns() -> None:
+    """If this fails a bucket of 100,000 leaves stops the loop for a second."""
+    leaf = encode_stamp(SyncItem("k", b"", "binary", EMPTY_HASH, 1, NOW_MS))
+    theirs = {f"k{number}": leaf for number in range(20_000)}
+
+    class Peer:
+        async def sizes(self, _layout: str, paths: Sequence[str]) -> list[int]:
+            return [len(theirs)] * len(paths)
+
+        async def children(
+            self, _layout: str, paths: Sequence[str]
+        ) -> list[dict[str, bytes] | None]:
+            return [theirs for _ in paths]
+
+        async def root(self, _layout: str) -> bytes:
+            return b"another"
+
+    async def stamps(keys: Sequence[str]) -> list[None]:
+        return [None] * len(keys)
+
+    async def walk() -> None:
+        found = [group async for group in Comparer(None, Peer(), stamps).groups(["0000"])]
+        assert [len(group.differences) for group in found] == [20_000]
+
+    assert await turns_of(walk()) >= 2 * 20_000 / TURN_STEPS - 2
+
+
+async def test_a_node_of_many_children_takes_turns() -> None:
+    """If this fails a foreign node with 100,000 children stops the loop for a second."""
+    members = [f"{number}:{'ab' * 32}".encode() for number in range(20_000)]
+
+    async def answer(commands: Sequence[Sequence[object]]) -> list[object]:
+        return [members if command[0] == "ZRANGE" else b"ab" * 32 for command in commands]
+
+    async def read() -> None:
+        await DottedReader(answer, "").children([""])
+
+    assert await turns_of(read()) >= 20_000 / TURN_STEPS - 2
+
+
+async def test_reading_our_own_store_takes_turns(redis_server: RedisServer) -> None:
+    """If this fails items that grow stop the loop whenever they are read from our own store."""
+    async with RedisSyncEngine(redis_server.url, node_id="b") as store:
+        for number in range(8):
+            await store.put(f"k{number}", bytes(3 * MIB))
+        longest = await longest_turn(store.get_many([f"k{number}" for number in range(8)]))
+    assert longest < STALL_SEC
+
+
+async def test_skimming_takes_turns() -> None:
+    """If this fails a reply of tiny elements stops the loop each time that some of them come."""
+    elements = 200_000
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for reply in (b"+PONG\r\n", b"+OK\r\n", b"*%d\r\n" % elements + b":1\r\n" * elements):
+            await reader.read(4096)
+            writer.write(reply)
+        await reader.read(4096)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        connection = await RedisTransport().connect(url, timeout_sec=10, name="test")
+        replies: list[list[object]] = []
+
+        async def skim() -> None:
+            replies.append(await connection.skim("XRANGE", timeout_sec=10))
+
+        turns = await turns_of(skim())
+        connection.close()
+        await connection.wait_closed()
+    assert turns >= 4 * elements / SKIM_BYTES
+    assert len(replies[0]) == 256
+
+
+@pytest.mark.parametrize("size", [200_000, 3 * MIB])
+def test_an_error_does_not_hold_the_content(size: int) -> None:
+    """If this fails each bad content stays in memory until its error is collected: 600 MiB of them."""
+    data = zstandard.ZstdCompressor().compress(bytes(size))
+    decoder = DataDecoder(PAYLOAD_BYTES)
+    decode = decoder.decode_light if size < MIB else decoder.decode
+    with pytest.raises(BadEntryError) as caught:
+        decode(data, content_hash(b"another"))
+    held = [value for entry in caught.traceback[1:] for value in entry.frame.f_locals.values()]
+    assert not [value for value in held if isinstance(value, bytes) and len(value) >= size]

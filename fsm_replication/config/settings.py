@@ -205,7 +205,8 @@ class TimeoutsConfig(Model):
     connect: PositiveDuration = 10.0
     """Seconds to connect to a peer and log in. Below ``startup.timeout``."""
     command: PositiveDuration = 5.0
-    """Seconds for a command to a peer; a blocking read gets ``hot_path.block_timeout`` more."""
+    """Seconds until a peer's answer begins; a blocking read gets ``hot_path.block_timeout`` more. From
+    then on each further ``command`` must bring 4 KiB a second."""
     store_call: PositiveDuration = 10.0
     """Seconds for one call into the local store."""
     ping: PositiveDuration = 5.0

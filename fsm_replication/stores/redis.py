@@ -586,13 +586,21 @@ class RedisSyncEngine(SyncEngine):
         return found
 
     async def _fetch(self, keys: Sequence[str]) -> list[SyncItem | None]:
-        """Return what is held for the first of these keys, as many as fit a bounded reply."""
+        """Return what is held for the first of these keys.
+
+        As many as fit a bounded reply, and as are decompressed in a turn of the loop.
+        """
         args = [self.keys.item_prefix, BYTES_PER_CALL, *keys]
         raws = await self._run(scripts.FETCH, [], args)
-        return [
-            None if raw is None else self._decode(key, raw)
-            for key, raw in zip(keys, raws, strict=False)
-        ]
+        found: list[SyncItem | None] = []
+        filled = 0
+        for key, raw in zip(keys, raws, strict=False):
+            item = None if raw is None else self._decode(key, raw)
+            found.append(item)
+            filled += 0 if item is None else len(item.content)
+            if filled > BYTES_PER_CALL:
+                break
+        return found
 
     def _decode(self, key: str, raw: bytes) -> SyncItem:
         try:
@@ -603,6 +611,7 @@ class RedisSyncEngine(SyncEngine):
     async def _fetch_stamped(self, keys: Sequence[str]) -> list[tuple[SyncItem | None, bytes]]:
         """As ``_fetch``, with the order tuples as they lie in Redis; None where it is no item."""
         found: list[tuple[SyncItem | None, bytes]] = []
+        filled = 0
         if not keys:
             return found
         raws = await self._run(scripts.FETCH, [], [self.keys.item_prefix, BYTES_PER_CALL, *keys])
@@ -614,6 +623,9 @@ class RedisSyncEngine(SyncEngine):
                 except StoreError as error:
                     self._log.warning("item_not_published", key=key, error=error)
             found.append((item, (raw or b"")[:STAMP_BYTES]))
+            filled += 0 if item is None else len(item.content)
+            if filled > BYTES_PER_CALL:
+                break
         return found
 
     async def stamps(self, keys: Sequence[str]) -> list[Stamp | None]:

@@ -575,7 +575,7 @@ class _Run:
 
     def _drip(self, reader: str, peer: str) -> None:
         if reader != peer:
-            self.mesh.nodes[reader].transport.drip(peer)
+            self.mesh.nodes[reader].transport.drip(peer, 1)
 
     def _drop(self, name: str) -> None:
         # Nobody can tell a stream that was made anew from one of which nothing was read.

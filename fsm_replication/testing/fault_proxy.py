@@ -42,6 +42,7 @@ class _Faults:
     flowing: asyncio.Event
     to_server_sec: float = 0.0
     to_client_sec: float = 0.0
+    drip_sec: float = 0.0
     cut_after_bytes: int | None = None
     error: bytes | None = None
     commands: frozenset[bytes] = field(default=frozenset())
@@ -134,6 +135,10 @@ class FaultProxy:
         self._faults.to_server_sec = to_server_sec
         self._faults.to_client_sec = to_client_sec
 
+    def drip(self, pause_sec: float) -> None:
+        """Give replies on byte by byte with a pause after each: bytes keep coming, answers hardly do."""
+        self._faults.drip_sec = pause_sec
+
     def cut(self, after_bytes: int) -> None:
         """Cut every connection in the middle of a reply, after about this many bytes of replies.
 
@@ -157,7 +162,7 @@ class FaultProxy:
         :raises OSError: if it cannot listen again.
         """
         faults = self._faults
-        faults.to_server_sec = faults.to_client_sec = 0.0
+        faults.to_server_sec = faults.to_client_sec = faults.drip_sec = 0.0
         faults.cut_after_bytes = faults.error = None
         faults.flowing.set()
         if self._server is None:
@@ -300,6 +305,11 @@ class _Line:
             due, data = piece
             await asyncio.sleep(max(0.0, due - loop.time()))
             await self._faults.flowing.wait()
+            while self._faults.drip_sec and queue is self._replies and len(data) > 1:
+                writer.write(data[:1])
+                await writer.drain()
+                data = data[1:]
+                await asyncio.sleep(self._faults.drip_sec)
             writer.write(data)
             await writer.drain()
 

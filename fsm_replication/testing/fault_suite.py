@@ -332,6 +332,10 @@ async def _silence(site: Site) -> None:
     site.proxy.silence()
 
 
+async def _drip(site: Site) -> None:
+    site.proxy.drip(pause_sec=0.05)
+
+
 async def _slow_down(site: Site) -> None:
     site.proxy.delay(to_server_sec=0.5, to_client_sec=0.5)
 
@@ -360,6 +364,7 @@ FAULTS: Final = (
     Fault("restarted older", _kill, _start, prepare=_save_and_write_on, forgets=True),
     Fault("behind a dead port", _refuse, _mend),
     Fault("no answer at all", _silence, _mend),
+    Fault("drips, a byte each 50 ms", _drip, _mend),
     Fault("slow by 500 ms each way", _slow_down, _mend, drops=False, answer_sec=2.5, lasts_sec=2.5),
     Fault("cut in mid-reply", _cut, _mend),
     _answering("LOADING Redis is loading the dataset in memory"),

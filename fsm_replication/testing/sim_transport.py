@@ -34,8 +34,7 @@ CHUNK_BYTES: Final = 64 * 1024
 # How often a garbled array is one of which only an element is garbled.
 _DEEPER: Final = 0.7
 FLOOD_TIMES: Final = 40
-# Seconds from one byte to the next of a line that drips.
-DRIP_SEC: Final = 1.0
+DRIPS_PER_SEC: Final = 4
 
 
 class SimConnection(RedisConnection):
@@ -118,7 +117,6 @@ class _Wire(asyncio.Transport):
         self._inbox: deque[_Batch] = deque()
         self._held_back: deque[bytes] = deque()
         self._dripping = bytearray()
-        self._drip: asyncio.TimerHandle | None = None
         self._wait: Wait | None = None
         self._alarm: asyncio.TimerHandle | None = None
         self._still_to_run: int | None = None
@@ -150,6 +148,12 @@ class _Wire(asyncio.Transport):
         """Whether the client is gone."""
         return self._protocol is None
 
+    def pause_reading(self) -> None:
+        """Do nothing: what comes meanwhile is a simulated server's, and bounded."""
+
+    def resume_reading(self) -> None:
+        """Do nothing."""
+
     def close(self) -> None:
         """Close at once."""
         self.abort()
@@ -171,26 +175,27 @@ class _Wire(asyncio.Transport):
         if self.host in self._network.hung:
             self._held_back.append(data)
             return
-        if self._dripping or self.host in self._network.dripping:
-            self._dripping += data
-            if self._drip is None:
-                self._drop()
-            return
-        self._hand_over(data)
-
-    def _drop(self) -> None:
-        """Hand over the next byte, and all at once when the line is mended."""
-        self._drip = None
-        count = 1 if self.host in self._network.dripping else len(self._dripping)
-        data = bytes(self._dripping[:count])
-        del self._dripping[:count]
-        if self._protocol is None:
-            return
         if self._dripping:
-            self._drip = asyncio.get_running_loop().call_later(DRIP_SEC, self._drop)
-        self._hand_over(data)
+            self._dripping += data
+        elif self.host in self._network.dripping:
+            self._dripping += data
+            self._drip()
+        else:
+            self._hand_on(data)
 
-    def _hand_over(self, data: bytes) -> None:
+    def _drip(self) -> None:
+        """Hand on the next few bytes, or all of them once the line is well again."""
+        rate = self._network.dripping.get(self.host)
+        most = len(self._dripping) if rate is None else max(1, rate // DRIPS_PER_SEC)
+        data = bytes(self._dripping[:most])
+        del self._dripping[:most]
+        self._hand_on(data)
+        if self._protocol is None:
+            self._dripping.clear()
+        elif self._dripping:
+            asyncio.get_running_loop().call_later(1 / DRIPS_PER_SEC, self._drip)
+
+    def _hand_on(self, data: bytes) -> None:
         for begin in range(0, len(data), CHUNK_BYTES):
             if self._protocol is not None:
                 self._protocol.data_received(data[begin : begin + CHUNK_BYTES])
@@ -286,9 +291,6 @@ class _Wire(asyncio.Transport):
         self._protocol = None
         self._held_back.clear()
         self._dripping.clear()
-        if self._drip is not None:
-            self._drip.cancel()
-            self._drip = None
         if self._wait is not None:
             # A server forgets what stands behind a read that blocks.
             self._server.forget(self._wait)
@@ -373,9 +375,9 @@ class SimTransport(RedisTransport):
         self.commands = 0
         self.down: set[str] = set()
         self.hung: set[str] = set()
+        self.dripping: dict[str, int] = {}
         self.rejecting: set[str] = set()
         self.garbling: set[str] = set()
-        self.dripping: set[str] = set()
         self.flooding: set[str] = set()
         # In the order in which they were opened.
         self._wires: dict[_Wire, None] = {}
@@ -391,6 +393,10 @@ class SimTransport(RedisTransport):
         """Let a host answer nothing until :meth:`heal`, as if its process were stopped."""
         self.hung.add(self._known(host))
 
+    def drip(self, host: str, bytes_per_sec: int) -> None:
+        """Let replies of a host come at this rate until :meth:`heal`, four times a second."""
+        self.dripping[self._known(host)] = bytes_per_sec
+
     def reject(self, host: str) -> None:
         """Let a host reject the credentials of new lines until :meth:`heal`."""
         self.rejecting.add(self._known(host))
@@ -403,21 +409,12 @@ class SimTransport(RedisTransport):
         """Let a host answer with many times what was asked for until :meth:`heal`."""
         self.flooding.add(self._known(host))
 
-    def drip(self, host: str) -> None:
-        """Let a host's replies come byte by byte, one a second, until :meth:`heal`."""
-        self.dripping.add(self._known(host))
-
     def heal(self, host: str) -> None:
         """End what was done to the lines to a host; commands that waited are then run."""
         self.down.discard(self._known(host))
-        for trouble in (
-            self.rejecting,
-            self.hung,
-            self.garbling,
-            self.dripping,
-            self.flooding,
-        ):
+        for trouble in (self.rejecting, self.hung, self.garbling, self.flooding):
             trouble.discard(host)
+        self.dripping.pop(host, None)
         for wire in list(self._wires):
             if wire.host == host:
                 wire.go_on()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
 
 from fsm_replication.errors import ProtocolError
 from fsm_replication.ports import Position, StreamId
@@ -17,10 +17,12 @@ from fsm_replication.workers.applier import Applier, Chunk, Prepared
 from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.reader import Read
 
-__all__ = ("CHUNK_EVENTS", "ChunkQueue")
+__all__ = ("CHUNK_EVENTS", "ChunkQueue", "cut")
 
 # Bounds the work of one loop turn; another link's event waits no longer than one chunk takes.
 CHUNK_EVENTS: Final = 200
+# Names and values; ordinary entries have ten, so this cuts none of their chunks.
+CHUNK_FIELDS: Final = 20_000
 
 
 class ChunkQueue:
@@ -47,9 +49,10 @@ class ChunkQueue:
         now = self._context.ports.clock.monotonic()
         count = read.end.entries_read
         before = None if count is None else count - len(entries)
-        for begin in range(0, len(entries), CHUNK_EVENTS):
-            part = entries[begin : begin + CHUNK_EVENTS]
-            done = None if before is None else before + begin + len(part)
+        begin = 0
+        for part in cut(entries):
+            begin += len(part)
+            done = None if before is None else before + begin
             try:
                 first, last = StreamId.parse(part[0][0]), StreamId.parse(part[-1][0])
             except ValueError as error:
@@ -174,3 +177,20 @@ class ChunkQueue:
             progress.unread_events += progress.pending_events
         progress.pending_events = 0
         progress.oldest_unsettled_ms = None
+
+
+def cut(entries: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Cut entries into chunks that are parsed in a short time."""
+    for begin in range(0, len(entries), CHUNK_EVENTS):
+        part = entries[begin : begin + CHUNK_EVENTS]
+        if sum([len(fields or ()) for _, fields in part]) <= CHUNK_FIELDS:
+            yield part
+            continue
+        first = held = 0
+        for place, (_, fields) in enumerate(part):
+            wide = len(fields or ())
+            if place > first and held + wide > CHUNK_FIELDS:
+                yield part[first:place]
+                first, held = place, 0
+            held += wide
+        yield part[first:]

@@ -4,6 +4,10 @@ A *cycle* visits the peers one after the other, by priority, and each is judged 
 fails rests for a while that doubles with each failure, and one whose link is not at rest is left
 out. A cycle has a budget of items; where it ended a pass, the next one goes on after the last key.
 A pass that somebody asks for has no budget.
+
+A peer cannot hold up the others. In a cycle its part ends, between two flights, after
+``cold_path.interval_sec``; and in a cycle or not, one whose part gets nowhere for two and a half minutes is
+given up: its answer is still under way, so the link connects anew.
 """
 
 from __future__ import annotations
@@ -12,11 +16,12 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from fsm_replication.config import ColdPathConfig, Settings
 from fsm_replication.current import Current
 from fsm_replication.errors import (
+    ConnectionLostError,
     CursorStoreError,
     EngineStoppedError,
     NetworkError,
@@ -45,8 +50,12 @@ __all__ = ("ColdPath", "RepairStats", "Target")
 
 ROOT_CACHE_SEC: Final = 5.0
 CATCHING_UP_SKIPS: Final = 10
+PATIENCE_SEC: Final = 150.0
+"""How long a peer's part may go without a flight of leaves compared or items applied. The former is up
+to a megabyte, which a line of 64 kbit/s brings in two minutes."""
 _READY: Final = frozenset({"Tailing", "Standby"})
 _BUSY: Final = "CatchingUp"
+_T = TypeVar("_T")
 OnProgress = Callable[[str, int, int], None]
 
 
@@ -178,11 +187,16 @@ class ColdPath:
                 if why:
                     self._metrics.get("repair_skipped", why).inc()
                     continue
+                ends_at = clock.monotonic() + self._settings.interval_sec
+                budget.time_is_up = partial(self._is_past, ends_at)
                 stats = await self._visit(target, stats, budget, None, None)
             self._metrics.get("repair_cycles").inc()
             self._metrics.get("repair_cycle_duration_seconds").observe(clock.monotonic() - began)
             self._count(stats)
             return stats
+
+    def _is_past(self, moment: float) -> bool:
+        return self._ports.clock.monotonic() >= moment
 
     async def _look_at_store(self) -> None:
         """See whether the store was emptied or replaced, which no tree tells where all are empty."""
@@ -310,20 +324,28 @@ class ColdPath:
         peer, name = self._peer(target), context.peer_id
         clock = self._ports.clock
         began = clock.monotonic()
+        flights = 0
 
         def show(result: PeerRepair) -> None:
+            nonlocal flights
+            flights += 1
             if on_progress is not None:
                 on_progress(name, result.differing, result.fetched.items)
 
         try:
-            result = await repair_peer(
-                context,
-                lines,
-                budget=budget,
-                our_root=None if lines.foreign else await self._our_root(context),
-                after=peer.after,
-                verdict=verdict,
-                on_progress=show,
+            our_root = None if lines.foreign else await self._our_root(context)
+            result = await self._while_it_gets_on(
+                repair_peer(
+                    context,
+                    lines,
+                    budget=budget,
+                    our_root=our_root,
+                    after=peer.after,
+                    verdict=verdict,
+                    on_progress=show,
+                ),
+                lambda: context.progress.advances + flights,
+                context.peer.display_url,
             )
         except Blocked as blocked:
             if blocked.reason is PauseReason.INTERLOCK:
@@ -345,7 +367,7 @@ class ColdPath:
         except ReplicationError as error:
             return self._gave_up(peer, context, stats, error)
         peer.failures, peer.not_before = 0, 0.0
-        peer.after = result.after if budget.left == 0 else None
+        peer.after = result.after if budget.spent else None
         context.metrics.operation("repair", clock.monotonic() - began)
         if not result.in_sync:
             context.metrics.diverged()
@@ -359,6 +381,35 @@ class ColdPath:
                 complete=result.complete,
             )
         return stats.plus(result)
+
+    async def _while_it_gets_on(
+        self, work: Coroutine[Any, Any, _T], progress: Callable[[], int], where: str
+    ) -> _T:
+        """Return what ``work`` comes to.
+
+        :raises ConnectionLostError: if it has got nowhere for too long.
+        """
+        task = asyncio.create_task(work)
+        # A call into the local store that hangs is no fault of the peer's.
+        patience = max(PATIENCE_SEC, 2 * self._current.value.timeouts.store_call)
+        try:
+            while not task.done():
+                reached = progress()
+                try:
+                    async with self._ports.clock.timeout(patience):
+                        await asyncio.wait((task,))
+                except TimeoutError:
+                    if progress() == reached and not task.done():
+                        raise ConnectionLostError(
+                            f"{where} has hardly answered for {patience:g} s"
+                        ) from None
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait((task,))
+                if not task.cancelled():
+                    task.exception()
+        return task.result()
 
     def _gave_up(
         self, peer: _Peer, context: LinkContext, stats: RepairStats, error: BaseException

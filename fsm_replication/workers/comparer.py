@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 from fsm_replication.errors import BadEntryError
+from fsm_replication.heavy import take_turns
 from fsm_replication.items import Stamp
 from fsm_replication.layout import decode_stamp
 from fsm_replication.merkle import OWN, differing
@@ -160,11 +161,13 @@ class Comparer:
             if theirs is None:
                 skipped += 1
             else:
-                look.compare(theirs, ours or {})
+                await look.compare(theirs, ours or {})
         if look.unknown:
             stamps = await self._stamps([key for key, _ in look.unknown])
-            for (key, stamp), held in zip(look.unknown, stamps, strict=True):
+            pairs = zip(look.unknown, stamps, strict=True)
+            for step, ((key, stamp), held) in enumerate(pairs):
                 look.judge(key, stamp, held)
+                await take_turns(step)
         return Group(paths[-1], look.newer, skipped + look.skipped, look.newer_here)
 
 
@@ -179,9 +182,10 @@ class _Look:
         self.unknown: list[tuple[str, Stamp]] = []
         self.skipped = 0
 
-    def compare(self, theirs: Mapping[str, bytes], ours: Mapping[str, bytes]) -> None:
+    async def compare(self, theirs: Mapping[str, bytes], ours: Mapping[str, bytes]) -> None:
         """Look at the leaves of one bucket on both sides."""
-        for key in sorted(theirs):
+        for step, key in enumerate(sorted(theirs)):
+            await take_turns(step)
             raw, held = theirs[key], ours.get(key)
             if raw == held:
                 continue

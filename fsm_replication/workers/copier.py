@@ -314,10 +314,13 @@ class Copier:
             "SCAN", scan, "MATCH", self._source.match, "COUNT", SCAN_COUNT, timeout_sec=timeout
         )
         next_scan, found = scanned(reply, "SCAN", SCANNED_MAX)
-        named = [(raw, key) for raw in found if (key := self._source.key_of(raw)) is not None]
-        if named:
-            named = await self._only_newer(named)
-        await self._fetcher.fetch(asking, named, self._fetched)
+        # COUNT is a wish: how many come is the peer's choice.
+        for begin in range(0, len(found), FETCH_KEYS):
+            part = found[begin : begin + FETCH_KEYS]
+            named = [(raw, key) for raw in part if (key := self._source.key_of(raw)) is not None]
+            if named:
+                named = await self._only_newer(named)
+            await self._fetcher.fetch(asking, named, self._fetched)
         self._show()
         return next_scan
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
-from fsm_replication.batch import DAY_MS, Part
+from fsm_replication.batch import DAY_MS, TURN_BYTES, Part
 from fsm_replication.errors import BadEntryError, InvalidKeyError, PeerReplyError
 from fsm_replication.items import SyncItem
 from fsm_replication.ports import Connection
 from fsm_replication.replies import count
 from fsm_replication.stores.protocol import ApplyResult, Outcome
+from fsm_replication.stream import INLINE_BYTES
 from fsm_replication.workers.applier import Applier
 from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.item_source import ItemSource
@@ -19,6 +24,10 @@ from fsm_replication.workers.item_source import ItemSource
 __all__ = ("Fetched", "Fetcher", "check_replies")
 
 APPLY_ITEMS: Final = 250
+# A flight is no longer than the line brings in about this time: what waits for one, waits for that.
+FLIGHT_SEC: Final = 10.0
+FLIGHT_BYTES_FIRST: Final = 256 * 1024
+FLIGHT_BYTES_LEAST: Final = 64 * 1024
 
 
 def check_replies(replies: Sequence[Any]) -> None:
@@ -51,32 +60,50 @@ class Fetcher:
         self._context = context
         self._applier = applier
         self._source = source
+        self._flight_bytes = FLIGHT_BYTES_FIRST
 
     async def fetch(
-        self, asking: Connection, named: Sequence[tuple[bytes, str]], result: Fetched
-    ) -> None:
+        self,
+        asking: Connection,
+        named: Sequence[tuple[bytes, str]],
+        result: Fetched,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> int:
         """Fetch and apply the items of these Redis keys and keys; adds up in ``result``.
+
+        Between two flights it ends where ``stop`` says so. Returns how many keys were dealt with,
+        the first of them first, and at least one.
 
         :raises Blocked: if the link must pause; what is missing is not applied.
         """
-        for group in await self._by_size(asking, named, result):
-            await self._fetch_group(asking, group, result)
+        sized = await self._sized(asking, named, result)
+        while sized:
+            await self._fetch_group(asking, self._take_group(sized), result)
+            if sized and stop():
+                return named.index(sized[0][0])
+        return len(named)
 
-    async def _by_size(
+    def _adapt(self, took_sec: float) -> None:
+        """Let flights grow on a fast line, and shrink on a slow one."""
+        if took_sec > FLIGHT_SEC:
+            self._flight_bytes = max(FLIGHT_BYTES_LEAST, self._flight_bytes // 2)
+        elif took_sec < FLIGHT_SEC / 4:
+            most = self._context.settings.limits.batch_bytes // 4
+            self._flight_bytes = min(most, self._flight_bytes * 2)
+
+    async def _sized(
         self, asking: Connection, named: Sequence[tuple[bytes, str]], result: Fetched
-    ) -> list[list[tuple[bytes, str]]]:
-        """Group keys so that the replies of a group stay within the limit in bytes."""
+    ) -> deque[tuple[tuple[bytes, str], int]]:
+        """Return the keys that can be fetched, each with about how many bytes its item takes."""
         settings = self._context.settings
+        found: deque[tuple[tuple[bytes, str], int]] = deque()
         if not named:
-            return []
+            return found
         sizes = await asking.pipeline(
             [(*self._source.size_command, raw) for raw, _ in named],
             timeout_sec=settings.timeouts.command,
         )
         check_replies(sizes)
-        budget = settings.limits.batch_bytes // 4
-        groups: list[list[tuple[bytes, str]]] = [[]]
-        filled = 0
         for pair, size in zip(named, sizes, strict=True):
             if size is None:
                 continue  # It has gone meanwhile.
@@ -86,32 +113,48 @@ class Fetcher:
             if count(size, self._source.size_command[0]) > settings.limits.batch_bytes:
                 self._skip(pair[1], f"an item of {size} bytes cannot be fetched", result)
                 continue
-            if groups[-1] and (filled + size > budget or len(groups[-1]) >= APPLY_ITEMS):
-                groups.append([])
-                filled = 0
-            groups[-1].append(pair)
+            found.append((pair, size))
+        return found
+
+    def _take_group(self, sized: deque[tuple[tuple[bytes, str], int]]) -> list[tuple[bytes, str]]:
+        """Take the keys of one flight, so that its replies stay within the limit in bytes."""
+        budget = min(self._flight_bytes, self._context.settings.limits.batch_bytes // 4)
+        group: list[tuple[bytes, str]] = []
+        filled = 0
+        while sized and len(group) < APPLY_ITEMS:
+            pair, size = sized[0]
+            if group and filled + size > budget:
+                break
+            sized.popleft()
+            group.append(pair)
             filled += size
-        return [group for group in groups if group]
+        return group
 
     async def peek(
         self, asking: Connection, named: Sequence[tuple[bytes, str]]
     ) -> AsyncIterator[SyncItem]:
         """Fetch items and yield them as they are; nothing is applied, and none that is bad comes."""
         passed_over = Fetched()
-        for group in await self._by_size(asking, named, passed_over):
+        sized = await self._sized(asking, named, passed_over)
+        while sized:
+            group = self._take_group(sized)
             replies = await self._read(asking, group)
-            for part in self._parts(group, replies, passed_over):
-                for item in part.items:
-                    yield item
+            async with aclosing(self._parts(group, replies, passed_over)) as parts:
+                async for part in parts:
+                    for item in part.items:
+                        yield item
 
     async def _read(self, asking: Connection, group: Sequence[tuple[bytes, str]]) -> Sequence[Any]:
         settings = self._context.settings
         # Sizes are estimates of the peer's: this is what holds whatever they are.
         asking.limit_reply(settings.limits.batch_bytes * 2)
+        clock = self._context.ports.clock
+        began = clock.monotonic()
         replies = await self._source.read(
             asking, [raw for raw, _ in group], settings.timeouts.command
         )
         asking.limit_reply(settings.limits.batch_bytes)
+        self._adapt(clock.monotonic() - began)
         check_replies(replies)
         return replies
 
@@ -119,32 +162,47 @@ class Fetcher:
         self, asking: Connection, group: Sequence[tuple[bytes, str]], result: Fetched
     ) -> None:
         replies = await self._read(asking, group)
-        for part in self._parts(group, replies, result):
-            result.items += len(part.items)
-            # What came over the wire is counted, whatever of it is handed on.
-            if self._source.looks_at_held:
-                part = await self._without_current(part)  # noqa: PLW2901 - the rest of it
-            applied = await self._applier.hand_over(part, None, self._path)
-            self._context.progress.advances += len(part.items)
-            self._count(part, applied, result)
+        async with aclosing(self._parts(group, replies, result)) as parts:
+            async for part in parts:
+                await self._apply(part, result)
+
+    async def _apply(self, part: Part, result: Fetched) -> None:
+        result.items += len(part.items)
+        # What came over the wire is counted, whatever of it is handed on.
+        if self._source.looks_at_held:
+            part = await self._without_current(part)
+        applied = await self._applier.hand_over(part, None, self._path)
+        self._context.progress.advances += len(part.items)
+        self._count(part, applied, result)
 
     async def _without_current(self, part: Part) -> Part:
         context = self._context
         held = await self._applier.call(
             context.reads, lambda: context.store.stamps([item.key for item in part.items])
         )
+        forms = {item.key: form for item, form in zip(part.items, part.wire, strict=True)}
         items = self._source.not_current(part.items, held)
-        return Part(items, [None] * len(items))
+        return Part(items, [forms[item.key] for item in items])
 
-    def _parts(
+    async def _parts(
         self, group: Sequence[tuple[bytes, str]], replies: Sequence[Any], result: Fetched
-    ) -> Iterator[Part]:
-        part, filled = Part(), 0
-        budget = self._context.settings.limits.batch_bytes // 4
-        latest = self._context.ports.wall_clock.now_ms() + DAY_MS
+    ) -> AsyncGenerator[Part, None]:
+        part, filled, turn_bytes = Part(), 0, 0
+        context = self._context
+        budget = context.settings.limits.batch_bytes // 4
+        latest = context.ports.wall_clock.now_ms() + DAY_MS
         for (_, key), reply in zip(group, replies, strict=True):
+            weight = self._source.weigh(reply)
+            if turn_bytes >= TURN_BYTES:
+                turn_bytes = 0
+                await asyncio.sleep(0)
             try:
-                made = self._source.decode(key, reply)
+                decode = partial(self._source.decode, key, reply)
+                if weight > INLINE_BYTES:
+                    made = await context.ports.heavy.run(decode)
+                else:
+                    turn_bytes += weight
+                    made = decode()
             except (BadEntryError, InvalidKeyError) as error:
                 self._skip(key, str(error), result)
                 continue

@@ -18,6 +18,7 @@ from typing import Final
 
 from fsm_replication.errors import InvalidKeyError, ProtocolError
 from fsm_replication.foreign import DOTTED, SEGMENTS_MAX, leaf_hash, reserved
+from fsm_replication.heavy import take_turns
 from fsm_replication.items import Stamp, check_key
 from fsm_replication.redis_dotted import CHILDREN_MAX, DottedNode, DottedReader, child_path
 from fsm_replication.workers.comparer import ReadableTree
@@ -194,20 +195,30 @@ class ForeignWalk:
                 continue
             bad += there.bad
             self._seen.add(path, digest)
-            unknown += self._differing(path, there, here or {})
+            unknown += await self._differing(path, there, here or {})
         return await self._not_held(unknown), bad
 
     async def _not_held(self, children: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
         """Leave out the leaves whose version and content are held here."""
-        keys = [path for path, _ in children if is_fetchable(path)]
+        keys: list[str] = []
+        for step, (path, _) in enumerate(children):
+            await take_turns(step)
+            if is_fetchable(path):
+                keys.append(path)
         held = dict(zip(keys, await self._stamps(keys), strict=True)) if keys else {}
-        return [child for child in children if not _is_leaf_of(child, held.get(child[0]))]
+        found: list[tuple[str, bytes]] = []
+        for step, child in enumerate(children):
+            await take_turns(step)
+            if not _is_leaf_of(child, held.get(child[0])):
+                found.append(child)
+        return found
 
-    def _differing(
+    async def _differing(
         self, path: str, there: DottedNode, here: Mapping[str, bytes]
     ) -> list[tuple[str, bytes]]:
         found = []
-        for segment in sorted(there.children):
+        for step, segment in enumerate(sorted(there.children)):
+            await take_turns(step)
             digest = there.children[segment]
             child = child_path(path, segment)
             if digest and (here.get(segment) == digest or self._settled.holds(child, digest)):

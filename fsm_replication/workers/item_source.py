@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from fsm_replication.errors import BadEntryError
 from fsm_replication.items import Stamp, SyncItem
-from fsm_replication.layout import Keys, decode_item, glob_escape, item_data
+from fsm_replication.layout import Keys, decode_item, glob_escape, item_data, item_data_head
 from fsm_replication.ports import Connection
 from fsm_replication.replies import values
 from fsm_replication.stream import DataDecoder, Encoded, WireForm, encode_meta
@@ -52,6 +52,13 @@ class ItemSource(ABC):
         """Return the items whose content is not held, as they are to be applied."""
 
     @abstractmethod
+    def weigh(self, reply: Any) -> int:
+        """Return about how many bytes ``decode`` goes through.
+
+        Of more than ``INLINE_BYTES`` it may be done on a thread, and uses nothing that others do.
+        """
+
+    @abstractmethod
     def decode(self, key: str, reply: Any) -> tuple[SyncItem, WireForm | None] | None:
         """Return the item in a reply, with its wire form; None where it has gone meanwhile.
 
@@ -81,6 +88,12 @@ class OwnItems(ItemSource):
     ) -> list[SyncItem]:
         """Return all of them: the store compares order tuples."""
         return list(items)
+
+    def weigh(self, reply: Any) -> int:
+        """Return the size of the content, as far as it is told."""
+        if not isinstance(reply, bytes):
+            return 0
+        return len(reply) + self._decoder.declared_bytes(item_data_head(reply))
 
     def decode(self, key: str, reply: Any) -> tuple[SyncItem, WireForm | None] | None:
         """Return the item in a reply; its content stands there as on the stream."""

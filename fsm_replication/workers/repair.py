@@ -9,6 +9,7 @@ from functools import partial
 from typing import Final
 
 from fsm_replication.batch import BatchBuilder, Part
+from fsm_replication.heavy import take_turns
 from fsm_replication.items import EMPTY_HASH, Stamp, SyncItem
 from fsm_replication.merkle import bucket_of, bucket_path
 from fsm_replication.workers.applier import Applier
@@ -35,12 +36,23 @@ FETCH_KEYS: Final = 1000
 
 @dataclass(slots=True)
 class Budget:
-    """How many items a cycle may still fetch; None is no limit."""
+    """How many items a cycle may still fetch; None is no limit.
+
+    ``time_is_up`` says whether the time for the present peer is.
+    """
 
     left: int | None = None
+    time_is_up: Callable[[], bool] = lambda: False
+
+    @property
+    def spent(self) -> bool:
+        """Whether nothing more may be fetched from the present peer."""
+        return self.left == 0 or self.time_is_up()
 
     def take(self, wanted: int) -> int:
         """Return how many of these may be fetched now."""
+        if self.time_is_up():
+            return 0
         return wanted if self.left is None else min(wanted, self.left)
 
     def spend(self, fetched: int) -> None:
@@ -137,7 +149,7 @@ class _Pass:
                 result.differing += len(flight.leaves)
                 await self._take_leaves(flight.leaves)
                 self._on_progress(result)
-                if self._budget.left == 0:
+                if self._budget.spent:
                     result.deferred += 1
                     break
         result.in_sync = not (result.differing or result.skipped)
@@ -156,9 +168,9 @@ class _Pass:
             part = wanted[begin : begin + FETCH_KEYS]
             while part and (allowed := self._budget.take(len(part))):
                 failed = len(result.fetched.failed)
-                await self._fetch([key for key, _ in part[:allowed]])
-                context.settled.add_all(part[:allowed], result.fetched.failed[failed:])
-                part = part[allowed:]
+                done = await self._fetch([key for key, _ in part[:allowed]])
+                context.settled.add_all(part[:done], result.fetched.failed[failed:])
+                part = part[done:]
             result.deferred += len(part)
 
     async def run(self, our_root: bytes | None, after: tuple[str, str] | None) -> PeerRepair:
@@ -177,7 +189,7 @@ class _Pass:
                 await self._take(group, after if first else None)
                 first = False
                 self._on_progress(result)
-                if self._budget.left == 0 and group.last != ordered[-1]:
+                if self._budget.spent and group.last != ordered[-1]:
                     # What may be fetched is fetched, and the leaves of all the rest would be read in
                     # every cycle until it is their turn.
                     result.deferred += 1
@@ -196,7 +208,8 @@ class _Pass:
         result.differing += len(group.differences) + len(group.newer_here)
         wanted: list[Difference] = []
         stale: list[Difference] = []
-        for found in group.differences:
+        for step, found in enumerate(group.differences):
+            await take_turns(step)
             if context.stale.is_spent(found.theirs, found.ours):
                 continue
             if found.key in context.unfetchable:
@@ -214,20 +227,21 @@ class _Pass:
             part = wanted[begin : begin + FETCH_KEYS]
             # What cannot be fetched costs nothing, so there may be budget left for more.
             while part and (allowed := self._budget.take(len(part))):
-                await self._fetch([found.key for found in part[:allowed]])
-                result.after = _place(part[allowed - 1].key)
-                part = part[allowed:]
+                done = await self._fetch([found.key for found in part[:allowed]])
+                result.after = _place(part[done - 1].key)
+                part = part[done:]
             result.deferred += len(part)
 
-    async def _fetch(self, keys: Sequence[str]) -> None:
-        if not keys:
-            return
+    async def _fetch(self, keys: Sequence[str]) -> int:
+        """Fetch items of which there is at least one; returns how many keys were dealt with."""
         fetched, context = self.result.fetched, self._context
         before, failed = fetched.items, len(fetched.failed)
         named = [(self._source.redis_key(key), key) for key in keys]
-        await self._fetcher.fetch(self._lines.asking, named, fetched)
+        stop = self._budget.time_is_up
+        done = await self._fetcher.fetch(self._lines.asking, named, fetched, stop)
         context.unfetchable.add(fetched.failed[failed:])
         self._budget.spend(fetched.items - before)
+        return done
 
     async def _deal_with_stale(self, stale: Sequence[Difference]) -> None:
         context = self._context

@@ -36,9 +36,10 @@ from fsm_replication.errors import (
     StoreReopenedError,
 )
 from fsm_replication.layout import Keys
-from fsm_replication.ports import BEFORE_ALL, Cursor, GapRow, Position
+from fsm_replication.ports import BEFORE_ALL, LEAST_BYTES_PER_SEC, Cursor, GapRow, Position
 from fsm_replication.replies import entries as entries_of
 from fsm_replication.reports import LinkFact, PauseReason, Reporter
+from fsm_replication.transport import too_slow
 from fsm_replication.workers.applier import Applier, Blocked, Unsettled
 from fsm_replication.workers.chunks import ChunkQueue
 from fsm_replication.workers.connector import Lines
@@ -528,7 +529,10 @@ class Tailer:
         """Wait for the turn to copy; False if the mode changed first."""
         context = self._context
         context.progress.bootstrap = "waiting for another link's bootstrap"
-        turn = asyncio.ensure_future(context.copy_slot.acquire(self, self._priority))
+        progress = context.progress
+        turn = asyncio.ensure_future(
+            context.copy_slot.acquire(self, self._priority, lambda: progress.advances)
+        )
         try:
             while not turn.done() and self._orders is orders:
                 await self._wait_for((turn,))
@@ -618,21 +622,21 @@ class Tailer:
         """Wait for the outstanding reply; None if the mode changed or the read must be redone."""
         context, outstanding = self._context, self._outstanding
         assert outstanding is not None
-        limit = context.settings.timeouts.command + self._asked_to_block_sec
-        received = self._received_when_asked
+        timeout = context.settings.timeouts.command
+        limit = timeout + self._asked_to_block_sec
+        received, least = self._received_when_asked, 1
         while not outstanding.done() and self._orders is orders:
             try:
                 async with context.ports.clock.timeout(limit):
                     while not outstanding.done() and self._orders is orders:
                         await self._wait_for((outstanding,))
             except TimeoutError:
-                # On a slow line a large reply takes its time, as long as bytes keep coming.
+                # On a slow line a large reply takes its time, as long as enough bytes keep coming.
                 before, received = received, self._lines.reading.received_bytes
-                if before == received:
+                if received - before < least:
                     where = context.peer.display_url
-                    raise ConnectionLostError(
-                        f"{where} gave no answer within {limit:g} s"
-                    ) from None
+                    raise too_slow(where, received - before, limit) from None
+                limit, least = timeout, int(timeout * LEAST_BYTES_PER_SEC)
         if not outstanding.done():
             return None
         self._outstanding = None
