@@ -132,7 +132,7 @@ def test_a_worker_that_dies_is_started_again(
         assert all(wait >= 0.5 for wait in waits), "it backs off"
 
 
-@pytest.mark.parametrize("worker", [*ENGINE_WORKERS, "tailer", "connector"])
+@pytest.mark.parametrize("worker", [*ENGINE_WORKERS])
 def test_a_worker_that_will_not_stay_up_ends_the_engine(
     worker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +152,31 @@ def test_a_worker_that_will_not_stay_up_ends_the_engine(
         assert rig.engine.state is EngineState.FAILED
         assert len(dying.deaths) == 6
         assert dying.deaths[-1] - dying.deaths[0] < 60
+        rig.assert_ended()
+
+    virtual(main)
+
+
+@pytest.mark.parametrize("worker", ["tailer", "connector"])
+def test_a_worker_of_a_link_that_will_not_stay_up_fails_that_link_alone(
+    worker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails a defect in working with one peer takes the engine down, and every other link."""
+    dying = put_bug(monkeypatch, worker, 6)
+    monkeypatch.setattr("fsm_replication.peer_link.DAEMON", QUICK)
+
+    async def main() -> None:
+        rig = Rig(**SETTINGS, reconnect={"rejected": 120.0})
+        rig.begin()
+        await rig.engine.wait_for_state(PeerState.FAILED, peer_id="a", timeout=59)
+        assert len(dying.deaths) == 6
+        (health,) = rig.engine.health_check().peers
+        assert "ZeroDivisionError" in health.last_error
+        assert rig.engine.is_running
+        began = asyncio.get_running_loop().time()
+        await rig.engine.wait_for_state(PeerState.TAILING, peer_id="a", timeout=200)
+        assert asyncio.get_running_loop().time() - began >= 119, "tried again after ``rejected``"
+        await rig.engine.shutdown()
         rig.assert_ended()
 
     virtual(main)

@@ -20,8 +20,10 @@ from fsm_replication.errors import (
     CursorStoreError,
     EngineStoppedError,
     NetworkError,
+    ProtocolError,
     ReplicationError,
     StoreReopenedError,
+    shorten,
 )
 from fsm_replication.log import get_logger
 from fsm_replication.merkle import OWN
@@ -59,6 +61,7 @@ class Target:
     lines: Lines | None
     block: Callable[[PauseReason, str], None]
     lost: Callable[[Lines, str], None]
+    blame: Callable[[str, Exception], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,10 +293,12 @@ class ColdPath:
         assert lines is not None
         try:
             await look_for_tree(context, lines)
-        except NetworkError as error:
+        except (NetworkError, ProtocolError) as error:
             target.lost(lines, str(error))
         except ReplicationError as error:
             self._log.warning("peer_not_asked_for_tree", peer_id=context.peer_id, error=error)
+        except Exception as error:  # noqa: BLE001 - it is logged, and counts against this link
+            target.blame("cold path", error)
         return bool(lines.layout)
 
     async def _visit(
@@ -331,13 +336,17 @@ class ColdPath:
                 raise
             context.cursors.failed(error)
             return self._gave_up(peer, context, stats, error)
-        except NetworkError as error:
+        except (NetworkError, ProtocolError) as error:
+            # Replies may be shifted, so that the next one would be taken for another's.
             target.lost(lines, str(error))
             return self._gave_up(peer, context, stats, error)
         except StoreReopenedError as error:
             self._reopened(str(error))
             return self._gave_up(peer, context, stats, error)
         except ReplicationError as error:
+            return self._gave_up(peer, context, stats, error)
+        except Exception as error:  # noqa: BLE001 - it is logged, and counts against this link
+            target.blame("cold path", error)
             return self._gave_up(peer, context, stats, error)
         peer.failures, peer.not_before = 0, 0.0
         peer.after = result.after if budget.left == 0 else None
@@ -365,7 +374,7 @@ class ColdPath:
         peer.not_before = self._ports.clock.monotonic() + rest
         context.metrics.error(type(error).__name__)
         self._log.warning("repair_failed", peer_id=context.peer_id, error=error, rest_sec=rest)
-        return stats.failed(f"peer {context.peer_id!r}: {error}")
+        return stats.failed(f"peer {context.peer_id!r}: {shorten(str(error))}")
 
     async def _our_root(self, context: LinkContext) -> bytes | None:
         """Return our root, at most five seconds old: one reading serves the peers of a cycle."""

@@ -229,7 +229,7 @@ async def wait_to_retry(context: LinkContext, delay_sec: float, report: Reporter
 
 
 async def wait_for_mending(context: LinkContext, report: Reporter) -> None:
-    """Wait long and try again: credentials may be mended at the peer."""
+    """Wait long and try again: what made the link fail may be mended at the peer."""
     wait = max(context.settings.reconnect.rejected, context.peer_circuit.probe_in_sec)
     await context.ports.clock.sleep(wait)
-    report(LinkFact.DUE, f"rejected credentials are tried again after {wait:g} s")
+    report(LinkFact.DUE, f"it is tried again after {wait:g} s")
