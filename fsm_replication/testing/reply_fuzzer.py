@@ -561,8 +561,12 @@ class _Round:
 
     @staticmethod
     async def _tails(engine: ReplicationEngine, name: str) -> None:
-        """Wait until a link tails now; that it did so once says nothing."""
-        for _ in iter(lambda: engine.peers[name] is PeerState.TAILING, True):
+        """Wait until a link tails now, or has failed since the marker told of another node or format.
+
+        That it tailed once says nothing; and what a marker tells is for a person to mend.
+        """
+        rests = (PeerState.TAILING, PeerState.FAILED)
+        for _ in iter(lambda: engine.peers[name] in rests, True):
             await asyncio.sleep(0.02)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from fsm_replication.abilities import Abilities
 from fsm_replication.circuits import CircuitState
-from fsm_replication.errors import ConnectionLostError, PeerRefusedError
+from fsm_replication.errors import ConnectionLostError, PeerRefusedError, WorkerCrashedError
 from fsm_replication.machine import Move
 from fsm_replication.peer_link import RUNNING, PeerLink
 from fsm_replication.reports import LinkFact, PauseReason, Report
@@ -153,6 +153,7 @@ class LinkModel:
                 "lost": ConnectionLostError("lost"),
                 "refused": PeerRefusedError("refused"),
                 "credentials": PeerRefusedError("refused", credentials=True),
+                "worn": WorkerCrashedError("too often"),
                 "bug": RuntimeError("a bug"),
                 **{reason.value: reason for reason in PauseReason},
             },
@@ -236,7 +237,12 @@ class LinkModel:
         )
 
     def _letter(self, report: Report) -> Letter:
-        name = "lines" if isinstance(report.payload, _Lines) else self._stage.name_of(report)
+        if isinstance(report.payload, _Lines):
+            name = "lines"
+        elif isinstance(report.payload, WorkerCrashedError):
+            name = "worn"
+        else:
+            name = self._stage.name_of(report)
         return Letter(report.sender, report.fact, self._stage.scope(report.ticket), name)
 
     def _scope_of(self, orders: _Orders) -> str:
