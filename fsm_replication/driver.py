@@ -19,7 +19,7 @@ from collections.abc import Callable, Coroutine
 from enum import StrEnum
 from typing import Any
 
-from fsm_replication.errors import InvalidStateError, WorkerCrashedError
+from fsm_replication.errors import InvalidStateError, WorkerCrashedError, shorten
 from fsm_replication.journal import Journal, StateWaiter, Transition, Watcher
 from fsm_replication.machine import Machine, Move
 from fsm_replication.ports import WallClock
@@ -284,9 +284,9 @@ class Driver:
 
     def _moved(self, move: Move) -> None:
         self._since_ms = self._wall_clock.now_ms()
-        record = Transition(
-            self.name, self._since_ms, move.trigger, move.source, move.dest, move.why
-        )
+        # What others wrote may stand in it, and the journal keeps many.
+        why = shorten(move.why)
+        record = Transition(self.name, self._since_ms, move.trigger, move.source, move.dest, why)
         self._journal.append(record)
         self._observer.moved(self.name, move)
 

@@ -26,10 +26,12 @@ from fsm_replication.items import (
     SyncItem,
     content_hash,
 )
+from fsm_replication.nesting import is_too_deep
 
 __all__ = (
     "COMPRESS_FROM_BYTES",
     "MAGIC",
+    "META_BYTES_MAX",
     "DataDecoder",
     "Encoded",
     "Entry",
@@ -40,6 +42,11 @@ __all__ = (
     "parse_entry",
 )
 
+META_BYTES_MAX: Final = 4096
+"""What the ``meta`` field may take: a type, two numbers, the name of a node, what others add."""
+ORIGIN_CHARS_MAX: Final = 255
+_META_LEVELS_MAX: Final = 64
+_SHALLOW_BYTES: Final = 1024
 MAGIC: Final = b"\x28\xb5\x2f\xfd"
 COMPRESS_FROM_BYTES: Final = 64
 _ZSTD_LEVEL: Final = 3
@@ -165,6 +172,7 @@ def parse_entry(fields: Sequence[bytes] | None, index: int = 0) -> Entry:
             and n_meta == b"meta"
             and 0 < len(key) <= KEY_BYTES_MAX
             and len(digest) == 64
+            and len(meta) <= _SHALLOW_BYTES
         ):
             try:
                 parsed = _decode_put_meta(meta)
@@ -175,7 +183,7 @@ def parse_entry(fields: Sequence[bytes] | None, index: int = 0) -> Entry:
                     False,
                     unhexlify(digest),
                     parsed.content_type,
-                    parsed.origin,
+                    parsed.origin[:ORIGIN_CHARS_MAX],
                     data,
                     meta,
                     index,
@@ -215,6 +223,7 @@ def _parse_key(key: bytes) -> str:
 
 def _parse_put(key: bytes, digest: bytes | None, data: bytes, meta: bytes, index: int) -> Entry:
     text = _parse_key(key)
+    _check_meta(meta)
     try:
         parsed = _decode_put_meta(meta)
         raw_digest = None if digest is None else unhexlify(digest)
@@ -231,7 +240,7 @@ def _parse_put(key: bytes, digest: bytes | None, data: bytes, meta: bytes, index
         False,
         raw_digest,
         parsed.content_type,
-        parsed.origin,
+        parsed.origin[:ORIGIN_CHARS_MAX],
         data,
         meta,
         index,
@@ -242,6 +251,7 @@ def _parse_del(key: bytes, meta: bytes | None, index: int) -> Entry:
     text = _parse_key(key)
     if meta is None:
         return Entry(text, 0, 0, True, EMPTY_HASH, "binary", "", b"", b"", index, stamped=False)
+    _check_meta(meta)
     try:
         parsed = _decode_del_meta(meta)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -253,11 +263,18 @@ def _parse_del(key: bytes, meta: bytes | None, index: int) -> Entry:
         True,
         EMPTY_HASH,
         "binary",
-        parsed.origin,
+        parsed.origin[:ORIGIN_CHARS_MAX],
         b"",
         meta,
         index,
     )
+
+
+def _check_meta(meta: bytes) -> None:
+    if len(meta) > META_BYTES_MAX:
+        raise BadEntryError("meta", f"{len(meta)} bytes of meta, the limit is {META_BYTES_MAX}")
+    if len(meta) > _SHALLOW_BYTES and is_too_deep(meta, _META_LEVELS_MAX):
+        raise BadEntryError("meta", "meta: it is nested too deeply")
 
 
 def _bad_meta(error: Exception) -> BadEntryError:
