@@ -573,9 +573,9 @@ class RedisTransport:
             commands.append(["SELECT", int(options["db"])])
         commands.append(["PING"])
         for command, reply in zip(commands, await connection.pipeline(commands), strict=True):
-            name = str(command[0])
             if not isinstance(reply, PeerReplyError):
-                status(reply, f"{connection.where}: {name}", b"PONG" if name == "PING" else b"OK")
+                wanted = b"PONG" if command[0] == "PING" else b"OK"
+                status(reply, f"{connection.where}: {command[0]!s}", wanted)
                 continue
             text = str(reply)
             if text.split(" ", 1)[0] in _CREDENTIAL_CODES or "AUTH" in text:

@@ -411,7 +411,7 @@ def _settings() -> Settings:
         cold_path=ColdPathConfig(interval_sec=0.2, backoff_base_sec=0.05, backoff_max_sec=0.2),
         peer_health=PeerHealthConfig(ping_interval_sec=0.1, idle_threshold_sec=0.0),
         reconnect=ReconnectConfig(first=0.02, longest=0.1, rejected=0.2),
-        timeouts=TimeoutsConfig(connect=0.5, command=0.5, ping=0.5),
+        timeouts=TimeoutsConfig(connect=1.0, command=0.5, ping=0.5),
         limits=LimitsConfig(batch_bytes=2 * 1024**2, payload_bytes=1024**2),
         dead_letters=DeadLettersConfig(when_full="drop_oldest"),
     )
@@ -556,8 +556,9 @@ class _Round:
                 async with asyncio.timeout(RECOVERY_SEC):
                     await self._tails(engine, name)
             except TimeoutError:
-                health = next(p for p in engine.health_check().peers if p.node_id == name)
-                self._found(f"the link to {name!r} does not come back: {health}")
+                moves = [move for move in engine.journal if move.machine == f"link:{name}"]
+                told = "".join(f"\n    -> {move.dest}: {move.why[:200]}" for move in moves[-12:])
+                self._found(f"the link to {name!r} does not come back:{told}")
 
     @staticmethod
     async def _tails(engine: ReplicationEngine, name: str) -> None:
@@ -598,6 +599,8 @@ class _Servers:
         )
         for number in range(_KEYS):
             await self.liar.put(f"k.{number}", b"%d" % number)
+            # A stream that was never empty: its first entries are in no doubt on any server.
+            await self.honest_store.put(f"honest.{number}", b"%d" % number)
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
