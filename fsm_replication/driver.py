@@ -235,6 +235,10 @@ class Driver:
             task.add_done_callback(lambda _task: release())
         task.add_done_callback(lambda _task: self._job_ended(job))
 
+    def note_death(self, worker: str, error: Exception) -> None:
+        """Tell of somebody who died while working for this machine without being one of its tasks."""
+        self._observer.worker_failed(self.name, worker, error)
+
     def await_end(self) -> None:
         """Report ``ENDED`` to the present state as soon as no task is left."""
         self._report_if_ended()

@@ -61,7 +61,6 @@ class PeerLink:
         self._connected_at: float | None = None
         self._profile = DAEMON
         self._on_crash = on_crash
-        self._observer = observer
         self.driver = Driver(
             LINK,
             self,
@@ -148,7 +147,7 @@ class PeerLink:
 
         It counts against this link, which connects anew: what was on its connections is in doubt.
         """
-        self._observer.worker_failed(self.driver.name, worker, error)
+        self.driver.note_death(worker, error)
         self.context.crashed(error)
         why = f"the {worker} died working with this peer: {shorten(str(error))}"
         self.driver.react(LinkFact.LOST, why=why)

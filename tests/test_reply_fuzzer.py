@@ -11,7 +11,7 @@ pytestmark = pytest.mark.server
 
 async def test_distorted_replies_cost_nobody_but_their_link() -> None:
     """If this fails a peer that answers nonsense ends the engine, or is noticed by other links."""
-    done = await fuzz(0.8, seed=11, round_sec=0.8)
+    done = await fuzz(0.8, seed=11, round_sec=0.8, arrival_sec=20)
     assert not done.findings, done.findings[0]
     assert done.rounds == 1
     assert done.distorted.total() > 5
@@ -21,7 +21,7 @@ async def test_distorted_replies_cost_nobody_but_their_link() -> None:
 @pytest.mark.timeout(300)
 async def test_distorted_replies_to_every_command() -> None:
     """If this fails there is a command whose reply is not checked for its shape."""
-    done = await fuzz(90, seed=5)
+    done = await fuzz(90, seed=5, arrival_sec=20)
     assert not done.findings, done.findings[0]
     asked = {"AUTH", "SELECT", "PING", "CLIENT", "HGETALL", "EXISTS", "XINFO", "XREAD", "XRANGE",
              "EXEC", "SCAN", "GET", "STRLEN", "GETRANGE", "HLEN", "HMGET", "ZCARD", "ZRANGE",

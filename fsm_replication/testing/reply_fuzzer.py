@@ -63,7 +63,8 @@ ROUND_SEC: Final = 4.0
 """How long one engine lives before the lies end and its links must come back."""
 ARRIVAL_SEC: Final = 2.0
 """How long a change from the honest peer may take; an ordinary one takes milliseconds."""
-RECOVERY_SEC: Final = 15.0
+RECOVERY_ARRIVALS: Final = 10
+"""How much longer a link may take to come back when the lies end."""
 GROWTH_BYTES: Final = 192 * 1024 * 1024
 COMMANDS_PER_SEC: Final = 4000.0
 """Of one peer's links, over a round; more than a copy in a circle of reconnects asks for."""
@@ -420,8 +421,9 @@ def _settings() -> Settings:
 class _Round:
     """One engine between an honest peer and some that lie."""
 
-    def __init__(self, number: int, seed: int, servers: _Servers) -> None:
+    def __init__(self, number: int, seed: int, servers: _Servers, arrival_sec: float) -> None:
         self._number = number
+        self._arrival_sec = arrival_sec
         self._servers = servers
         self._distorters = {
             name: Distorter(_random(seed, number, name), before) for name, before in _PEERS.items()
@@ -469,7 +471,9 @@ class _Round:
         engine = self._engine()
         try:
             await engine.start()
-            await engine.wait_for_state(PeerState.TAILING, peer_id="honest", timeout=ARRIVAL_SEC)
+            await engine.wait_for_state(
+                PeerState.TAILING, peer_id="honest", timeout=10 * self._arrival_sec
+            )
             await self._lie(engine, seconds)
             await self._recover(engine)
         except (ReplicationError, TimeoutError) as error:
@@ -520,7 +524,7 @@ class _Round:
             item, took = (await self._store.get_many([key]))[0], loop.time() - began
             if item is not None and item.content == content:
                 break
-            if took > ARRIVAL_SEC:
+            if took > self._arrival_sec:
                 self._found(f"a change of the honest peer did not arrive within {took:.1f} s")
                 return
             await asyncio.sleep(0.005)
@@ -553,7 +557,7 @@ class _Round:
             return
         for name in _PEERS:
             try:
-                async with asyncio.timeout(RECOVERY_SEC):
+                async with asyncio.timeout(RECOVERY_ARRIVALS * self._arrival_sec):
                     await self._tails(engine, name)
             except TimeoutError:
                 moves = [move for move in engine.journal if move.machine == f"link:{name}"]
@@ -612,18 +616,21 @@ async def fuzz(
     seed: int,
     *,
     round_sec: float = ROUND_SEC,
+    arrival_sec: float = ARRIVAL_SEC,
     findings_max: int = 1,
     on_round: Callable[[Fuzzed], None] = lambda _done: None,
 ) -> Fuzzed:
     """Run rounds for so long, or until so much was found.
 
+    ``arrival_sec`` is how long a change of the honest peer may take: more on a busy machine.
+
     :raises RedisServerNotFoundError: if this machine has no server.
     """
-    done, began = Fuzzed(), time.monotonic()
+    done = Fuzzed()
     async with _Servers() as servers:
-        resident = 0
+        resident, began = 0, time.monotonic()
         while time.monotonic() - began < seconds and len(done.findings) < findings_max:
-            one = _Round(done.rounds, seed, servers)
+            one = _Round(done.rounds, seed, servers, arrival_sec)
             await one.run(min(round_sec, seconds))
             done.rounds += 1
             done.distorted += one.distorted

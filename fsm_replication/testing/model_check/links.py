@@ -113,7 +113,7 @@ class Detail:
 
     With ``late`` a task that has reported may take its time to be gone, and a report whose entry
     is over is kept until it is handled; without, both happen at once. ``reconfigures`` lets the
-    configuration of the link change.
+    configuration of the link change. With ``wears`` unexpected errors may come too often.
     """
 
     reasons: tuple[PauseReason, ...] = tuple(PauseReason)
@@ -121,6 +121,7 @@ class Detail:
     late: bool = True
     crashes: bool = True
     reconfigures: bool = True
+    wears: bool = False
 
 
 class _Lines:
@@ -356,7 +357,7 @@ class LinkModel:
             raise NotImplementedError(f"nobody has written down what a {name} may do")
         if self.detail.crashes and not is_over(job):
             yield (name, "dies"), False, 0, lambda: self._end(job, RuntimeError("a bug"))
-            if not at.worn:
+            if self.detail.wears and not at.worn:
                 yield (name, "dies too often"), False, 0, lambda: self._die_too_often(job)
 
     def _tailer_choices(self, at: LinkState, job: Job) -> Iterator[Any]:
@@ -415,7 +416,7 @@ class LinkModel:
                 yield ("cold path", "block(interlock)"), False, Needs.RUNNING, block
             else:
                 yield ("operator", "repair(force)"), False, Needs.RUNNING, link.force
-        if self.detail.crashes and at.lines:
+        if self.detail.wears and at.lines:
             bug = RuntimeError("a bug")
             yield ("cold path", "dies"), False, Needs.RUNNING, partial(link.blame, "cold path", bug)
             if not at.worn:
