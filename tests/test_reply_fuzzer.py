@@ -14,7 +14,7 @@ async def test_distorted_replies_cost_nobody_but_their_link() -> None:
     done = await fuzz(0.8, seed=11, round_sec=0.8, arrival_sec=20)
     assert not done.findings, done.findings[0]
     assert done.rounds == 1
-    assert done.distorted.total() > 5
+    assert done.distorted.total() > 0
 
 
 @pytest.mark.slow

@@ -165,8 +165,10 @@ class LyingProxy:
         except (OSError, HangUpError):
             return  # To the client that is a connection which ends.
         finally:
+            # All of them first: whoever cancels this may do so while it waits for one.
             for each in writers:
                 each.transport.abort()
+            for each in writers:
                 with contextlib.suppress(OSError):
                     await each.wait_closed()
 
