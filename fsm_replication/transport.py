@@ -72,7 +72,9 @@ def _bound(command: Command) -> int | None:
     if name in _SMALL:
         return _SMALL_BYTES
     if name == "GETRANGE":
-        return max(0, int(command[3]) - int(command[2])) + _SMALL_BYTES
+        begin, end = int(command[2]), int(command[3])
+        # Below zero they count from the end, wherever that is.
+        return None if min(begin, end) < 0 else max(0, end - begin) + _SMALL_BYTES
     return None
 
 

@@ -29,7 +29,7 @@ CHILD = Path(__file__).parent / "flood_child.py"
 MIB = 1024**2
 GIB = 1024 * MIB
 BATCH_BYTES = 64 * MIB
-SECONDS = 8.0
+SECONDS = 3.0
 _PIECE = MIB
 
 # What is sent in the place of a reply: its head, and what follows until it is a gigabyte.
