@@ -587,7 +587,7 @@ class _Servers:
         for server in (self.honest, self.lied_about):
             stack.enter_context(server)
         self.honest_store = await stack.enter_async_context(
-            RedisSyncEngine(self.honest.url, node_id="honest")
+            RedisSyncEngine(self.honest.url, node_id="honest", timeout_sec=60)
         )
         plain = f"redis://127.0.0.1:{self.lied_about.port}"
         connection = await RedisTransport().connect(plain, timeout_sec=5, name="fuzzer")
@@ -599,6 +599,7 @@ class _Servers:
                 f"redis://:{_PASSWORD}@127.0.0.1:{self.lied_about.port}/1",
                 node_id="liar",
                 layouts=("own", "dotted"),
+                timeout_sec=60,
             )
         )
         for number in range(_KEYS):
