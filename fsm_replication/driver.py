@@ -19,7 +19,7 @@ from collections.abc import Callable, Coroutine
 from enum import StrEnum
 from typing import Any
 
-from fsm_replication.errors import InvalidStateError, WorkerCrashedError
+from fsm_replication.errors import InvalidStateError, WorkerCrashedError, shorten
 from fsm_replication.journal import Journal, StateWaiter, Transition, Watcher
 from fsm_replication.machine import Machine, Move
 from fsm_replication.ports import WallClock
@@ -245,6 +245,10 @@ class Driver:
             task.add_done_callback(lambda _task: release())
         task.add_done_callback(lambda _task: self._job_ended(job))
 
+    def note_death(self, worker: str, error: Exception) -> None:
+        """Tell of somebody who died while working for this machine without being one of its tasks."""
+        self._observer.worker_failed(self.name, worker, error)
+
     def await_end(self) -> None:
         """Report ``ENDED`` to the present state as soon as no task is left."""
         self._report_if_ended()
@@ -294,9 +298,9 @@ class Driver:
 
     def _moved(self, move: Move) -> None:
         self._since_ms = self._wall_clock.now_ms()
-        record = Transition(
-            self.name, self._since_ms, move.trigger, move.source, move.dest, move.why
-        )
+        # What others wrote may stand in it, and the journal keeps many.
+        why = shorten(move.why)
+        record = Transition(self.name, self._since_ms, move.trigger, move.source, move.dest, why)
         self._journal.append(record)
         self._observer.moved(self.name, move)
 

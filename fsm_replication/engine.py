@@ -31,10 +31,12 @@ from fsm_replication.errors import (
     EngineStoppedError,
     InvalidStateError,
     NoPeerError,
+    ProtocolError,
     ReplicationError,
     StartupError,
     UsageError,
     WaitTimeoutError,
+    shorten,
 )
 from fsm_replication.health import HealthCheck
 from fsm_replication.journal import Journal, StateWaiter, Transition, Watcher
@@ -56,6 +58,7 @@ from fsm_replication.workers.changes import ChangeFeed, ChangeWatcher, Doubts
 from fsm_replication.workers.cold_path import ColdPath, RepairStats
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import LinkContext, LinkProgress
+from fsm_replication.workers.crashes import CrashCounter
 from fsm_replication.workers.cursor_flush import CursorBook, flush_cursors
 from fsm_replication.workers.explain import Explanation, explain_key
 from fsm_replication.workers.foreign_walk import SettledHashes
@@ -67,7 +70,7 @@ from fsm_replication.workers.ping import ping_idle_peers
 from fsm_replication.workers.prober import probe_circuits
 from fsm_replication.workers.repair import KeyDifference, StaleVerdict, find_differences
 from fsm_replication.workers.slo import SloWatch, watch_lag
-from fsm_replication.workers.supervisor import CrashCounter, supervise
+from fsm_replication.workers.supervisor import supervise
 from fsm_replication.workers.tailer import decided_by
 
 __all__ = ("Circuits", "ReplicationEngine", "startup_verdict")
@@ -124,7 +127,6 @@ class ReplicationEngine(Observer):
         self._records_taken = False
         self._link_moved = asyncio.Event()
         self._circuit_moved = asyncio.Event()
-        self._crashes: dict[str, CrashCounter] = {}
         self.circuit = Circuits(
             reads=self._store_circuit("store-reads", config.settings.circuits.reads),
             writes=self._store_circuit("store-writes", config.settings.circuits.writes),
@@ -191,6 +193,7 @@ class ReplicationEngine(Observer):
             self._ports.cursor_store,
             lambda: {link.peer_id: link.context for link in self._links.values()},
             self._links.block,
+            self._links.blame,
             self._note_room,
             partial(self._start_asked, "letter-retry"),
             self._links.decide_anew,
@@ -291,6 +294,7 @@ class ReplicationEngine(Observer):
             ),
             unfetchable=KeyMemory(clock),
             settled=SettledHashes(),
+            crashes=CrashCounter(clock),
             on_synced=self._link_moved.set,
             log=log,
         )
@@ -750,8 +754,21 @@ class ReplicationEngine(Observer):
             raise ConnectionLostError(f"peer {peer_id!r} is not connected: it is {link.describe()}")
         if not lines.layout:
             raise UsageError(f"peer {peer_id!r} publishes no tree that could be compared")
-        async for found in find_differences(link.context, lines):
-            yield found
+        found = find_differences(link.context, lines)
+        while True:
+            try:
+                one = await anext(found, None)
+            except ProtocolError as error:
+                link.lost(lines, str(error))
+                raise
+            except ReplicationError:
+                raise
+            except Exception as error:
+                link.blame("comparison", error)
+                raise ProtocolError(f"peer {peer_id!r} cannot be compared: {error}") from error
+            if one is None:
+                return
+            yield one
 
     async def explain(self, key: str) -> Explanation:
         """Tell which version of a key is held here and at each peer, and which wins by which rule.
@@ -766,7 +783,12 @@ class ReplicationEngine(Observer):
         timeout = self._config.settings.timeouts
         async with self._ports.clock.timeout(timeout.store_call + timeout.command * len(peers)):
             return await explain_key(
-                key, self._store, peers, timeout_sec=timeout.command, arrivals=self._arrivals
+                key,
+                self._store,
+                peers,
+                timeout_sec=timeout.command,
+                arrivals=self._arrivals,
+                blame=self._links.blame,
             )
 
     @contextmanager
@@ -1007,14 +1029,11 @@ class ReplicationEngine(Observer):
         if worker == "engine:drainer":
             self._drainer_died(error)
             return
-        counter = self._crashes.setdefault(worker, CrashCounter(self._ports.clock))
-        verdict: BaseException | None = counter.verdict(worker, counter.add(), error)
-        if isinstance(error, CursorStoreError) and not error.may_pass:
-            verdict = error
-        if verdict is not None or worker.startswith("engine:"):
-            self._driver.request_if_legal(
-                "abort", why=f"{worker} died: {error}", payload=verdict or error
-            )
+        # What happens while working with one peer is for its link to count.
+        gone = isinstance(error, CursorStoreError) and not error.may_pass
+        if gone or worker.startswith("engine:"):
+            why = f"{worker} died: {shorten(str(error))}"
+            self._driver.request_if_legal("abort", why=why, payload=error)
 
     def _drainer_died(self, error: Exception) -> None:
         """See that the engine ends all the same: nobody else would end it."""
@@ -1061,9 +1080,6 @@ class ReplicationEngine(Observer):
         self._book.forget(peer_id)
         self.metrics.forget_peer(peer_id)
         link.context.metrics.detach()
-        workers = [name for name in self._crashes if name.rpartition(":")[0] == f"link:{peer_id}"]
-        for name in workers:
-            del self._crashes[name]
 
     def _show_state(self) -> None:
         self.metrics.get("engine_state").set(list(EngineState).index(self.state))

@@ -29,6 +29,7 @@ import msgspec
 
 from fsm_replication.errors import BadEntryError, InvalidKeyError
 from fsm_replication.items import CONTENT_TYPES, NUMBER_MAX, SyncItem, check_key, content_hash
+from fsm_replication.nesting import is_too_deep
 
 __all__ = (
     "DOTTED",
@@ -352,6 +353,8 @@ def decode_foreign(
             raw = raw.encode()
         else:
             raw.decode()
+        if is_too_deep(raw):
+            raise RecursionError
         if kind == "json":
             return _from_document(key, raw, payload_limit)
         return _from_whole(key, raw, payload_limit)

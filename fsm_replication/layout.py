@@ -133,9 +133,14 @@ def encode_stamp(item: SyncItem) -> bytes:
     )
 
 
-@lru_cache(maxsize=256)
 def encode_origin(origin: str) -> bytes:
     """Return the origin with its length before it; names over 255 bytes are cut."""
+    # Cut before it is kept: what others call themselves has no bound of its own.
+    return _encode_origin(origin[:_ORIGIN_BYTES_MAX])
+
+
+@lru_cache(maxsize=256)
+def _encode_origin(origin: str) -> bytes:
     raw = origin.encode()[:_ORIGIN_BYTES_MAX]
     return bytes((len(raw),)) + raw
 

@@ -220,7 +220,15 @@ class Links(Mapping[str, PeerLink]):
     def repair_targets(self) -> list[Target]:
         """Return what the cold path needs to know of each link."""
         return [
-            Target(link.context, link.state, link.lines, link.block, link.lost, link.describe)
+            Target(
+                link.context,
+                link.state,
+                link.lines,
+                link.block,
+                link.lost,
+                link.describe,
+                link.blame,
+            )
             for link in self._links.values()
         ]
 
@@ -254,6 +262,11 @@ class Links(Mapping[str, PeerLink]):
         """Pause a link, unless its peer was taken out meanwhile."""
         if peer_id in self._links:
             self._links[peer_id].block(reason, why)
+
+    def blame(self, peer_id: str, worker: str, error: Exception) -> None:
+        """Count an unexpected error against a link, unless its peer was taken out meanwhile."""
+        if peer_id in self._links:
+            self._links[peer_id].blame(worker, error)
 
     # What changes about them.
 

@@ -14,7 +14,7 @@ from typing import Final, cast
 from fsm_replication.circuits import Circuit
 from fsm_replication.config import PeerConfig
 from fsm_replication.driver import Driver, Observer
-from fsm_replication.errors import PeerRefusedError
+from fsm_replication.errors import PeerRefusedError, WorkerCrashedError, shorten
 from fsm_replication.health import PeerHealth
 from fsm_replication.journal import Journal, StateWaiter, Watcher
 from fsm_replication.machine import Move
@@ -184,6 +184,16 @@ class PeerLink:
         if self._lines is lines:
             self.driver.react(LinkFact.LOST, why=why)
 
+    def blame(self, worker: str, error: Exception) -> None:
+        """Take in that somebody else than the tailer died of an error nobody expected.
+
+        It counts against this link, which connects anew: what was on its connections is in doubt.
+        """
+        self.driver.note_death(worker, error)
+        self.context.crashed(error)
+        why = f"the {worker} died working with this peer: {shorten(str(error))}"
+        self.driver.react(LinkFact.LOST, why=why)
+
     def decide_anew(self, why: str) -> None:
         """Have what was decided decided again, by the settings in force, for the store as it is.
 
@@ -248,7 +258,10 @@ class PeerLink:
         """Ping the peer; a ping that fails is a lost connection."""
         if self._lines is not None and self.state.is_running:
             report = self.driver.reporter("ping", self.driver.machine.ticket(RUNNING))
-            await ping_once(self.context, self._lines.asking, report)
+            try:
+                await ping_once(self.context, self._lines.asking, report)
+            except Exception as error:  # noqa: BLE001 - it is logged, and counts against this link
+                self.blame("pinger", error)
 
     # Guards and effects, named in the table.
 
@@ -315,7 +328,17 @@ class PeerLink:
         self.driver.await_end()
 
     def wait_to_retry(self, _move: Move) -> None:
-        """Start the timer of the next attempt, longer each time until there was progress."""
+        """Start the timer of the next attempt, longer each time until there was progress.
+
+        After too many unexpected errors there is none: the link fails.
+        """
+        verdict = self.context.crashes.verdict(f"whoever works with peer {self.peer_id!r}")
+        if verdict is not None:
+            self.context.crashes.clear()
+            self._attempts = 0
+            ticket = self.driver.machine.ticket(str(PeerState.BACKOFF))
+            self.driver.post(Report("crashes", LinkFact.HOPELESS, ticket, str(verdict), verdict))
+            return
         profile = self._retry_profile()
         if self._has_advanced():
             self._attempts = 0
@@ -353,9 +376,11 @@ class PeerLink:
         )
 
     def wait_for_mending(self, move: Move) -> None:
-        """Start the timer that tries rejected credentials again."""
+        """Start the timer that tries again what may be mended without a word to this node."""
         error = move.payload
-        if isinstance(error, PeerRefusedError) and error.credentials:
+        if isinstance(error, WorkerCrashedError) or (
+            isinstance(error, PeerRefusedError) and error.credentials
+        ):
             wait = self._plan_attempt(mending_wait_sec(self.context))
             work = partial(wait_for_mending, self.context, wait)
             self.driver.start_worker("timer", str(PeerState.FAILED), work)
@@ -375,9 +400,10 @@ class PeerLink:
                 self._hold_reasons(self._reasons - {report.payload})
 
     def _crashed(self, name: str, ticket: Ticket, error: Exception) -> None:
-        # The link goes on as after any other loss; the engine counts how often it happens.
-        self.context.progress.last_error = f"{type(error).__name__}: {error}"
-        self.driver.post(Report(name, DEATHS[name], ticket, f"the {name} died: {error}"))
+        # The link goes on as after any other loss, unless that happens too often.
+        self.context.crashed(error)
+        why = f"the {name} died: {shorten(str(error))}"
+        self.driver.post(Report(name, DEATHS[name], ticket, why))
         self._on_crash(f"{self.driver.name}:{name}", error)
 
     def health(self) -> PeerHealth:

@@ -11,6 +11,7 @@ import json
 from typing import Any
 
 from fsm_replication.items import SyncItem, content_hash
+from fsm_replication.nesting import is_too_deep
 
 __all__ = ("GrowOnlySet",)
 
@@ -47,6 +48,8 @@ class GrowOnlySet:
 
 def _elements(content: bytes) -> dict[str, Any] | None:
     """Return the elements by their canonical text, or None where it is no JSON array."""
+    if is_too_deep(content):
+        return None
     try:
         parsed = json.loads(content)
     except (ValueError, RecursionError):

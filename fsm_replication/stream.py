@@ -27,6 +27,7 @@ from fsm_replication.items import (
     SyncItem,
     content_hash,
 )
+from fsm_replication.nesting import is_too_deep
 
 __all__ = (
     "COMPRESS_FROM_BYTES",
@@ -44,10 +45,13 @@ __all__ = (
     "parse_entry",
 )
 
+META_BYTES_MAX: Final = 4096
+"""What the ``meta`` field may take: a type, two numbers, the name of a node, what others add."""
+ORIGIN_CHARS_MAX: Final = 255
+_META_LEVELS_MAX: Final = 64
+_SHALLOW_BYTES: Final = 1024
 MAGIC: Final = b"\x28\xb5\x2f\xfd"
 COMPRESS_FROM_BYTES: Final = 64
-META_BYTES_MAX: Final = 16 * 1024
-"""No writer needs a hundredth of it, and each byte is parsed."""
 FIELDS_MAX: Final = 100_000
 """Names and values of one entry; an ordinary one has ten."""
 INLINE_BYTES: Final = 256 * 1024
@@ -176,7 +180,7 @@ def parse_entry(fields: Sequence[bytes] | None, index: int = 0) -> Entry:
             and n_meta == b"meta"
             and 0 < len(key) <= KEY_BYTES_MAX
             and len(digest) == 64
-            and len(meta) <= META_BYTES_MAX
+            and len(meta) <= _SHALLOW_BYTES
         ):
             try:
                 parsed = _decode_put_meta(meta)
@@ -187,7 +191,7 @@ def parse_entry(fields: Sequence[bytes] | None, index: int = 0) -> Entry:
                     False,
                     unhexlify(digest),
                     parsed.content_type,
-                    parsed.origin,
+                    parsed.origin[:ORIGIN_CHARS_MAX],
                     data,
                     meta,
                     index,
@@ -231,7 +235,7 @@ def _parse_key(key: bytes) -> str:
 
 def _parse_put(key: bytes, digest: bytes | None, data: bytes, meta: bytes, index: int) -> Entry:
     text = _parse_key(key)
-    _check_meta_size(meta)
+    _check_meta(meta)
     try:
         parsed = _decode_put_meta(meta)
         # A digest of one character too many is none either.
@@ -249,7 +253,7 @@ def _parse_put(key: bytes, digest: bytes | None, data: bytes, meta: bytes, index
         False,
         raw_digest,
         parsed.content_type,
-        parsed.origin,
+        parsed.origin[:ORIGIN_CHARS_MAX],
         data,
         meta,
         index,
@@ -260,7 +264,7 @@ def _parse_del(key: bytes, meta: bytes | None, index: int) -> Entry:
     text = _parse_key(key)
     if meta is None:
         return Entry(text, 0, 0, True, EMPTY_HASH, "binary", "", b"", b"", index, stamped=False)
-    _check_meta_size(meta)
+    _check_meta(meta)
     try:
         parsed = _decode_del_meta(meta)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -272,16 +276,18 @@ def _parse_del(key: bytes, meta: bytes | None, index: int) -> Entry:
         True,
         EMPTY_HASH,
         "binary",
-        parsed.origin,
+        parsed.origin[:ORIGIN_CHARS_MAX],
         b"",
         meta,
         index,
     )
 
 
-def _check_meta_size(meta: bytes) -> None:
+def _check_meta(meta: bytes) -> None:
     if len(meta) > META_BYTES_MAX:
         raise BadEntryError("meta", f"{len(meta)} bytes of meta, the limit is {META_BYTES_MAX}")
+    if len(meta) > _SHALLOW_BYTES and is_too_deep(meta, _META_LEVELS_MAX):
+        raise BadEntryError("meta", "meta: it is nested too deeply")
 
 
 def _bad_meta(error: Exception) -> BadEntryError:

@@ -19,6 +19,7 @@ eighty in memory.
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import ssl
 from collections import deque
@@ -61,6 +62,11 @@ BYTES_PER_ELEMENT: Final = 24
 """A flight may hold one element, or line of an uncompressed content, for each so many bytes."""
 ERRORS_MAX: Final = 1000
 """Error replies in one flight beyond one for each command; more are all the same object."""
+# The head of an array, map, set or push of ten million parts or more. The parser would make the list
+# before a single part has come, and letting go of it again stops the event loop for seconds. A content
+# may hold such a line too; then its reply counts as too large, and its entry as one.
+_HUGE: Final = re.compile(rb"\r\n[*%~>|][0-9]{8,}\r\n")
+_HEAD_BYTES: Final = 24
 _SMALL_BYTES: Final = 2048
 # Statuses, numbers, errors: nothing in these replies grows with what a server holds.
 _SMALL: Final = frozenset(
@@ -89,7 +95,9 @@ def _bound(command: Command) -> int | None:
     if name in _SMALL:
         return _SMALL_BYTES
     if name == "GETRANGE":
-        return max(0, int(command[3]) - int(command[2])) + _SMALL_BYTES
+        begin, end = int(command[2]), int(command[3])
+        # Below zero they count from the end, wherever that is.
+        return None if min(begin, end) < 0 else max(0, end - begin) + _SMALL_BYTES
     return None
 
 
@@ -114,9 +122,12 @@ class _Flight:
     """Commands sent together and the replies that have come for them."""
 
     __slots__ = (
+        "_before",
+        "_before",
         "elements",
         "errors",
         "future",
+        "is_huge",
         "limit_bytes",
         "received_bytes",
         "replies",
@@ -134,6 +145,9 @@ class _Flight:
         # An upper bound of those that came after the first UNCOUNTED_BYTES.
         self.elements = 0
         self.errors = 0
+        self.is_huge = False
+        # What came last: a head may come in two pieces. Before a reply there is the end of another.
+        self._before = b"\r\n"
 
     def take(self, data: bytes) -> bool:
         """Count what came; False once it is more than was agreed to."""
@@ -141,6 +155,10 @@ class _Flight:
         self.received_bytes += len(data)
         if limit is None:
             return True
+        seam, self._before = self._before + data[:_HEAD_BYTES], data[-_HEAD_BYTES:]
+        if _HUGE.search(data) or _HUGE.search(seam):
+            self.is_huge = True
+            return False
         if self.received_bytes > UNCOUNTED_BYTES:
             # Contents may hold line ends too, but hardly one in so few bytes.
             self.elements += data.count(b"\r\n")
@@ -206,6 +224,9 @@ class RedisConnection(asyncio.Protocol):
         # Where others wait behind it, some of this may be theirs.
         alone = len(self._flights) == 1
         within = not alone or flight.take(data)
+        if flight.is_huge:
+            self._fail(ReplyTooLargeError(flight.limit_bytes or 0))
+            return
         try:
             self._reader.feed(data)
             reply = self._reader.gets()
@@ -495,6 +516,8 @@ class _Skimmer:
             self._skip = self._size + 2
             self._kept = bytearray() if self._size <= self.KEPT_BYTES else None
         elif kind == b"*" and int(rest) > 0:
+            if int(rest) > self.ELEMENTS_MAX:
+                raise ProtocolError("a reply has too many elements")
             if len(self._open) == self.DEPTH_MAX:
                 raise ProtocolError("the arrays of a reply are nested too deeply")
             self._open.append(([], int(rest)))
@@ -621,9 +644,9 @@ class RedisTransport:
             commands.append(["SELECT", int(options["db"])])
         commands.append(["PING"])
         for command, reply in zip(commands, await connection.pipeline(commands), strict=True):
-            name = str(command[0])
             if not isinstance(reply, PeerReplyError):
-                status(reply, f"{connection.where}: {name}", b"PONG" if name == "PING" else b"OK")
+                wanted = b"PONG" if command[0] == "PING" else b"OK"
+                status(reply, f"{connection.where}: {command[0]!s}", wanted)
                 continue
             text = str(reply)
             if text.split(" ", 1)[0] in _CREDENTIAL_CODES or "AUTH" in text:

@@ -134,7 +134,7 @@ def test_a_worker_that_dies_is_started_again(
         assert all(wait >= 0.5 for wait in waits), "it backs off"
 
 
-@pytest.mark.parametrize("worker", [*ENGINE_WORKERS, "tailer", "connector"])
+@pytest.mark.parametrize("worker", [*ENGINE_WORKERS])
 def test_a_worker_that_will_not_stay_up_ends_the_engine(
     worker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +154,113 @@ def test_a_worker_that_will_not_stay_up_ends_the_engine(
         assert rig.engine.state is EngineState.FAILED
         assert len(dying.deaths) == 6
         assert dying.deaths[-1] - dying.deaths[0] < 60
+        rig.assert_ended()
+
+    virtual(main)
+
+
+@pytest.mark.parametrize("worker", ["tailer", "connector"])
+def test_a_worker_of_a_link_that_will_not_stay_up_fails_that_link_alone(
+    worker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails a defect in working with one peer takes the engine down, and every other link."""
+    dying = put_bug(monkeypatch, worker, 6)
+    monkeypatch.setattr("fsm_replication.peer_link.DAEMON", QUICK)
+
+    async def main() -> None:
+        rig = Rig(**SETTINGS, reconnect={"rejected": 120.0})
+        rig.begin()
+        await rig.engine.wait_for_state(PeerState.FAILED, peer_id="a", timeout=59)
+        assert len(dying.deaths) == 6
+        (health,) = rig.engine.health_check().peers
+        assert "ZeroDivisionError" in health.last_error
+        assert rig.engine.is_running
+        began = asyncio.get_running_loop().time()
+        await rig.engine.wait_for_state(PeerState.TAILING, peer_id="a", timeout=200)
+        assert asyncio.get_running_loop().time() - began >= 119, "tried again after ``rejected``"
+        await rig.engine.shutdown()
+        rig.assert_ended()
+
+    virtual(main)
+
+
+OTHERS = {
+    "pinger": ("fsm_replication.peer_link", "ping_once"),
+    "cold path": ("fsm_replication.workers.cold_path", "repair_peer"),
+    "look for a tree": ("fsm_replication.workers.cold_path", "look_for_tree"),
+}
+
+
+@pytest.mark.parametrize("worker", OTHERS)
+def test_an_error_while_working_with_one_peer_counts_against_its_link(
+    worker: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If this fails the pinger or the cold path dies of one peer, and with it the engine."""
+    owner = pkgutil.resolve_name(OTHERS[worker][0])
+    dying = Dying(10**9, getattr(owner, OTHERS[worker][1]))
+
+    async def die(*args: Any, **kwargs: Any) -> Any:
+        return await dying(*args, **kwargs)
+
+    monkeypatch.setattr(owner, OTHERS[worker][1], die)
+
+    async def main() -> None:
+        rig = Rig(
+            **SETTINGS,
+            cold_path={"interval_sec": 1, "backoff_base_sec": 1, "backoff_max_sec": 1},
+            reconnect={"first": 0.1, "longest": 0.1},
+        )
+        rig.begin()
+        await rig.engine.wait_for_state(PeerState.FAILED, peer_id="a", timeout=59)
+        assert len(dying.deaths) == 6
+        assert rig.engine.is_running
+        moves = [move for move in rig.engine.journal if move.machine == "link:a"]
+        assert [move.trigger for move in moves].count("connection_lost") == 6
+        await rig.engine.shutdown()
+        rig.assert_ended()
+
+    with caplog.at_level(logging.ERROR):
+        virtual(main)
+    told = [record for record in caplog.records if "worker_died" in record.getMessage()]
+    assert [record.exc_info and record.exc_info[0] for record in told] == [ZeroDivisionError] * 6
+
+
+@pytest.mark.parametrize("at_head", [True, False])
+def test_an_entry_at_which_its_reader_dies_costs_that_entry(
+    at_head: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails one entry that finds a defect keeps a link from all that comes after it."""
+
+    async def main() -> None:
+        rig = Rig(**SETTINGS)
+        encode = rig.store.encode
+
+        def encode_or_die(items: Any, wire: Any) -> Any:
+            if any(item.key == "poison" for item in items):
+                raise ZeroDivisionError("a bug")
+            return encode(items, wire)
+
+        monkeypatch.setattr(rig.store, "encode", encode_or_die)
+        rig.begin()
+        await rig.reach(PeerState.TAILING)
+        if not at_head:
+            await rig.engine.pause("a")
+        keys = [f"k{number}" for number in range(30)]
+        for key in (*keys[:15], "poison", *keys[15:]):
+            rig.peer.put(key, key.encode())
+        if not at_head:
+            await rig.engine.resume("a")
+
+        async def has_all() -> bool:
+            return None not in await rig.store.get_many(keys)
+
+        await until_async(has_all)
+        (letter,) = await rig.engine.dead_letters.list()
+        assert (letter.key, letter.reason) == ("poison", "unexpected")
+        assert "ZeroDivisionError" in letter.detail
+        assert letter.fields
+        assert "connection_lost" not in [move.trigger for move in rig.engine.journal]
+        await rig.engine.shutdown()
         rig.assert_ended()
 
     virtual(main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -139,6 +140,32 @@ async def test_garbage_is_a_protocol_error(answer: bytes, skim: bool) -> None:
         call = connection.skim if skim else connection.call
         with pytest.raises(ProtocolError):
             await call("PING", timeout_sec=5)
+        assert connection.closed
+
+
+@pytest.mark.parametrize("head", [b"*300000000\r\n", b"*1\r\n*300000000\r\n", b"~99999999\r\n"])
+@pytest.mark.parametrize("skim", [False, True])
+async def test_an_array_of_any_declared_length_is_not_made(head: bytes, skim: bool) -> None:
+    """If this fails twelve bytes stop the event loop for seconds, while a list is made and unmade."""
+    async with impostor(head + b":1\r\n") as url, connected(url) as connection:
+        connection.limit_reply(10_000_000)
+        call = connection.skim if skim else connection.call
+        with pytest.raises((ProtocolError, ReplyTooLargeError)):
+            await call("XINFO", "STREAM", "s", timeout_sec=5)
+        assert connection.closed
+
+
+@pytest.mark.parametrize(
+    "flood", [b"x" * 1_000_000, b"*100000\r\n" + b"-E\r\n" * 100_000, b"+" + b"x" * 1_000_000]
+)
+@pytest.mark.parametrize(
+    "command", [("PING",), ("EXISTS", "k"), ("GETRANGE", "k", 0, 7), ("CLIENT", "SETNAME", "n")]
+)
+async def test_a_small_reply_has_a_limit_of_its_own(flood: bytes, command: tuple[Any, ...]) -> None:
+    """If this fails a peer's memory is ours before any limit is in force."""
+    async with impostor(flood) as url, connected(url) as connection:
+        with pytest.raises((ProtocolError, ReplyTooLargeError)):
+            await connection.call(*command, timeout_sec=5)
         assert connection.closed
 
 

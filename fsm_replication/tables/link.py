@@ -2,7 +2,8 @@
 
 Theory of operation. A link is directed: it reads one peer. It never ends by itself: whatever
 happens to the peer it goes round Connecting, Running, Disconnecting, Backoff for ever, and only
-what waiting cannot mend brings it to Failed. The group Running owns the connections and one tailer
+what waiting cannot mend brings it to Failed: and errors that nobody expected, if they come again and
+again while working with this peer. They are defects of ours, and spoil this link alone. The group Running owns the connections and one tailer
 task; moves inside the group hand the tailer its next mode, which it takes up between batches, so
 no batch is ever cut in two by a change of mind.
 
@@ -164,8 +165,9 @@ LINK: Final = Table(
             "give_up",
             (_S.CONNECTING, _S.BACKOFF),
             _S.FAILED,
-            "an unusable URL, rejected credentials (tried again every ``reconnect.rejected`` s), our"
-            " own node id, a newer format, another tombstone ttl or resolver",
+            "an unusable URL, our own node id, a newer format, another tombstone ttl or resolver;"
+            " rejected credentials, or more than five unexpected errors in a minute while working"
+            " with this peer (both tried again every ``reconnect.rejected`` s)",
             effects=("wait_for_mending",),
         ),
         Row(

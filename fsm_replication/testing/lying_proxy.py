@@ -123,15 +123,20 @@ class LyingProxy:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._server is not None
-        self._server.close()
+        server, self._server = self._server, None
+        assert server is not None
+        server.close()
         for line in self._lines:
             line.cancel()
         if self._lines:
             await asyncio.wait(self._lines)
-        await self._server.wait_closed()
+        await server.wait_closed()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._server is None:
+            # It was on its way in when the proxy closed.
+            writer.transport.abort()
+            return
         line = asyncio.create_task(self._run(reader, writer), name="lying-proxy-line")
         self._lines.add(line)
         line.add_done_callback(self._lines.discard)
@@ -160,8 +165,10 @@ class LyingProxy:
         except (OSError, HangUpError):
             return  # To the client that is a connection which ends.
         finally:
+            # All of them first: whoever cancels this may do so while it waits for one.
             for each in writers:
                 each.transport.abort()
+            for each in writers:
                 with contextlib.suppress(OSError):
                     await each.wait_closed()
 

@@ -475,8 +475,14 @@ class Applier:
         )
         return replace(letter, size=size)
 
+    def unexpected_letter(self, single: Chunk, error: Exception) -> DeadLetter:
+        """Return the dead letter of the one entry of a chunk, at which its reader has died."""
+        stream_id, fields = single.entries[0]
+        why = BadEntryError("unexpected", f"{type(error).__name__}: {error}")
+        return self._builder.letter(stream_id, fields, why)
+
     async def bury(self, letter: DeadLetter, end: Position) -> None:
-        """Settle a position that passes one entry which was never held."""
+        """Settle a position that passes one entry which is not applied."""
         await self._keep_letters(Cursor(end, self._incarnation), [letter])
 
     # Books

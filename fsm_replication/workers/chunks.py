@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
-from fsm_replication.errors import ProtocolError
+from fsm_replication.errors import ProtocolError, ReplicationError
 from fsm_replication.ports import Position, StreamId
-from fsm_replication.workers.applier import Applier, Chunk, Prepared
+from fsm_replication.workers.applier import Applier, Blocked, Chunk, Prepared, Unsettled
 from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.reader import Read
 
@@ -98,8 +98,28 @@ class ChunkQueue:
 
         :raises Blocked: if the link must pause.
         :raises Unsettled: if a store call failed and the mode has changed meanwhile.
+        An entry at which it dies of an error that nobody expected costs that entry (G13): it becomes a
+        dead letter, unless such errors have become too many for one peer.
+
         :raises CursorStoreError: if dead letters cannot be kept, for good.
         """
+        while True:
+            try:
+                await self._work_off(applier, interrupted, more)
+            except (Blocked, Unsettled, ReplicationError):
+                raise
+            except Exception as error:
+                self._context.crashed(error)
+                self._context.log.exception("chunk_died", then="its entries are taken singly")
+                if not self._pending or self._context.crashes.too_many:
+                    raise
+                await self._work_off_singly(applier)
+            else:
+                return
+
+    async def _work_off(
+        self, applier: Applier, interrupted: Callable[[], bool], more: Callable[[], bool]
+    ) -> None:
         if len(self._pending) == 1 and self._under_way is None and not more():
             # At the head: nothing to overlap with, and no task to be made.
             prepared = await applier.prepare(self._pending[0])
@@ -125,6 +145,28 @@ class ChunkQueue:
         except BaseException:
             await self.abandon()
             raise
+
+    async def _work_off_singly(self, applier: Applier) -> None:
+        """Settle the chunks that may have died, entry by entry; what dies alone is buried."""
+        await self.abandon()
+        # One was on its way to the store, the next was being decoded.
+        suspects = [self._pending.popleft() for _ in range(min(2, len(self._pending)))]
+        singles = [single for chunk in suspects for single in _singles(chunk)]
+        self._pending.extendleft(reversed(singles))
+        for single in singles:
+            try:
+                prepared = await applier.prepare(single)
+                await applier.apply(prepared)
+                if prepared.has_letters:
+                    await applier.keep_letters(prepared)
+            except (Blocked, Unsettled, ReplicationError):
+                raise
+            except Exception as error:
+                self._context.log.exception("entry_died", stream_id=str(single.end.stream_id))
+                await applier.bury(applier.unexpected_letter(single, error), single.end)
+                self._settled()
+            else:
+                self._settle(applier, prepared)
 
     async def finish(self, applier: Applier) -> None:
         """Settle the chunk that is on its way, if one is; raises as ``work_off`` does."""
@@ -194,3 +236,12 @@ def cut(entries: Sequence[Any]) -> Iterator[Sequence[Any]]:
                 first, held = place, 0
             held += wide
         yield part[first:]
+
+
+def _singles(chunk: Chunk) -> Iterator[Chunk]:
+    """Cut a chunk into its entries."""
+    count = chunk.end.entries_read
+    for place, entry in enumerate(chunk.entries, 1):
+        at = StreamId.parse(entry[0])
+        read = None if count is None else count - len(chunk.entries) + place
+        yield Chunk([entry], Position(at, read), at.ms, chunk.seen_at)

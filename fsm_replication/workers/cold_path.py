@@ -25,8 +25,10 @@ from fsm_replication.errors import (
     CursorStoreError,
     EngineStoppedError,
     NetworkError,
+    ProtocolError,
     ReplicationError,
     StoreReopenedError,
+    shorten,
 )
 from fsm_replication.log import get_logger
 from fsm_replication.merkle import OWN
@@ -72,6 +74,7 @@ class Target:
     block: Callable[[PauseReason, str], None]
     lost: Callable[[Lines, str], None]
     describe: Callable[[], str]
+    blame: Callable[[str, Exception], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,10 +312,12 @@ class ColdPath:
         assert lines is not None
         try:
             await look_for_tree(context, lines)
-        except NetworkError as error:
+        except (NetworkError, ProtocolError) as error:
             target.lost(lines, str(error))
         except ReplicationError as error:
             self._log.warning("peer_not_asked_for_tree", peer_id=context.peer_id, error=error)
+        except Exception as error:  # noqa: BLE001 - it is logged, and counts against this link
+            target.blame("cold path", error)
         return bool(lines.layout)
 
     async def _visit(
@@ -358,13 +363,17 @@ class ColdPath:
                 raise
             context.cursors.failed(error)
             return self._gave_up(peer, context, stats, error)
-        except NetworkError as error:
+        except (NetworkError, ProtocolError) as error:
+            # Replies may be shifted, so that the next one would be taken for another's.
             target.lost(lines, str(error))
             return self._gave_up(peer, context, stats, error)
         except StoreReopenedError as error:
             self._reopened(str(error))
             return self._gave_up(peer, context, stats, error)
         except ReplicationError as error:
+            return self._gave_up(peer, context, stats, error)
+        except Exception as error:  # noqa: BLE001 - it is logged, and counts against this link
+            target.blame("cold path", error)
             return self._gave_up(peer, context, stats, error)
         peer.failures, peer.not_before = 0, 0.0
         peer.after = result.after if budget.spent else None
@@ -421,7 +430,7 @@ class ColdPath:
         peer.not_before = self._ports.clock.monotonic() + rest
         context.metrics.error(type(error).__name__)
         self._log.warning("repair_failed", peer_id=context.peer_id, error=error, rest_sec=rest)
-        return stats.failed(f"peer {context.peer_id!r}: {error}")
+        return stats.failed(f"peer {context.peer_id!r}: {shorten(str(error))}")
 
     async def _our_root(self, context: LinkContext) -> bytes | None:
         """Return our root, at most five seconds old: one reading serves the peers of a cycle."""

@@ -249,6 +249,6 @@ async def wait_to_retry(context: LinkContext, wait_sec: float, report: Reporter)
 
 
 async def wait_for_mending(context: LinkContext, wait_sec: float, report: Reporter) -> None:
-    """Wait long and report DUE: credentials may be mended at the peer."""
+    """Wait long and try again: what made the link fail may be mended at the peer."""
     await context.ports.clock.sleep(wait_sec)
-    report(LinkFact.DUE, f"rejected credentials are tried again after {wait_sec:g} s")
+    report(LinkFact.DUE, f"it is tried again after {wait_sec:g} s")

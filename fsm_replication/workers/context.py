@@ -12,13 +12,14 @@ from structlog.stdlib import BoundLogger
 from fsm_replication.circuits import Circuit
 from fsm_replication.config import PeerConfig, Settings
 from fsm_replication.current import Current
-from fsm_replication.errors import CursorStoreError, ReplicationError
+from fsm_replication.errors import CursorStoreError, ReplicationError, shorten
 from fsm_replication.limiter import PrioritySlot, RateLimiter
 from fsm_replication.metrics import PeerMetrics
 from fsm_replication.ports import BEFORE_ALL, Ports, Position, StreamId
 from fsm_replication.stores.protocol import SyncEngine
 from fsm_replication.workers.arrivals import Arrivals
 from fsm_replication.workers.changes import ChangeFeed, Doubts
+from fsm_replication.workers.crashes import CrashCounter
 from fsm_replication.workers.cursor_flush import CursorBook
 from fsm_replication.workers.foreign_walk import SettledHashes
 from fsm_replication.workers.guards import KeyMemory, StaleGuard
@@ -142,7 +143,8 @@ class LinkContext:
 
     A link has one at a time, and another when its peer's configuration changes. Workers keep the
     one they were started with: their connections and the ``peer`` in it belong together. The
-    ``settings`` are always those in force. ``starting`` says whether the engine fails
+    ``settings`` are always those in force. ``crashes`` counts the unexpected errors of whoever works
+    with this peer: after too many the link fails. ``starting`` says whether the engine fails
     unless a peer is up soon.
     """
 
@@ -168,6 +170,7 @@ class LinkContext:
     stale: StaleGuard
     unfetchable: KeyMemory
     settled: SettledHashes
+    crashes: CrashCounter
     on_synced: Callable[[], None]
     log: BoundLogger
 
@@ -180,6 +183,12 @@ class LinkContext:
     def settings(self) -> Settings:
         """The settings in force now; they may be others after the next await."""
         return self.current.value
+
+    def crashed(self, error: Exception) -> None:
+        """Count an unexpected error while working with this peer; it was logged, or will be."""
+        self.crashes.add(error)
+        self.progress.failures += 1
+        self.progress.last_error = f"{type(error).__name__}: {shorten(str(error))}"
 
     async def agree(self, at_ms: int) -> None:
         """Note that everything the peer held at ``at_ms`` is held here: no gap is open any more."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -104,8 +104,11 @@ async def explain_key(
     *,
     timeout_sec: float,
     arrivals: Arrivals | None = None,
+    blame: Callable[[str, str, Exception], None] | None = None,
 ) -> Explanation:
     """Ask the local store and each peer; a peer's place may hold the reason it cannot be asked.
+
+    ``blame`` is told what nobody expected to come of asking a peer.
 
     :raises InvalidKeyError: if the key is not one.
     :raises StoreError: if the local store fails.
@@ -115,7 +118,13 @@ async def explain_key(
     held = None if item is None else HeldVersion(item.stamp, item.origin)
     found = []
     for peer, lines in peers:
-        found.append(await _ask(key, held, peer, lines, timeout_sec))
+        try:
+            found.append(await _ask(key, held, peer, lines, timeout_sec))
+        except Exception as error:
+            if blame is None:
+                raise
+            blame(peer.node_id, "explanation", error)
+            found.append(PeerVersion(peer.node_id, None, type(error).__name__))
     arrival = None
     if item is not None and arrivals is not None:
         arrival = arrivals.find(key, item.updated_at)

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from fsm_replication.batch import BatchBuilder
 from fsm_replication.dead_letters import RetryStats
-from fsm_replication.errors import EngineStoppedError, StoreReopenedError
+from fsm_replication.errors import EngineStoppedError, ReplicationError, StoreReopenedError
 from fsm_replication.log import get_logger
 from fsm_replication.ports import CursorStore, DeadLetter, Position, StreamId
 from fsm_replication.reports import PauseReason
@@ -35,7 +35,8 @@ _COUNTS: Final = ("tried", "applied", "superseded", "still_bad", "left")
 class LetterRetry:
     """Tries letters again, one request after the other.
 
-    ``contexts`` returns the links' contexts by peer, ``block`` pauses a link for a reason,
+    ``contexts`` returns the links' contexts by peer, ``block`` pauses a link for a reason, ``blame``
+    counts an unexpected error against one,
     ``on_room`` is awaited when letters may have gone, ``start`` starts a worker of the engine, and
     ``reopened`` has every link decide anew: the store may be another, or as it was before.
     """
@@ -45,6 +46,7 @@ class LetterRetry:
         store: CursorStore,
         contexts: Callable[[], Mapping[str, LinkContext]],
         block: Callable[[str, PauseReason, str], None],
+        blame: Callable[[str, str, Exception], None],
         on_room: Callable[[], Awaitable[None]],
         start: Callable[[Callable[[], Coroutine[Any, Any, None]]], None],
         reopened: Callable[[str], None],
@@ -52,6 +54,7 @@ class LetterRetry:
         self._store = store
         self._contexts = contexts
         self._block = block
+        self._blame = blame
         self._on_room = on_room
         self._start = start
         self._reopened = reopened
@@ -140,6 +143,11 @@ class LetterRetry:
         except StoreReopenedError as error:
             self._reopened(str(error))
             return _left(letters, f"peer {peer_id!r}: {error}")
+        except ReplicationError:
+            raise
+        except Exception as error:  # noqa: BLE001 - it is logged, and counts against this link
+            self._blame(peer_id, "letter retry", error)
+            return _left(letters, f"peer {peer_id!r}: {type(error).__name__}")
 
     async def _apply(
         self, context: LinkContext, foreign: bool, letters: Sequence[DeadLetter]

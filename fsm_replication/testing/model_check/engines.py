@@ -32,13 +32,13 @@ from fsm_replication.testing.model_check.stage import (
     on_stage,
     ticket_of,
 )
-from fsm_replication.workers.supervisor import CRASHES_MAX, CrashCounter
 
 __all__ = ("Command", "EngineLocal", "EngineModel", "EngineStep", "View", "make_engine")
 
 _F = EngineFact
-_BUG: Final = RuntimeError("a bug")
-_LATER_BUG: Final = RuntimeError("a later bug")
+# Such errors end the engine whichever worker dies of them; others, only if it is one of its own.
+_BUG: Final = CursorStoreError("gone for good", path="c.db")
+_LATER_BUG: Final = CursorStoreError("gone for good, later", path="c.db")
 PEERS: Final = ("a", "b")
 DRAIN: Final = "drain"
 LASTING: Final = frozenset(
@@ -168,7 +168,6 @@ class EngineModel:
     def _load(self, at: EngineLocal) -> None:
         engine = self.engine
         engine._error = self._kept(at.error)
-        engine._crashes.clear()
         engine._drain_tries = 1
         self._store = at.store
         self._stage.set(at.state, at.jobs, at.mail, lambda _job: None, self._stage.payload)
@@ -370,16 +369,11 @@ class EngineModel:
     # What links, circuits and the prober do to the engine, and it to them.
 
     def crashed(self, at: EngineLocal, how: str) -> tuple[EngineLocal, list[str]]:
-        """Return the state after a link has told that a worker of it died."""
-        error = _LATER_BUG if at.error else _BUG
-
-        def tell() -> None:
-            counter = self.engine._crashes["link:a:tailer"] = CrashCounter(StageClock())
-            for _ in range(CRASHES_MAX if how == "often" else 0):
-                counter.add()
-            self.engine._crashed("link:a:tailer", error)
-
-        return self.act(at, tell)
+        """Return the state after a link has told that a worker of it died: of a bug, or for good."""
+        error: Exception = _LATER_BUG if at.error else _BUG
+        if how == "bug":
+            error = RuntimeError("a bug")
+        return self.act(at, lambda: self.engine._crashed("link:a:tailer", error))
 
     def cleared(
         self, reasons: tuple[frozenset[PauseReason], ...], closed: CircuitState | None

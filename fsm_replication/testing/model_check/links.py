@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from fsm_replication.abilities import Abilities
 from fsm_replication.circuits import CircuitState
-from fsm_replication.errors import ConnectionLostError, PeerRefusedError
+from fsm_replication.errors import ConnectionLostError, PeerRefusedError, WorkerCrashedError
 from fsm_replication.machine import Move
 from fsm_replication.peer_link import RUNNING, PeerLink
 from fsm_replication.reports import LinkFact, PauseReason, Report
@@ -29,6 +29,7 @@ from fsm_replication.testing.model_check.stage import (
     on_stage,
     ticket_of,
 )
+from fsm_replication.workers.crashes import CRASHES_MAX
 from fsm_replication.workers.tailer import Mode, Tailer, _Orders, passed_reason
 
 __all__ = ("CALLS_STORE", "Detail", "LinkModel", "LinkState", "LinkStep", "Needs", "is_over")
@@ -76,7 +77,8 @@ class LinkState(NamedTuple):
     """All of a link that decides what may happen next.
 
     ``mode`` is what the tailer was told, ``orders`` the scope its reports then belong to; ``ping``
-    is None, or the scope of a ping that is under way.
+    is None, or the scope of a ping that is under way. ``worn`` says that there were more unexpected
+    errors within a minute than are put up with.
     """
 
     state: PeerState
@@ -87,10 +89,14 @@ class LinkState(NamedTuple):
     orders: str = ""
     lines: bool = False
     ping: str | None = None
+    worn: bool = False
 
 
 class LinkStep(NamedTuple):
-    """One step: ``crash`` is "" or says that a worker died ("once", or too "often")."""
+    """One step: ``crash`` is "" or says what a worker died of.
+
+    That is a "bug", or that the cursor store is "gone".
+    """
 
     label: tuple[str, str]
     cooperative: bool
@@ -107,7 +113,7 @@ class Detail:
 
     With ``late`` a task that has reported may take its time to be gone, and a report whose entry
     is over is kept until it is handled; without, both happen at once. ``reconfigures`` lets the
-    configuration of the link change.
+    configuration of the link change. With ``wears`` unexpected errors may come too often.
     """
 
     reasons: tuple[PauseReason, ...] = tuple(PauseReason)
@@ -115,6 +121,7 @@ class Detail:
     late: bool = True
     crashes: bool = True
     reconfigures: bool = True
+    wears: bool = False
 
 
 class _Lines:
@@ -147,6 +154,7 @@ class LinkModel:
                 "lost": ConnectionLostError("lost"),
                 "refused": PeerRefusedError("refused"),
                 "credentials": PeerRefusedError("refused", credentials=True),
+                "worn": WorkerCrashedError("too often"),
                 "bug": RuntimeError("a bug"),
                 **{reason.value: reason for reason in PauseReason},
             },
@@ -174,6 +182,9 @@ class LinkModel:
         self._before, self._crashed = at, False
         self._made.clear()
         link._reasons = frozenset(at.reasons)
+        link.context.crashes.clear()
+        if at.worn:
+            self._wear_out(CRASHES_MAX + 1)
         link._tailer = self._tailer if at.mode else None
         self._given = self._new_lines()
         # The tailer closes the connections it was given when it ends.
@@ -184,6 +195,10 @@ class LinkModel:
         if at.mode:
             report = link.driver.reporter("tailer", ticket_of(at.orders))
             self._told = self._tailer._orders = _Orders(Mode[at.mode], report)
+
+    def _wear_out(self, times: int) -> None:
+        for _ in range(times):
+            self.link.context.crashes.add(RuntimeError("a bug"))
 
     def _stop_of(self, job: Job) -> Callable[[], None] | None:
         return self._tailer.stop if job.name == "tailer" else None
@@ -219,10 +234,16 @@ class LinkModel:
             orders,
             link.lines is not None,
             ping,
+            link.context.crashes.too_many,
         )
 
     def _letter(self, report: Report) -> Letter:
-        name = "lines" if isinstance(report.payload, _Lines) else self._stage.name_of(report)
+        if isinstance(report.payload, _Lines):
+            name = "lines"
+        elif isinstance(report.payload, WorkerCrashedError):
+            name = "worn"
+        else:
+            name = self._stage.name_of(report)
         return Letter(report.sender, report.fact, self._stage.scope(report.ticket), name)
 
     def _scope_of(self, orders: _Orders) -> str:
@@ -298,7 +319,7 @@ class LinkModel:
             if not crashed:
                 found.append(step)
                 continue
-            found += [step._replace(crash=how) for how in ("once", "often")]
+            found += [step._replace(crash=how) for how in ("bug", "gone")]
         return found
 
     def _choices(
@@ -336,6 +357,8 @@ class LinkModel:
             raise NotImplementedError(f"nobody has written down what a {name} may do")
         if self.detail.crashes and not is_over(job):
             yield (name, "dies"), False, 0, lambda: self._end(job, RuntimeError("a bug"))
+            if self.detail.wears and not at.worn:
+                yield (name, "dies too often"), False, 0, lambda: self._die_too_often(job)
 
     def _tailer_choices(self, at: LinkState, job: Job) -> Iterator[Any]:
         mode = Mode[at.mode]
@@ -393,6 +416,11 @@ class LinkModel:
                 yield ("cold path", "block(interlock)"), False, Needs.RUNNING, block
             else:
                 yield ("operator", "repair(force)"), False, Needs.RUNNING, link.force
+        if self.detail.wears and at.lines:
+            bug = RuntimeError("a bug")
+            yield ("cold path", "dies"), False, Needs.RUNNING, partial(link.blame, "cold path", bug)
+            if not at.worn:
+                yield ("cold path", "dies too often"), False, Needs.RUNNING, self._blame_too_often
         if self.detail.reconfigures:
             meaning = link.driver.machine.table.meaning
             if meaning(_F.OUTDATED, at.state):
@@ -435,6 +463,14 @@ class LinkModel:
             # It closes its connections whatever it ends of.
             self._given.close()
         self._stage.tasks[job].end(error)
+
+    def _die_too_often(self, job: Job) -> None:
+        self._wear_out(CRASHES_MAX)
+        self._end(job, RuntimeError("a bug"))
+
+    def _blame_too_often(self) -> None:
+        self._wear_out(CRASHES_MAX)
+        self.link.blame("cold path", RuntimeError("a bug"))
 
     def _take_up(self, job: Job) -> None:
         task = self._stage.tasks[job]

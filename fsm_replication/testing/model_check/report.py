@@ -37,7 +37,7 @@ SCOPES: Final = (
     ),
     Scope(
         "one link, late reports, deaths, a circuit", links=1, circuits=1,
-        detail=Detail((_R.CIRCUIT,), pings=False, late=True, crashes=True, reconfigures=False),
+        detail=Detail((_R.CIRCUIT,), pings=False, reconfigures=False, wears=True),
     ),
     Scope(
         "one link, late reports, deaths, requests", links=1, circuits=0,
