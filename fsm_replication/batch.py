@@ -24,10 +24,12 @@ from fsm_replication.items import NUMBER_MAX, Stamp, SyncItem, content_hash
 from fsm_replication.ports import DeadLetter, StreamId
 from fsm_replication.stream import DataDecoder, Entry, WireForm, parse_entry
 
-__all__ = ("BatchBuilder", "Part", "RawEntry", "Selection")
+__all__ = ("DAY_MS", "FUTURE", "BatchBuilder", "Part", "RawEntry", "Selection")
 
 MINUTE_MS: Final = 60_000
 DAY_MS: Final = 86_400_000
+# Why an entry that is stamped more than a day ahead becomes a dead letter.
+FUTURE: Final = "future"
 
 RawEntry = tuple[bytes, Sequence[bytes]]
 """A stream entry as the reader returns it: its id and the flat list of names and values."""
@@ -37,7 +39,8 @@ RawEntry = tuple[bytes, Sequence[bytes]]
 class Selection:
     """What a chunk comes to before anything is decompressed.
 
-    ``held_back`` are the places of old entries that wait for a person's word.
+    ``held_back`` are the places of old entries that wait for a person's word. ``now_ms`` is the
+    time of day by which all of it is judged, ``too_far_ahead`` how many entries became letters by it.
     """
 
     entries: Sequence[Any]
@@ -46,6 +49,8 @@ class Selection:
     held_back: set[int] = field(default_factory=set)
     deduped: int = 0
     clock_ahead: int = 0
+    now_ms: int = 0
+    too_far_ahead: int = 0
 
 
 @dataclass(slots=True)
@@ -90,7 +95,7 @@ class BatchBuilder:
     def select(self, entries: Sequence[Any]) -> Selection:
         """Choose the newest entry of each key; nothing is decompressed."""
         now = self._now_ms()
-        selection = Selection(entries, [])
+        selection = Selection(entries, [], now_ms=now)
         newest: dict[str | int, Entry] = {}
         minute_ahead, day_ahead = now + MINUTE_MS, now + DAY_MS
         coalesce, foreign = self.coalesce, self.foreign
@@ -105,6 +110,7 @@ class BatchBuilder:
                     _check_not_future(entry, day_ahead)
                     selection.clock_ahead += 1
             except BadEntryError as error:
+                selection.too_far_ahead += error.reason == FUTURE
                 selection.letters.append(self.letter(stream_id, fields, error))
                 continue
             slot = entry.key if coalesce else index
@@ -225,7 +231,7 @@ class BatchBuilder:
                 entry = parse_entry(fields, index)
                 if self.foreign or not entry.stamped:
                     entry = _stamp_by_id(entry, stream_id)
-                _check_not_future(entry, self._now_ms() + DAY_MS)
+                _check_not_future(entry, selection.now_ms + DAY_MS)
             except BadEntryError:
                 continue  # It has its letter already.
             if entry.key == bad.key and self._rank(entry) < self._rank(bad):
@@ -292,7 +298,7 @@ def _at_least(held: Stamp, entry: Entry) -> bool:
 
 def _check_not_future(entry: Entry, day_ahead_ms: int) -> None:
     if entry.updated_at > day_ahead_ms:
-        raise BadEntryError("future", "updated_at is more than a day ahead of this node's clock")
+        raise BadEntryError(FUTURE, "updated_at is more than a day ahead of this node's clock")
 
 
 def _stamp_by_id(entry: Entry, stream_id: bytes) -> Entry:

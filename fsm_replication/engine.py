@@ -60,6 +60,7 @@ from fsm_replication.workers.foreign_walk import SettledHashes
 from fsm_replication.workers.guards import Interlock, KeyMemory, StaleGuard
 from fsm_replication.workers.letter_retry import LetterRetry
 from fsm_replication.workers.own_store import StoreWatch
+from fsm_replication.workers.peer_clock import PeerClock
 from fsm_replication.workers.ping import ping_idle_peers
 from fsm_replication.workers.prober import probe_circuits
 from fsm_replication.workers.repair import KeyDifference, StaleVerdict, find_differences
@@ -254,6 +255,8 @@ class ReplicationEngine(Observer):
             return math.nan if known is None else known
 
         metrics.show_lag(lambda: progress.lag_ms(clock.monotonic()), lag_events)
+        peer_clock = PeerClock(clock, self._ports.wall_clock, log)
+        metrics.show_skew(lambda: peer_clock.skew_sec)
         return LinkContext(
             local_node_id=self._config.local_node_id,
             peer=peer,
@@ -272,6 +275,7 @@ class ReplicationEngine(Observer):
             doubts=Doubts(),
             arrivals=self._arrivals,
             slo=SloWatch(self._settings, clock, metrics, log),
+            peer_clock=peer_clock,
             progress=progress,
             interlock=Interlock(self._settings, clock),
             stale=StaleGuard(

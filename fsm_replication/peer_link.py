@@ -217,6 +217,7 @@ class PeerLink:
         """Take the connections over and start reading."""
         lines = cast("Lines", move.payload)
         self._lines = lines
+        self.context.peer_clock.connection = lines.asking
         self._connected_at = self.context.ports.clock.monotonic()
         self._tailer = Tailer(
             self.context,
@@ -354,6 +355,7 @@ class PeerLink:
             stream_too_short=progress.stream_too_short,
             layout=progress.layout,
             agreed_at=context.stale.agreed_at_ms,
+            clock_skew_sec=context.peer_clock.skew_sec,
         )
 
     def __repr__(self) -> str:

@@ -321,7 +321,7 @@ class ColdPath:
                 on_progress=show,
             )
         except Blocked as blocked:
-            if blocked.reason is PauseReason.INTERLOCK:
+            if blocked.reason in (PauseReason.INTERLOCK, PauseReason.CLOCK):
                 target.block(blocked.reason, str(blocked))
             return self._gave_up(peer, context, stats, blocked)
         except Unsettled as unsettled:

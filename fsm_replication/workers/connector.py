@@ -21,6 +21,7 @@ from fsm_replication.merkle import OWN, PARTITIONS
 from fsm_replication.ports import Connection, Transport
 from fsm_replication.reports import LinkFact, Reporter
 from fsm_replication.workers.context import LinkContext
+from fsm_replication.workers.peer_clock import ASK_TIME, PeerClock
 from fsm_replication.workers.slo import TimedConnection
 
 __all__ = ("Lines", "connect", "open_lines", "wait_for_mending", "wait_to_retry")
@@ -81,6 +82,7 @@ async def connect(context: LinkContext, report: Reporter) -> None:
                 resolver=context.store.resolver.name,
                 transport=context.ports.transport,
                 publishes_dotted=DOTTED in (tree.layouts if tree is not None else ()),
+                peer_clock=context.peer_clock,
             )
     except PeerRefusedError as error:
         context.progress.failed(error)
@@ -112,8 +114,11 @@ async def open_lines(
     resolver: str,
     transport: Transport,
     publishes_dotted: bool = False,
+    peer_clock: PeerClock | None = None,
 ) -> Lines:
     """Open both connections to a peer and accept or refuse what is found there.
+
+    With ``peer_clock`` it is asked for its time as well.
 
     ``publishes_dotted`` says that foreign nodes may read this node: then none is read from, unless
     ``allow_echo`` is set.
@@ -127,11 +132,14 @@ async def open_lines(
     try:
         asking = await transport.connect(peer.redis_url, timeout_sec=timeout, name=name)
         try:
-            marker, has_stream = await _read_marker(asking, peer, settings.timeouts.command)
+            began = 0.0 if peer_clock is None else peer_clock.now()
+            marker, has_stream, time = await _read_marker(asking, peer, settings.timeouts.command)
             if marker or not has_stream:
                 _check_marker(marker, peer, settings, local_node_id, resolver)
             else:
                 _check_one_way(peer, publishes_dotted=publishes_dotted)
+            if peer_clock is not None:
+                peer_clock.take(time, began)
         except BaseException:
             asking.close()
             raise
@@ -143,12 +151,17 @@ async def open_lines(
 
 async def _read_marker(
     connection: Connection, peer: PeerConfig, timeout_sec: float
-) -> tuple[dict[bytes, bytes], bool]:
+) -> tuple[dict[bytes, bytes], bool, object]:
+    """Return the marker, whether there is a stream, and the reply to TIME, be it an error."""
     keys = Keys(peer.redis_prefix)
-    replies: list[Any] = await connection.pipeline(
-        [["HGETALL", keys.marker], ["EXISTS", keys.stream], question_of_age(keys.stream)],
-        timeout_sec=timeout_sec,
+    questions = (
+        ["HGETALL", keys.marker],
+        ["EXISTS", keys.stream],
+        question_of_age(keys.stream),
+        ASK_TIME,
     )
+    replies: list[Any] = await connection.pipeline(questions, timeout_sec=timeout_sec)
+    time = replies.pop()
     for reply in replies:
         if isinstance(reply, PeerReplyError):
             if reply is replies[-1] and is_too_old(str(reply)):
@@ -161,7 +174,7 @@ async def _read_marker(
     flat, has_stream, _ = replies
     if not isinstance(flat, list) or not all(isinstance(part, bytes) for part in flat):
         raise ProtocolError(f"{peer.display_url}: the marker key cannot be read")
-    return dict(zip(flat[::2], flat[1::2], strict=True)), bool(has_stream)
+    return dict(zip(flat[::2], flat[1::2], strict=True)), bool(has_stream), time
 
 
 def _check_marker(

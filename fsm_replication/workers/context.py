@@ -21,6 +21,7 @@ from fsm_replication.workers.changes import ChangeFeed, Doubts
 from fsm_replication.workers.cursor_flush import CursorBook
 from fsm_replication.workers.foreign_walk import SettledHashes
 from fsm_replication.workers.guards import Interlock, KeyMemory, StaleGuard
+from fsm_replication.workers.peer_clock import PeerClock
 from fsm_replication.workers.slo import SloWatch
 
 __all__ = ("HEAD_OF_EMPTY", "LinkContext", "LinkProgress")
@@ -131,6 +132,7 @@ class LinkContext:
     doubts: Doubts
     arrivals: Arrivals
     slo: SloWatch
+    peer_clock: PeerClock
     progress: LinkProgress
     interlock: Interlock
     stale: StaleGuard

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ from fsm_replication.errors import BadEntryError, InvalidKeyError, PeerReplyErro
 from fsm_replication.items import SyncItem
 from fsm_replication.ports import Connection
 from fsm_replication.stores.protocol import ApplyResult, Outcome
+from fsm_replication.stream import WireForm
 from fsm_replication.workers.applier import Applier
 from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.item_source import ItemSource
@@ -96,8 +98,9 @@ class Fetcher:
         passed_over = Fetched()
         for group in await self._by_size(asking, named, passed_over):
             replies = await self._read(asking, group)
-            for part in self._parts(group, replies, passed_over):
-                for item in part.items:
+            latest = self._context.ports.wall_clock.now_ms() + DAY_MS
+            for item, _ in self._decode(group, replies, passed_over):
+                if item.updated_at <= latest:
                     yield item
 
     async def _read(self, asking: Connection, group: Sequence[tuple[bytes, str]]) -> Sequence[Any]:
@@ -113,14 +116,15 @@ class Fetcher:
         self, asking: Connection, group: Sequence[tuple[bytes, str]], result: Fetched
     ) -> None:
         replies = await self._read(asking, group)
-        for part in self._parts(group, replies, result):
-            result.items += len(part.items)
-            # What came over the wire is counted, whatever of it is handed on.
-            if self._source.looks_at_held:
-                part = await self._without_current(part)  # noqa: PLW2901 - the rest of it
-            applied = await self._applier.hand_over(part, None, self._path)
-            self._context.progress.advances += len(part.items)
-            self._count(part, applied, result)
+        async with aclosing(self._parts(group, replies, result)) as parts:
+            async for part in parts:
+                result.items += len(part.items)
+                # What came over the wire is counted, whatever of it is handed on.
+                if self._source.looks_at_held:
+                    part = await self._without_current(part)  # noqa: PLW2901 - the rest of it
+                applied = await self._applier.hand_over(part, None, self._path)
+                self._context.progress.advances += len(part.items)
+                self._count(part, applied, result)
 
     async def _without_current(self, part: Part) -> Part:
         context = self._context
@@ -130,23 +134,20 @@ class Fetcher:
         items = self._source.not_current(part.items, held)
         return Part(items, [None] * len(items))
 
-    def _parts(
+    async def _parts(
         self, group: Sequence[tuple[bytes, str]], replies: Sequence[Any], result: Fetched
-    ) -> Iterator[Part]:
+    ) -> AsyncGenerator[Part, None]:
+        """Yield what can be applied, in parts of bounded size.
+
+        :raises Blocked: if an item lies far ahead, and our clock and the peer's far apart.
+        """
         part, filled = Part(), 0
         budget = self._context.settings.limits.batch_bytes // 4
-        latest = self._context.ports.wall_clock.now_ms() + DAY_MS
-        for (_, key), reply in zip(group, replies, strict=True):
-            try:
-                made = self._source.decode(key, reply)
-            except (BadEntryError, InvalidKeyError) as error:
-                self._skip(key, str(error), result)
-                continue
-            if made is None:
-                continue
-            item, wire = made
-            if item.updated_at > latest:
-                self._skip(key, f"it is stamped more than a day ahead: {item.updated_at}", result)
+        read_at = self._context.ports.clock.monotonic()
+        for item, wire in self._decode(group, replies, result):
+            if await self._is_too_far_ahead(item, read_at):
+                why = f"it is stamped more than a day ahead: {item.updated_at}"
+                self._skip(item.key, why, result)
                 continue
             part.items.append(item)
             part.wire.append(wire)
@@ -156,6 +157,34 @@ class Fetcher:
                 part, filled = Part(), 0
         if part.items:
             yield part
+
+    async def _is_too_far_ahead(self, item: SyncItem, read_at: float) -> bool:
+        """Say whether an item is stamped more than a day ahead.
+
+        :raises Blocked: if our clock and the peer's are so far apart that nobody can tell.
+        """
+        now_ms = self._context.ports.wall_clock.now_ms
+        if item.updated_at <= now_ms() + DAY_MS:
+            return False
+        await self._applier.ask_time_since(read_at)
+        ours_ms = now_ms()
+        if item.updated_at <= ours_ms + DAY_MS:
+            return False
+        self._applier.check_clock(ours_ms)
+        return True
+
+    def _decode(
+        self, group: Sequence[tuple[bytes, str]], replies: Sequence[Any], result: Fetched
+    ) -> Iterator[tuple[SyncItem, WireForm | None]]:
+        """Yield the items in some replies; those that are bad are skipped and counted."""
+        for (_, key), reply in zip(group, replies, strict=True):
+            try:
+                made = self._source.decode(key, reply)
+            except (BadEntryError, InvalidKeyError) as error:
+                self._skip(key, str(error), result)
+                continue
+            if made is not None:
+                yield made
 
     def _count(self, part: Part, applied: ApplyResult, result: Fetched) -> None:
         for index, outcome in enumerate(applied.outcomes):

@@ -55,7 +55,7 @@ CONNECTOR_SAYS: Final = (
 )
 _HEALTHY: Final = frozenset({_F.CONNECTED, _F.AT_HEAD})
 # Reasons that end by themselves once the world is well again.
-PASSING: Final = frozenset({_R.CIRCUIT, _R.BACKPRESSURE, _R.DEAD_LETTERS_FULL})
+PASSING: Final = frozenset({_R.CIRCUIT, _R.BACKPRESSURE, _R.DEAD_LETTERS_FULL, _R.CLOCK})
 
 
 class Needs:
@@ -373,7 +373,9 @@ class LinkModel:
             return
         for closed in (True, False):
             circuit = CircuitState.CLOSED if closed else CircuitState.OPEN
-            passed = passed_reason(frozenset(at.reasons), (circuit,), accepts=True, room=True)
+            passed = passed_reason(
+                frozenset(at.reasons), (circuit,), accepts=True, room=True, clocks_agree=True
+            )
             if passed is not None:
                 reason = passed[0]
                 needs = Needs.ALL_CLOSED if closed else Needs.NOT_CLOSED
