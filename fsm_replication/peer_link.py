@@ -217,7 +217,6 @@ class PeerLink:
         """Take the connections over and start reading."""
         lines = cast("Lines", move.payload)
         self._lines = lines
-        self.context.peer_clock.connection = lines.asking
         self._connected_at = self.context.ports.clock.monotonic()
         self._tailer = Tailer(
             self.context,

@@ -131,7 +131,7 @@ def test_an_open_circuit_of_either_kind_is_not_healthy() -> None:
             raise DOWN
 
         # It can be read from, so the node is ready; but nothing can be written.
-        store.apply_many = refuse  # type: ignore[method-assign]
+        store.apply_many = refuse  # type: ignore[method-assign,assignment]
         mesh.nodes["a"].store.put("key", b"1")
         await sleep_until(lambda: engine.health_check().writes_circuit is OPEN, 5)
         health = engine.health_check()

@@ -98,6 +98,7 @@ async def connect(context: LinkContext, report: Reporter) -> None:
         status.operation("connect", clock.monotonic() - began)
         # Whatever is asked from now on is timed; what is read of the stream has limits of its own.
         lines.asking = TimedConnection(lines.asking, context.slo, clock)
+        context.peer_clock.connection = lines.asking
         context.progress.layout = lines.layout
         if not lines.layout:
             why = "it publishes no tree of ours"
