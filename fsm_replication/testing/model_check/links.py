@@ -395,6 +395,9 @@ class LinkModel:
                 yield ("cold path", "block(interlock)"), False, Needs.RUNNING, block
             else:
                 yield ("operator", "repair(force)"), False, Needs.RUNNING, link.force
+        if _R.CLOCK in self.detail.reasons and _R.CLOCK not in at.reasons:
+            block = lambda: link.block(_R.CLOCK, "clocks are days apart")  # noqa: E731
+            yield ("cold path", "block(clock)"), False, Needs.RUNNING, block
         if self.detail.reconfigures:
             meaning = link.driver.machine.table.meaning
             if meaning(_F.OUTDATED, at.state):
