@@ -30,7 +30,9 @@ CIRCUIT: Final = Table(
     rows=(
         Row("trip", (_S.CLOSED,), _S.OPEN, "as many failures in a row as the threshold"),
         Row("probe", (_S.OPEN,), _S.HALF_OPEN, "the reset time is over and somebody calls"),
-        Row("relapse", (_S.HALF_OPEN,), _S.OPEN, "the probe failed: the next wait is twice as long"),
+        Row(
+            "relapse", (_S.HALF_OPEN,), _S.OPEN, "the probe failed: the next wait is twice as long"
+        ),
         Row("mend", (_S.HALF_OPEN,), _S.CLOSED, "as many probes in a row succeeded as needed"),
     ),
 )
