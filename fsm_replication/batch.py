@@ -38,10 +38,12 @@ from fsm_replication.stream import (
     parse_entry,
 )
 
-__all__ = ("BatchBuilder", "Decoding", "Part", "RawEntry", "Selection")
+__all__ = ("DAY_MS", "FUTURE", "BatchBuilder", "Decoding", "Part", "RawEntry", "Selection")
 
 MINUTE_MS: Final = 60_000
 DAY_MS: Final = 86_400_000
+# Why an entry that is stamped more than a day ahead becomes a dead letter.
+FUTURE: Final = "future"
 TURN_BYTES: Final = 1024 * 1024
 """Decoded by one link in one turn of the loop, good or bad: that takes 0.5 to 1.5 ms."""
 
@@ -54,7 +56,8 @@ class Selection:
     """What a chunk comes to before anything is decompressed.
 
     ``held_back`` are the places of old entries that wait for a person's word. ``bad`` is what was
-    found wrong with contents, by place; it outlives the selection.
+    found wrong with contents, by place; it outlives the selection. ``now_ms`` is the time of day by
+    which all of it is judged, ``too_far_ahead`` how many entries became letters by it.
     """
 
     entries: Sequence[Any]
@@ -64,6 +67,8 @@ class Selection:
     deduped: int = 0
     clock_ahead: int = 0
     bad: dict[int, BadEntryError] = field(default_factory=dict)
+    now_ms: int = 0
+    too_far_ahead: int = 0
 
 
 @dataclass(slots=True)
@@ -114,7 +119,7 @@ class BatchBuilder:
         ``bad`` is what was found wrong with contents of these very entries before, by place.
         """
         now = self._now_ms()
-        selection = Selection(entries, [])
+        selection = Selection(entries, [], now_ms=now)
         if bad is not None:
             selection.bad = bad
         known_bad = selection.bad
@@ -135,6 +140,7 @@ class BatchBuilder:
                     _check_not_future(entry, day_ahead)
                     selection.clock_ahead += 1
             except BadEntryError as error:
+                selection.too_far_ahead += error.reason == FUTURE
                 selection.letters.append(self.letter(stream_id, fields, error))
                 continue
             slot = entry.key if coalesce else index
@@ -178,7 +184,7 @@ class BatchBuilder:
     def usable(self, selection: Selection) -> dict[str, list[Entry]]:
         """Return what could be used of a selection's entries by key, the newest last."""
         found: dict[str, list[Entry]] = {}
-        day_ahead = self._now_ms() + DAY_MS
+        day_ahead = selection.now_ms + DAY_MS
         for index, (stream_id, fields) in enumerate(selection.entries):
             if index in selection.bad:
                 continue
@@ -393,7 +399,7 @@ def _at_least(held: Stamp, entry: Entry) -> bool:
 
 def _check_not_future(entry: Entry, day_ahead_ms: int) -> None:
     if entry.updated_at > day_ahead_ms:
-        raise BadEntryError("future", "updated_at is more than a day ahead of this node's clock")
+        raise BadEntryError(FUTURE, "updated_at is more than a day ahead of this node's clock")
 
 
 def _stamp_by_id(entry: Entry, stream_id: bytes) -> Entry:

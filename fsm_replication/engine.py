@@ -66,6 +66,7 @@ from fsm_replication.workers.guards import KeyMemory, StaleGuard
 from fsm_replication.workers.interlock import Interlock
 from fsm_replication.workers.letter_retry import LetterRetry
 from fsm_replication.workers.own_store import StoreWatch
+from fsm_replication.workers.peer_clock import PeerClock
 from fsm_replication.workers.ping import ping_idle_peers
 from fsm_replication.workers.prober import probe_circuits
 from fsm_replication.workers.repair import KeyDifference, StaleVerdict, find_differences
@@ -269,6 +270,8 @@ class ReplicationEngine(Observer):
             peer.node_id, self._settings, clock, self._ports.wall_clock, self._ports.cursor_store
         )
         metrics.show_interlock(lambda: interlock.shrunk, lambda: interlock.allowed)
+        peer_clock = PeerClock(clock, self._ports.wall_clock, log)
+        metrics.show_skew(lambda: peer_clock.skew_sec)
         return LinkContext(
             local_node_id=self._config.local_node_id,
             peer=peer,
@@ -287,6 +290,7 @@ class ReplicationEngine(Observer):
             doubts=Doubts(),
             arrivals=self._arrivals,
             slo=SloWatch(self._settings, clock, metrics, log),
+            peer_clock=peer_clock,
             progress=progress,
             interlock=interlock,
             stale=StaleGuard(

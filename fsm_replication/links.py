@@ -235,7 +235,7 @@ class Links(Mapping[str, PeerLink]):
     def to_be_pinged(self) -> list[IdlePeer]:
         """Return what pings need to know of the links that are connected."""
         return [
-            (link.context.progress, link.ping)
+            IdlePeer(link.context.progress, link.context.peer_clock, link.ping)
             for link in self._links.values()
             if link.state.is_running
         ]

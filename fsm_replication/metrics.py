@@ -8,6 +8,7 @@ looking one up by its labels costs more than counting.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -210,6 +211,15 @@ class PeerMetrics:
         """Have what the interlock has counted worked out whenever it is read."""
         self._metrics.get("interlock_shrunk", self.peer_id).set_function(shrunk)
         self._metrics.get("interlock_allowed", self.peer_id).set_function(allowed)
+
+    def show_skew(self, skew_sec: Callable[[], float | None]) -> None:
+        """Have the skew of the peer's clock worked out whenever it is read."""
+
+        def known() -> float:
+            skew = skew_sec()
+            return math.nan if skew is None else skew
+
+        self._metrics.get("clock_skew_seconds", self.peer_id).set_function(known)
 
     def detach(self) -> None:
         """Let whatever is counted from now on be lost."""

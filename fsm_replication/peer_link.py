@@ -439,6 +439,7 @@ class PeerLink:
             stream_too_short=progress.stream_too_short,
             layout=progress.layout,
             agreed_at=context.stale.agreed_at_ms,
+            clock_skew_sec=context.peer_clock.skew_sec,
         )
 
     def __repr__(self) -> str:

@@ -71,6 +71,7 @@ class PauseReason(StrEnum):
     CIRCUIT = "circuit"
     INTERLOCK = "interlock"
     DEAD_LETTERS_FULL = "dead letters full"
+    CLOCK = "clock"
 
 
 class Ticket(NamedTuple):

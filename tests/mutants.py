@@ -398,7 +398,7 @@ MUTANTS: Final = (
     Mutant(
         "a dead letter that is still bad is thrown away by a retry",
         "workers/letter_retry.py",
-        "if one.stream_id not in bad.keys() | held_back]",
+        "if one.stream_id not in bad.keys() | held_back | waiting]",
         "if one.stream_id not in held_back]",
         "tests/test_dead_letters.py",
     ),

@@ -464,7 +464,8 @@ def test_a_store_that_cannot_be_cancelled_is_named(
         assert rig.engine.state is EngineState.FAILED
         assert isinstance(rig.engine.error, DrainTimeoutError)
         # What asks the store which incarnation it is hangs like the link that asks for the same.
-        asking = ("engine:cold-path",) if "incarnation" in rig.store.hanging else ()
+        asks = "incarnation" in rig.store.hanging
+        asking = ("engine:cold-path", "engine:store-watch") if asks else ()
         assert rig.engine.error.left_behind == (*asking, "link:a:tailer")
         assert rig.owned()[: len(asking) + 1] == [*asking, "link:a:tailer"]
         assert "the cursor store" not in rig.owned()

@@ -19,6 +19,7 @@ from fsm_replication.errors import AlreadyRunningError, ConfigError, Replication
 from fsm_replication.foreign import DOTTED
 from fsm_replication.items import LastWriterWins
 from fsm_replication.log import get_logger
+from fsm_replication.ports import SystemClock, SystemWallClock
 from fsm_replication.stores import (
     MemorySyncEngine,
     NoOpSyncEngine,
@@ -27,6 +28,7 @@ from fsm_replication.stores import (
 )
 from fsm_replication.transport import RedisTransport
 from fsm_replication.workers.connector import open_lines
+from fsm_replication.workers.peer_clock import WARN_FROM_SEC, PeerClock
 
 __all__ = ("check_node", "open_store", "run_node")
 
@@ -163,6 +165,7 @@ async def check_node(config: ReplicationConfig, console: Console) -> bool:
     if not config.peers:
         console.print("[yellow]![/] peers: none is configured")
     for peer in sorted(config.peers, key=lambda peer: peer.priority):
+        peer_clock = PeerClock(SystemClock(), SystemWallClock(), get_logger("cli"))
         try:
             lines = await open_lines(
                 local_node_id=config.local_node_id,
@@ -171,6 +174,7 @@ async def check_node(config: ReplicationConfig, console: Console) -> bool:
                 resolver=LastWriterWins.name,
                 transport=RedisTransport(),
                 publishes_dotted=config.store is not None and DOTTED in config.store.layouts,
+                peer_clock=peer_clock,
             )
         except ReplicationError as error:
             well = False
@@ -181,7 +185,17 @@ async def check_node(config: ReplicationConfig, console: Console) -> bool:
         whose = "a foreign node" if lines.foreign else "a node of ours"
         where = escape(peer.display_url)
         console.print(f"[green]✓[/] peer {escape(peer.node_id)}: {where} answers, {whose}")
+        well = _show_clock(peer.node_id, peer_clock, console) and well
     return well
+
+
+def _show_clock(node_id: str, peer_clock: PeerClock, console: Console) -> bool:
+    """Say how a peer's clock stands to ours; False if they are so far apart that its link pauses."""
+    skew, far = peer_clock.skew_sec, peer_clock.is_day_off()
+    mark = "[green]✓[/]" if skew is not None and abs(skew) < WARN_FROM_SEC else "[yellow]![/]"
+    mark = "[red]✗[/]" if far else mark
+    console.print(f"{mark} clock of peer {escape(node_id)}: {peer_clock.tell()}")
+    return not far
 
 
 async def _check_cursor(config: ReplicationConfig, console: Console) -> bool:

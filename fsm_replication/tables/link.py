@@ -129,7 +129,8 @@ LINK: Final = Table(
             "pause",
             _AWAKE,
             _S.PAUSED,
-            "an operator's wish, backpressure, an open circuit, the interlock, dead letters full",
+            "an operator's wish, backpressure, an open circuit, the interlock, dead letters full,"
+            " clocks that are more than a day apart",
             effects=("hold",),
         ),
         Row(

@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Final
 
 from fsm_replication.config import (
+    CircuitsConfig,
     ColdPathConfig,
     HotPathConfig,
     PeerConfig,
@@ -132,6 +133,7 @@ class LocalMesh:
         self._settings = settings or Settings(
             hot_path=HotPathConfig(block_timeout=BLOCK_SEC),
             cold_path=ColdPathConfig(interval_sec=COLD_INTERVAL_SEC),
+            circuits=CircuitsConfig(look_interval=COLD_INTERVAL_SEC),
             tombstones=TombstonesConfig(ttl=TTL_SEC, grace=GRACE_SEC),
             startup=StartupConfig(when_no_peer="run"),
         )

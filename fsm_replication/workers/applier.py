@@ -118,10 +118,14 @@ class Applier:
         """Choose what to apply, and decode the first part of it.
 
         With ``distrust_old`` items older than a tombstone lasts are held back where the key is
-        absent, whatever was agreed with the peer: the chunk itself may have lain for long.
+        absent, whatever was agreed with the peer: the chunk itself may have lain for long. What lies
+        far ahead then becomes a letter whatever the clocks are: it was one before.
         """
         builder = self._builder
-        selection = builder.select(chunk.entries, chunk.bad)
+        if distrust_old:
+            selection = builder.select(chunk.entries, chunk.bad)
+        else:
+            selection = await self._select(chunk)
         if selection.candidates and (builder.foreign or (self._check_first and builder.coalesce)):
             await self._drop_current(selection)
         if self._context.stale.active or distrust_old:
@@ -131,6 +135,39 @@ class Applier:
         if first.items:
             first.encoded = self._context.store.encode(first.items, first.wire)
         return Prepared(chunk, selection, first, parts)
+
+    async def _select(self, chunk: Chunk) -> Selection:
+        """Choose what to apply; what lies far ahead is judged only by a clock that is about right.
+
+        :raises Blocked: if ours and the peer's are more than a day apart.
+        """
+        selection = self._builder.select(chunk.entries, chunk.bad)
+        if not selection.too_far_ahead:
+            return selection
+        await self.ask_time_since(chunk.seen_at)
+        # Our clock may have been set meanwhile.
+        selection = self._builder.select(chunk.entries, chunk.bad)
+        if selection.too_far_ahead:
+            self.check_clock(selection.now_ms)
+        return selection
+
+    async def ask_time_since(self, seen_at: float) -> None:
+        """Ask the peer for its time, unless it was told since ``seen_at`` of the monotonic clock."""
+        timeout = self._context.settings.timeouts.command
+        await self._context.peer_clock.ask_since(seen_at, timeout)
+
+    def check_clock(self, ours_ms: int) -> None:
+        """See that something may be judged to be far ahead of our time of day, ``ours_ms``.
+
+        :raises Blocked: if the peer's clock is more than a day off from that.
+        """
+        peer_clock = self._context.peer_clock
+        if peer_clock.is_day_off(ours_ms):
+            raise Blocked(
+                PauseReason.CLOCK,
+                f"{peer_clock.tell()}, and what it sends lies more than a day ahead of our time:"
+                " set the clock that is wrong",
+            )
 
     async def _drop_current(self, selection: Selection) -> None:
         context = self._context

@@ -353,7 +353,7 @@ class ColdPath:
                 context.peer.display_url,
             )
         except Blocked as blocked:
-            if blocked.reason is PauseReason.INTERLOCK:
+            if blocked.reason in (PauseReason.INTERLOCK, PauseReason.CLOCK):
                 target.block(blocked.reason, str(blocked))
             return self._gave_up(peer, context, stats, blocked)
         except Unsettled as unsettled:

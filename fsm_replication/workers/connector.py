@@ -22,6 +22,7 @@ from fsm_replication.ports import Connection, Transport
 from fsm_replication.replies import count, table
 from fsm_replication.reports import LinkFact, Reporter
 from fsm_replication.workers.context import LinkContext
+from fsm_replication.workers.peer_clock import ASK_TIME, PeerClock
 from fsm_replication.workers.slo import TimedConnection
 
 __all__ = (
@@ -97,6 +98,7 @@ async def connect(context: LinkContext, report: Reporter) -> None:
                 resolver=context.store.resolver.name,
                 transport=context.ports.transport,
                 publishes_dotted=DOTTED in (tree.layouts if tree is not None else ()),
+                peer_clock=context.peer_clock,
             )
     except PeerRefusedError as error:
         context.progress.failed(error)
@@ -112,6 +114,7 @@ async def connect(context: LinkContext, report: Reporter) -> None:
         status.operation("connect", clock.monotonic() - began)
         # Whatever is asked from now on is timed; what is read of the stream has limits of its own.
         lines.asking = TimedConnection(lines.asking, context.slo, clock)
+        context.peer_clock.connection = lines.asking
         context.progress.layout = lines.layout
         if not lines.layout:
             why = "it publishes no tree of ours"
@@ -128,8 +131,11 @@ async def open_lines(
     resolver: str,
     transport: Transport,
     publishes_dotted: bool = False,
+    peer_clock: PeerClock | None = None,
 ) -> Lines:
     """Open both connections to a peer and accept or refuse what is found there.
+
+    With ``peer_clock`` it is asked for its time as well.
 
     ``publishes_dotted`` says that foreign nodes may read this node: then none is read from, unless
     ``allow_echo`` is set.
@@ -144,11 +150,14 @@ async def open_lines(
         asking = await transport.connect(peer.redis_url, timeout_sec=timeout, name=name)
         try:
             asking.limit_reply(MARKER_BYTES)
-            marker, has_stream = await _read_marker(asking, peer, settings.timeouts.command)
+            began = 0.0 if peer_clock is None else peer_clock.now()
+            marker, has_stream, time = await _read_marker(asking, peer, settings.timeouts.command)
             if marker or not has_stream:
                 _check_marker(marker, peer, settings, local_node_id, resolver)
             else:
                 _check_one_way(peer, publishes_dotted=publishes_dotted)
+            if peer_clock is not None:
+                peer_clock.take(time, began)
         except BaseException:
             asking.close()
             raise
@@ -163,12 +172,17 @@ async def open_lines(
 
 async def _read_marker(
     connection: Connection, peer: PeerConfig, timeout_sec: float
-) -> tuple[dict[bytes, bytes], bool]:
+) -> tuple[dict[bytes, bytes], bool, object]:
+    """Return the marker, whether there is a stream, and the reply to TIME, be it an error."""
     keys = Keys(peer.redis_prefix)
-    replies: list[Any] = await connection.pipeline(
-        [["HGETALL", keys.marker], ["EXISTS", keys.stream], question_of_age(keys.stream)],
-        timeout_sec=timeout_sec,
+    questions = (
+        ["HGETALL", keys.marker],
+        ["EXISTS", keys.stream],
+        question_of_age(keys.stream),
+        ASK_TIME,
     )
+    replies: list[Any] = await connection.pipeline(questions, timeout_sec=timeout_sec)
+    time = replies.pop()
     for reply in replies:
         if isinstance(reply, PeerReplyError):
             if reply is replies[-1] and is_too_old(str(reply)):
@@ -180,7 +194,8 @@ async def _read_marker(
             raise PeerReplyError(str(reply), peer=peer.display_url)
     flat, has_stream, _ = replies
     where = peer.display_url
-    return table(flat, f"{where}: HGETALL"), bool(count(has_stream, f"{where}: EXISTS"))
+    present = bool(count(has_stream, f"{where}: EXISTS"))
+    return table(flat, f"{where}: HGETALL"), present, time
 
 
 def _check_marker(

@@ -24,6 +24,7 @@ from fsm_replication.workers.cursor_flush import CursorBook
 from fsm_replication.workers.foreign_walk import SettledHashes
 from fsm_replication.workers.guards import KeyMemory, StaleGuard
 from fsm_replication.workers.interlock import Interlock
+from fsm_replication.workers.peer_clock import PeerClock
 from fsm_replication.workers.slo import SloWatch
 
 __all__ = ("HEAD_OF_EMPTY", "LinkContext", "LinkProgress")
@@ -165,6 +166,7 @@ class LinkContext:
     doubts: Doubts
     arrivals: Arrivals
     slo: SloWatch
+    peer_clock: PeerClock
     progress: LinkProgress
     interlock: Interlock
     stale: StaleGuard

@@ -16,7 +16,7 @@ from fsm_replication.items import SyncItem
 from fsm_replication.ports import Connection
 from fsm_replication.replies import count
 from fsm_replication.stores.protocol import ApplyResult, Outcome
-from fsm_replication.stream import INLINE_BYTES
+from fsm_replication.stream import INLINE_BYTES, WireForm
 from fsm_replication.workers.applier import Applier
 from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.item_source import ItemSource
@@ -139,9 +139,10 @@ class Fetcher:
         while sized:
             group = self._take_group(sized)
             replies = await self._read(asking, group)
-            async with aclosing(self._parts(group, replies, passed_over)) as parts:
-                async for part in parts:
-                    for item in part.items:
+            latest = self._context.ports.wall_clock.now_ms() + DAY_MS
+            async with aclosing(self._decode(group, replies, passed_over)) as decoded:
+                async for item, _ in decoded:
+                    if item.updated_at <= latest:
                         yield item
 
     async def _read(self, asking: Connection, group: Sequence[tuple[bytes, str]]) -> Sequence[Any]:
@@ -187,10 +188,48 @@ class Fetcher:
     async def _parts(
         self, group: Sequence[tuple[bytes, str]], replies: Sequence[Any], result: Fetched
     ) -> AsyncGenerator[Part, None]:
-        part, filled, turn_bytes = Part(), 0, 0
-        context = self._context
-        budget = context.settings.limits.batch_bytes // 4
-        latest = context.ports.wall_clock.now_ms() + DAY_MS
+        """Yield what can be applied, in parts of bounded size.
+
+        :raises Blocked: if an item lies far ahead, and our clock and the peer's far apart.
+        """
+        part, filled = Part(), 0
+        budget = self._context.settings.limits.batch_bytes // 4
+        read_at = self._context.ports.clock.monotonic()
+        async with aclosing(self._decode(group, replies, result)) as decoded:
+            async for item, wire in decoded:
+                if await self._is_too_far_ahead(item, read_at):
+                    why = f"it is stamped more than a day ahead: {item.updated_at}"
+                    self._skip(item.key, why, result)
+                    continue
+                part.items.append(item)
+                part.wire.append(wire)
+                filled += len(item.content)
+                if filled >= budget:
+                    yield part
+                    part, filled = Part(), 0
+        if part.items:
+            yield part
+
+    async def _is_too_far_ahead(self, item: SyncItem, read_at: float) -> bool:
+        """Say whether an item is stamped more than a day ahead.
+
+        :raises Blocked: if our clock and the peer's are so far apart that nobody can tell.
+        """
+        now_ms = self._context.ports.wall_clock.now_ms
+        if item.updated_at <= now_ms() + DAY_MS:
+            return False
+        await self._applier.ask_time_since(read_at)
+        ours_ms = now_ms()
+        if item.updated_at <= ours_ms + DAY_MS:
+            return False
+        self._applier.check_clock(ours_ms)
+        return True
+
+    async def _decode(
+        self, group: Sequence[tuple[bytes, str]], replies: Sequence[Any], result: Fetched
+    ) -> AsyncGenerator[tuple[SyncItem, WireForm | None], None]:
+        """Yield the items in some replies; those that are bad are skipped and counted."""
+        turn_bytes = 0
         for (_, key), reply in zip(group, replies, strict=True):
             weight = self._source.weigh(reply)
             if turn_bytes >= TURN_BYTES:
@@ -199,27 +238,15 @@ class Fetcher:
             try:
                 decode = partial(self._source.decode, key, reply)
                 if weight > INLINE_BYTES:
-                    made = await context.ports.heavy.run(decode)
+                    made = await self._context.ports.heavy.run(decode)
                 else:
                     turn_bytes += weight
                     made = decode()
             except (BadEntryError, InvalidKeyError) as error:
                 self._skip(key, str(error), result)
                 continue
-            if made is None:
-                continue
-            item, wire = made
-            if item.updated_at > latest:
-                self._skip(key, f"it is stamped more than a day ahead: {item.updated_at}", result)
-                continue
-            part.items.append(item)
-            part.wire.append(wire)
-            filled += len(item.content)
-            if filled >= budget:
-                yield part
-                part, filled = Part(), 0
-        if part.items:
-            yield part
+            if made is not None:
+                yield made
 
     def _count(self, part: Part, applied: ApplyResult, result: Fetched) -> None:
         for index, outcome in enumerate(applied.outcomes):

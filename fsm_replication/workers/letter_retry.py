@@ -16,7 +16,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any, Final
 
-from fsm_replication.batch import BatchBuilder
+from fsm_replication.batch import FUTURE, BatchBuilder
 from fsm_replication.dead_letters import RetryStats
 from fsm_replication.errors import EngineStoppedError, ReplicationError, StoreReopenedError
 from fsm_replication.log import get_logger
@@ -174,21 +174,32 @@ class LetterRetry:
         context.progress.events_applied += applied
         selection = prepared.selection
         bad = {letter.stream_id: letter for letter in selection.letters}
+        waiting = set[str]()
+        if context.peer_clock.is_day_off(selection.now_ms):
+            # Nobody can tell what lies far ahead until the clocks agree.
+            waiting = {name for name, letter in bad.items() if letter.reason == FUTURE}
+            bad = {name: letter for name, letter in bad.items() if name not in waiting}
         held_back = {entries[index][0].decode() for index in selection.held_back}
         kept = [_judged(one, bad[one.stream_id]) for one in letters if one.stream_id in bad]
-        gone = [one.id for one in letters if one.stream_id not in bad.keys() | held_back]
+        gone = [one.id for one in letters if one.stream_id not in bad.keys() | held_back | waiting]
         await self._store.settle_retry(gone, kept)
-        held = len(held_back)
-        why = (
-            f"peer {context.peer_id!r}: {held} are older than tombstones.ttl and absent here, maybe"
-            " deleted since: trees bring what the peer still holds; purge them"
-        )
+        problems = []
+        if held_back:
+            problems.append(
+                f"peer {context.peer_id!r}: {len(held_back)} are older than tombstones.ttl and absent"
+                " here, maybe deleted since: trees bring what the peer still holds; purge them"
+            )
+        if waiting:
+            problems.append(
+                f"peer {context.peer_id!r}: {len(waiting)} lie more than a day ahead, and"
+                f" {context.peer_clock.tell()}: set the clock that is wrong"
+            )
         return RetryStats(
             applied=applied,
             superseded=len(gone) - applied,
             still_bad=len(kept),
-            left=held,
-            problems=(why,) if held else (),
+            left=len(held_back) + len(waiting),
+            problems=tuple(problems),
         )
 
 

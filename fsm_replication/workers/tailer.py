@@ -84,11 +84,13 @@ def passed_reason(
     *,
     accepts: bool,
     room: bool,
+    clocks_agree: bool,
 ) -> tuple[PauseReason | None, str] | None:
     """Return a reason to pause that has gone by itself, and why; None where all still hold.
 
     The reason is None where there is none left at all. ``circuits`` are the store's, ``accepts``
-    says whether it takes writes, ``room`` whether dead letters are known to have room again.
+    says whether it takes writes, ``room`` whether dead letters are known to have room again,
+    ``clocks_agree`` whether ours and the peer's are not a day apart, as far as is known.
     """
     if not reasons:
         return None, "no reason to pause is left"
@@ -98,6 +100,8 @@ def passed_reason(
         return PauseReason.BACKPRESSURE, "the store accepts writes"
     if PauseReason.DEAD_LETTERS_FULL in reasons and room:
         return PauseReason.DEAD_LETTERS_FULL, "there is room for dead letters"
+    if PauseReason.CLOCK in reasons and clocks_agree:
+        return PauseReason.CLOCK, "our clock and the peer's are not a day apart any more"
     return None
 
 
@@ -761,6 +765,8 @@ class Tailer:
             await self._until_changed(orders, HOLD_POLL_SEC)
             polls += 1
             reasons, room = self._reasons(), False
+            if PauseReason.CLOCK in reasons:
+                await self._ask_time()
             if polls % HOLD_POLLS_PER_COUNT == 0:
                 room = PauseReason.DEAD_LETTERS_FULL in reasons and await self._letters_fit()
             passed = passed_reason(
@@ -768,10 +774,21 @@ class Tailer:
                 (context.writes.state, context.reads.state),
                 accepts=context.store.should_accept_writes(),
                 room=room,
+                clocks_agree=not context.peer_clock.is_day_off(),
             )
             if passed is not None:
                 reason, why = passed
                 orders.report(LinkFact.CLEARED, why, reason)
+
+    async def _ask_time(self) -> None:
+        """Ask the peer for its time as often as peers are pinged, whether or not they are.
+
+        A jump of our own clock shows without that.
+        """
+        peer_clock, settings = self._context.peer_clock, self._context.settings
+        due_at = (peer_clock.asked_at or 0.0) + settings.peer_health.ping_interval_sec
+        if self._context.ports.clock.monotonic() >= due_at:
+            await peer_clock.ask(settings.timeouts.ping)
 
     async def _letters_fit(self) -> bool:
         context = self._context

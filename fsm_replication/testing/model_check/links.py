@@ -56,7 +56,7 @@ CONNECTOR_SAYS: Final = (
 )
 _HEALTHY: Final = frozenset({_F.CONNECTED, _F.AT_HEAD})
 # Reasons that end by themselves once the world is well again.
-PASSING: Final = frozenset({_R.CIRCUIT, _R.BACKPRESSURE, _R.DEAD_LETTERS_FULL})
+PASSING: Final = frozenset({_R.CIRCUIT, _R.BACKPRESSURE, _R.DEAD_LETTERS_FULL, _R.CLOCK})
 
 
 class Needs:
@@ -396,7 +396,9 @@ class LinkModel:
             return
         for closed in (True, False):
             circuit = CircuitState.CLOSED if closed else CircuitState.OPEN
-            passed = passed_reason(frozenset(at.reasons), (circuit,), accepts=True, room=True)
+            passed = passed_reason(
+                frozenset(at.reasons), (circuit,), accepts=True, room=True, clocks_agree=True
+            )
             if passed is not None:
                 reason = passed[0]
                 needs = Needs.ALL_CLOSED if closed else Needs.NOT_CLOSED
@@ -421,6 +423,9 @@ class LinkModel:
             yield ("cold path", "dies"), False, Needs.RUNNING, partial(link.blame, "cold path", bug)
             if not at.worn:
                 yield ("cold path", "dies too often"), False, Needs.RUNNING, self._blame_too_often
+        if _R.CLOCK in self.detail.reasons and _R.CLOCK not in at.reasons:
+            block = lambda: link.block(_R.CLOCK, "clocks are days apart")  # noqa: E731
+            yield ("cold path", "block(clock)"), False, Needs.RUNNING, block
         if self.detail.reconfigures:
             meaning = link.driver.machine.table.meaning
             if meaning(_F.OUTDATED, at.state):
