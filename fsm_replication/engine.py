@@ -170,7 +170,7 @@ class ReplicationEngine(Observer):
             self.metrics,
             self._links.repair_targets,
             partial(self._start_asked, "repair"),
-            self._links.decide_anew,
+            self._links.doubt_store,
         )
         self._letter_retry = LetterRetry(
             self._ports.cursor_store,
@@ -178,7 +178,7 @@ class ReplicationEngine(Observer):
             self._links.block,
             self._note_room,
             partial(self._start_asked, "letter-retry"),
-            self._links.decide_anew,
+            self._links.doubt_store,
         )
 
     def _circuit(self, name: str, *, failures: int, reset_sec: float, successes: int) -> Circuit:
@@ -673,7 +673,16 @@ class ReplicationEngine(Observer):
         timeout = self._config.settings.timeouts
         async with self._ports.clock.timeout(timeout.store_call + timeout.command * len(peers)):
             return await explain_key(
-                key, self._store, peers, timeout_sec=timeout.command, arrivals=self._arrivals
+                key,
+                self._store,
+                peers,
+                timeout_sec=timeout.command,
+                arrivals=self._arrivals,
+                excepted_by=[
+                    link.peer_id
+                    for link in self._links.values()
+                    if key in link.context.stale.exceptions
+                ],
             )
 
     @contextmanager
@@ -706,6 +715,15 @@ class ReplicationEngine(Observer):
         :raises UsageError: if there is no such peer.
         """
         return self._link(peer_id).context.stale.keys
+
+    def excepted_keys(self, peer_id: str) -> tuple[str, ...]:
+        """Return the keys that the last agreement with a peer leaves out, at most 1,000.
+
+        They could not be taken: too large, unreadable, refused or stamped too far ahead.
+
+        :raises UsageError: if there is no such peer.
+        """
+        return tuple(sorted(self._link(peer_id).context.stale.exceptions))
 
     def _check_not_over(self, call: str, *but: EngineState) -> None:
         over = _FINAL | {EngineState.SHUTTING_DOWN} - set(but)

@@ -23,7 +23,8 @@ class PeerHealth:
     ``reject_stale``. ``stream_too_short``: the peer's stream was trimmed faster than it was read
     after a bootstrap; raise its ``stream_maxlen``. ``layout`` is the layout in which trees are compared
     with it, "" where there is none in common: then nothing mends what its stream does not bring. ``agreed_at`` is when all the peer held was last
-    known to be here, in milliseconds since the epoch.
+    known to be here, in milliseconds since the epoch; 0 is longer ago than any tombstone is kept.
+    ``agreed_except`` counts the keys that this leaves out, because they could not be taken.
     """
 
     node_id: str
@@ -49,6 +50,7 @@ class PeerHealth:
     stream_too_short: bool = False
     layout: str = ""
     agreed_at: int | None = None
+    agreed_except: int = 0
 
 
 @dataclass(frozen=True, slots=True)

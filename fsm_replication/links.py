@@ -154,7 +154,7 @@ class Links(Mapping[str, PeerLink]):
         progress = link.context.progress
         progress.synced = record.synced
         progress.gaps_open = len(record.gaps)
-        link.context.stale.agreed(record.agreed_at_ms)
+        link.context.stale.agreed(record.agreement)
         progress.dead_letters = record.dead_letters
 
     def wish(self, peer_id: str, *, paused: bool) -> None:
@@ -227,6 +227,12 @@ class Links(Mapping[str, PeerLink]):
     def decide_anew(self, why: str) -> None:
         """Have every link decide again: by the settings in force, for the store as it is now."""
         for link in self._links.values():
+            link.decide_anew(why)
+
+    def doubt_store(self, why: str) -> None:
+        """Have every link decide again for a store that may be as it was at an earlier time."""
+        for link in self._links.values():
+            link.context.distrust_store()
             link.decide_anew(why)
 
     def __repr__(self) -> str:

@@ -354,6 +354,7 @@ class PeerLink:
             stream_too_short=progress.stream_too_short,
             layout=progress.layout,
             agreed_at=context.stale.agreed_at_ms,
+            agreed_except=len(context.stale.exceptions),
         )
 
     def __repr__(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
 
 from structlog.stdlib import BoundLogger
 
@@ -14,7 +13,7 @@ from fsm_replication.current import Current
 from fsm_replication.errors import CursorStoreError, ReplicationError
 from fsm_replication.limiter import PrioritySlot, RateLimiter
 from fsm_replication.metrics import PeerMetrics
-from fsm_replication.ports import BEFORE_ALL, Ports, Position, StreamId
+from fsm_replication.ports import BEFORE_ALL, Agreement, Ports, Position, StreamId
 from fsm_replication.stores.protocol import SyncEngine
 from fsm_replication.workers.arrivals import Arrivals
 from fsm_replication.workers.changes import ChangeFeed, Doubts
@@ -23,9 +22,7 @@ from fsm_replication.workers.foreign_walk import SettledHashes
 from fsm_replication.workers.guards import Interlock, KeyMemory, StaleGuard
 from fsm_replication.workers.slo import SloWatch
 
-__all__ = ("HEAD_OF_EMPTY", "LinkContext", "LinkProgress")
-
-HEAD_OF_EMPTY: Final = Position(BEFORE_ALL, 0)
+__all__ = ("LinkContext", "LinkProgress")
 
 
 @dataclass(slots=True)
@@ -34,7 +31,8 @@ class LinkProgress:
 
     Times of the monotonic clock are in seconds, stream times in milliseconds. ``advances`` grows
     with each entry settled for the first time and each item fetched: nothing else is progress (G12).
-    ``furthest`` is the id up to which entries were settled since the last copy.
+    ``furthest`` is the id up to which entries were settled since the last copy. ``incarnation`` is
+    that of the local store when the link decided for the last time, "" before the first.
     """
 
     read: Position | None = None
@@ -61,6 +59,7 @@ class LinkProgress:
     advances: int = 0
     rounds_delayed: int = 0
     furthest: StreamId = BEFORE_ALL
+    incarnation: str = ""
 
     def settled_to(self, end: Position, entries: int) -> None:
         """Note that entries are settled; those that had been before are no advance."""
@@ -149,12 +148,18 @@ class LinkContext:
         """The settings in force now; they may be others after the next await."""
         return self.current.value
 
-    async def agree(self, at_ms: int) -> None:
-        """Note that everything the peer held at ``at_ms`` is held here: no gap is open any more."""
-        self.stale.agreed(at_ms)
+    async def agree(self, agreement: Agreement) -> None:
+        """Note that everything the peer held is held here, but for a few keys: gaps are healed.
+
+        Where the store is no longer the one that was compared, nothing is agreed.
+        """
+        settled = BEFORE_ALL if self.progress.settled is None else self.progress.settled.stream_id
+        if agreement.incarnation != self.progress.incarnation or settled < agreement.up_to:
+            return
+        self.stale.agreed(agreement)
         self.progress.stream_too_short = False
         try:
-            await self.ports.cursor_store.set_agreed(self.peer_id, at_ms, heal_gaps=True)
+            await self.ports.cursor_store.set_agreed(self.peer_id, agreement, heal_gaps=True)
         except CursorStoreError as error:
             # It is found out again by the next comparison.
             self.cursors.failed(error)
@@ -162,6 +167,30 @@ class LinkContext:
         else:
             self.progress.gaps_open = 0
         await self.note_synced()
+
+    def beginning(self) -> Agreement:
+        """Return the agreement that a comparison which begins now may come to."""
+        settled = self.progress.settled
+        return Agreement(
+            self.ports.wall_clock.now_ms(),
+            self.progress.incarnation,
+            BEFORE_ALL if settled is None else settled.stream_id,
+        )
+
+    def distrust_store(self) -> None:
+        """Forget what was seen to be in the local store: it may be as it was at an earlier time."""
+        self.settled.clear()
+        self.unfetchable.clear()
+
+    async def forget_store(self) -> None:
+        """Forget all that was true of the local store: in effect it is another one now.
+
+        :raises CursorStoreError: if that cannot be noted.
+        """
+        self.distrust_store()
+        self.stale.forget()
+        self.progress.synced = False
+        await self.ports.cursor_store.forget_store(self.peer_id)
 
     async def note_synced(self) -> None:
         """Note that the peer was fully read or compared once."""
