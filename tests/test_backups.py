@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import pytest
 from conftest import DEADLINE_SEC, Nodes, peer_config, until, until_async
+from foreign_node import ForeignNode
 
 from fsm_replication.config import (
     ColdPathConfig,
@@ -24,7 +25,7 @@ from fsm_replication.config import (
     TombstonesConfig,
 )
 from fsm_replication.engine import ReplicationEngine
-from fsm_replication.errors import PeerReplyError
+from fsm_replication.errors import PeerReplyError, StoreError
 from fsm_replication.health import PeerHealth
 from fsm_replication.items import SyncItem, content_hash
 from fsm_replication.ports import LONG_AGO_MS
@@ -473,6 +474,45 @@ def test_a_store_that_lost_a_second_keeps_an_old_agreement() -> None:
         assert health(mesh).stale_held_back == 1
 
     on_virtual_time(trace)
+
+
+async def _holds(store: RedisSyncEngine, key: str) -> bool:
+    try:
+        return await store.get(key) is not None
+    except StoreError:
+        return False  # Its connection has to be made anew first.
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("hot", [True, False], ids=["tailing", "standby"])
+async def test_what_was_taken_of_a_foreign_peer_is_taken_again_after_a_restore(
+    nodes: Nodes, redis_server: RedisServer, new_redis_server: Callable[..., RedisServer], hot: bool
+) -> None:
+    """If this fails a restored store lacks a foreign peer's items, and nothing ever brings them."""
+    own = new_redis_server()
+    foreign = ForeignNode(redis_server)
+    for number in range(60):
+        foreign.put(f"k.{number}", b"x")
+    foreign.write_tree()
+    foreign.publish("k.0", b"x")
+    settings = Settings(
+        hot_path=HotPathConfig(enabled=hot), cold_path=ColdPathConfig(interval_sec=0.2)
+    )
+    async with RedisSyncEngine(own.url, node_id="b") as store:
+        await store._call("SAVE")
+        shutil.copy(own.folder / "dump.rdb", own.folder / "backup.rdb")
+        async with nodes.engine(
+            peer_config(redis_server), store=store, settings=settings
+        ) as engine:
+            await until_async(lambda: store.get("k.59"))
+            await until(lambda: engine.health_check().peers[0].synced)
+            # Several cycles find nothing to be done: the peer does not stir any more.
+            settled = engine._links["a"].context.settled
+            await until(lambda: len(settled) > 0)
+            _restore(own, "backup.rdb")
+            await until_async(lambda: _holds(store, "k.59"))
+            assert all(await store.get_many([f"k.{number}" for number in range(60)]))
+    foreign.client.close()
 
 
 # Keys that cannot be taken (G13) ------------------------------------------------------------------

@@ -380,6 +380,7 @@ def test_a_peer_that_was_upgraded_is_not_believed_about_the_time_before() -> Non
         assert stream is not None
         stream.added = len(stream.entries)
         server.dialect = server.db.dialect = REDIS_7_0
+        server.db.runs += 1
         await mesh.start("b")
         await mesh.settle()
         assert len(mesh.nodes["b"].store.items()) == 20
