@@ -124,8 +124,8 @@ MUTANTS: Final = (
     Mutant(
         "an agreement outlives the store that it was made with",
         "workers/tailer.py",
-        '        if set(named) - {"", now}:\n',
-        "        if not set(named):\n",
+        '        if {before, owner} - {"", now}:\n',
+        "        if owner is None:\n",
         "tests/test_backups.py",
     ),
     Mutant(

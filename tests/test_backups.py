@@ -15,20 +15,24 @@ import pytest
 from conftest import DEADLINE_SEC, Nodes, peer_config, until, until_async
 from foreign_node import ForeignNode
 
+from fsm_replication.cli.repair import explain_node
 from fsm_replication.config import (
     ColdPathConfig,
     HotPathConfig,
     LimitsConfig,
+    PeerConfig,
     ReconnectConfig,
     Settings,
     StartupConfig,
+    StoreConfig,
     TombstonesConfig,
 )
+from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.engine import ReplicationEngine
 from fsm_replication.errors import PeerReplyError, StoreError
 from fsm_replication.health import PeerHealth
 from fsm_replication.items import SyncItem, content_hash
-from fsm_replication.ports import LONG_AGO_MS
+from fsm_replication.ports import LONG_AGO_MS, Agreement
 from fsm_replication.servers import RedisServer
 from fsm_replication.stores import MemorySyncEngine, RedisSyncEngine
 from fsm_replication.stream import encode_fields
@@ -484,7 +488,9 @@ async def _holds(store: RedisSyncEngine, key: str) -> bool:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("hot", [True, False], ids=["tailing", "standby"])
+@pytest.mark.parametrize(
+    "hot", [pytest.param(True, marks=pytest.mark.slow), False], ids=["tailing", "standby"]
+)
 async def test_what_was_taken_of_a_foreign_peer_is_taken_again_after_a_restore(
     nodes: Nodes, redis_server: RedisServer, new_redis_server: Callable[..., RedisServer], hot: bool
 ) -> None:
@@ -615,3 +621,16 @@ def test_with_too_many_exceptions_there_is_no_agreement() -> None:
         assert health(mesh).agreed_at == agreed_at
 
     on_virtual_time(trace)
+
+
+async def test_a_key_is_explained_without_an_engine_too(nodes: Nodes) -> None:
+    """If this fails the command line does not say why a peer's version is not taken."""
+    peer = PeerConfig(node_id="a", redis_url="redis://127.0.0.1:1")
+    config = nodes.config(peer).model_copy(update={"store": StoreConfig(kind="memory")})
+    assert not (await explain_node(config, "bad")).peers[0].is_excepted
+    cursors = SqliteCursorStore(config.cursor.sqlite_path)
+    await cursors.open()
+    await cursors.set_agreed("a", Agreement(5, exceptions={"bad": None}), heal_gaps=False)
+    await cursors.close()
+    assert (await explain_node(config, "bad")).peers[0].is_excepted
+    assert not (await explain_node(config, "good")).peers[0].is_excepted

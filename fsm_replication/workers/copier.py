@@ -43,7 +43,7 @@ from fsm_replication.workers.fetcher import (
 )
 from fsm_replication.workers.foreign_items import ForeignItems
 from fsm_replication.workers.foreign_walk import ForeignWalk
-from fsm_replication.workers.history import Gap, ask_info, find_newest
+from fsm_replication.workers.history import Gap, ask_info
 from fsm_replication.workers.item_source import ItemSource, OwnItems
 from fsm_replication.workers.peer_tree import PeerTree
 
@@ -201,9 +201,10 @@ class Copier:
         """Say whether a head that was noted is one of this stream: its server may be an older one."""
         if row.run_id == self._lines.abilities.run_id:
             return True
-        context, head = self._context, row.head.stream_id
+        context, at = self._context, str(row.head.stream_id)
         stream, timeout = Keys(context.peer.redis_prefix).stream, context.settings.timeouts.command
-        return await find_newest(self._lines.asking, stream, head, timeout) == head
+        found = await self._lines.asking.skim("XRANGE", stream, at, at, timeout_sec=timeout)
+        return bool(found)
 
     def _show(self) -> None:
         now = self._context.ports.clock.monotonic()
@@ -377,7 +378,9 @@ class Copier:
         store, now = context.ports.cursor_store, context.ports.wall_clock.now_ms()
         exceptions = context.stale.excepting(self._excepted.union(self._fetched.failed))
         whole = self._lines.has_tree and not (self._held_back or self._unreadable)
-        whole = whole and exceptions is not None
+        if exceptions is None:
+            context.log.warning("too_many_exceptions", then="trees that differ so are no agreement")
+            whole = False
         await store.finish_bootstrap(context.peer_id, cursor, now if whole else None)
         context.cursors.saved(context.peer_id, cursor)
         context.log.info(

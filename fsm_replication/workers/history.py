@@ -172,11 +172,19 @@ async def find_newest(
 ) -> StreamId | None:
     """Return the id of the newest entry up to an id that the stream still has.
 
+    Where the user may not ask for it that is none: what is not known counts as long ago.
+
+    :raises PeerReplyError: if the server answered with another error.
     :raises ProtocolError: if the reply has another shape.
     """
-    found = await connection.skim(
-        "XREVRANGE", stream_key, str(until), "-", "COUNT", 1, timeout_sec=timeout_sec
-    )
+    try:
+        found = await connection.skim(
+            "XREVRANGE", stream_key, str(until), "-", "COUNT", 1, timeout_sec=timeout_sec
+        )
+    except PeerReplyError as error:
+        if error.code != "NOPERM":
+            raise
+        return None
     try:
         return StreamId.parse(found[0][0]) if found else None
     except (TypeError, ValueError, IndexError, KeyError, AttributeError):

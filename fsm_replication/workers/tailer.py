@@ -365,13 +365,11 @@ class Tailer:
     async def _take_over(self, record: PeerRecord, cursor: Cursor | None) -> None:
         """Take over what is known of the peer, as far as it belongs to the store as it is now."""
         context, agreement, now = self._context, record.agreement, self._incarnation
-        named = [context.progress.incarnation]
-        if cursor is not None:
-            named.append(cursor.incarnation)
-        if agreement is not None:
-            named.append(agreement.incarnation)
-        context.progress.incarnation = now
-        if set(named) - {"", now}:
+        before, context.progress.incarnation = context.progress.incarnation, now
+        owner = "" if agreement is None else agreement.incarnation
+        if not owner and cursor is not None:
+            owner = cursor.incarnation
+        if {before, owner} - {"", now}:
             await context.forget_store()
             return
         context.progress.synced = context.progress.synced or record.synced
