@@ -453,6 +453,24 @@ def test_a_store_restored_from_long_ago_waits_for_nobody() -> None:
     on_virtual_time(trace)
 
 
+def test_an_empty_store_has_agreed_on_nothing() -> None:
+    """If this fails a node that lost its Redis after a long outage holds everything back."""
+
+    async def trace(mesh: LocalMesh) -> None:
+        a = mesh.nodes["a"].store
+        for number in range(20):
+            a.put(f"k{number}", b"x")
+        await both_agree(mesh)
+        await mesh.stop("b")
+        await asyncio.sleep(2 * TTL_SEC)
+        mesh.wipe("b")
+        await mesh.start("b")
+        await until_it_is(lambda: len(live(mesh, "b")) == 20, "all items")
+        assert health(mesh).stale_held_back == 0
+
+    on_virtual_time(trace)
+
+
 def test_a_store_that_lost_a_second_keeps_an_old_agreement() -> None:
     """If this fails a crash of the node's own Redis lets a peer revive what it slept through."""
 
