@@ -405,7 +405,9 @@ def _restore(server: RedisServer, name: str) -> None:
 
 
 @pytest.mark.parametrize("alive", [True, False], ids=["running", "stopped"])
-@pytest.mark.parametrize("trimmed", [True, False], ids=["trimmed", "whole"])
+@pytest.mark.parametrize(
+    "trimmed", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["trimmed", "whole"]
+)
 def test_a_store_from_before_a_peer_was_read_gets_all_of_it(alive: bool, trimmed: bool) -> None:
     """If this fails a node whose Redis was restored lacks a peer's items for good, and is proud."""
 
