@@ -12,6 +12,8 @@ entries (since Redis 7.0)       ``XINFO STREAM`` of a stream that is   and block
                                 there                                  same flight, see ``history``
 documents (RedisJSON)           ``JSON.GET`` at the first item of a    strings are read with GET
                                 foreign node
+which run of the server it is   ``run_id`` in ``INFO server``, before  what was counted on a connection
+(a start makes another)         the first decision                     is believed on that one alone
 ==============================  =====================================  ==================================
 
 Counts may be there and yet be wrong: a proxy, a fork, or somebody's XSETID. Where they contradict the
@@ -57,7 +59,13 @@ class Abilities:
     json_module: bool | None = None
     """Whether a foreign node's Redis has RedisJSON; None until it was used."""
     seen_empty: bool = False
-    """Whether this server had no stream: then its count from there on is known, and only then."""
+    """Whether this server had no stream: then its count from there on is known, in any run of it."""
+    run_id: str = ""
+    """The run of the server, "" before it was asked.
+
+    Where the server does not tell, a name that lasts as long as the connection: nothing that is
+    kept beside such a name is believed of any other connection.
+    """
 
     @property
     def asks_with_each_read(self) -> bool:

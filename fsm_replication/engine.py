@@ -188,7 +188,7 @@ class ReplicationEngine(Observer):
             self.metrics,
             self._links.repair_targets,
             partial(self._start_asked, "repair"),
-            self._links.decide_anew,
+            self._links.doubt_store,
         )
         self._letter_retry = LetterRetry(
             self._ports.cursor_store,
@@ -197,7 +197,7 @@ class ReplicationEngine(Observer):
             self._links.blame,
             self._note_room,
             partial(self._start_asked, "letter-retry"),
-            self._links.decide_anew,
+            self._links.doubt_store,
         )
 
     def _store_circuit(self, name: str, config: CircuitConfig) -> Circuit:
@@ -793,6 +793,11 @@ class ReplicationEngine(Observer):
                 timeout_sec=timeout.command,
                 arrivals=self._arrivals,
                 blame=self._links.blame,
+                excepted_by=[
+                    link.peer_id
+                    for link in self._links.values()
+                    if key in link.context.stale.exceptions
+                ],
             )
 
     @contextmanager
@@ -825,6 +830,15 @@ class ReplicationEngine(Observer):
         :raises UsageError: if there is no such peer.
         """
         return self._link(peer_id).context.stale.keys
+
+    def excepted_keys(self, peer_id: str) -> tuple[str, ...]:
+        """Return the keys that the last agreement with a peer leaves out, at most 1,000.
+
+        They could not be taken: too large, unreadable, refused or stamped too far ahead.
+
+        :raises UsageError: if there is no such peer.
+        """
+        return tuple(sorted(self._link(peer_id).context.stale.exceptions))
 
     def _check_not_over(self, call: str, *but: EngineState) -> None:
         over = _FINAL | {EngineState.SHUTTING_DOWN} - set(but)

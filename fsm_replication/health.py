@@ -30,8 +30,10 @@ class PeerHealth:
     ``reject_stale``. ``stream_too_short``: the peer's stream was trimmed faster than it was read
     after a bootstrap; raise its ``stream_maxlen``. ``layout`` is the layout in which trees are compared
     with it, "" where there is none in common: then nothing mends what its stream does not bring. ``agreed_at`` is when all the peer held was last
-    known to be here, in milliseconds since the epoch. ``clock_skew_sec`` is the peer's clock minus
-    ours in seconds, by its last answer; None where it has not told its time.
+    known to be here, in milliseconds since the epoch; 0 is longer ago than any tombstone is kept.
+    ``agreed_except`` counts the keys that this leaves out, because they could not be taken.
+    ``clock_skew_sec`` is the peer's clock minus ours in seconds, by its last answer; None where it
+    has not told its time.
     """
 
     node_id: str
@@ -61,6 +63,7 @@ class PeerHealth:
     shrink_allowed: int = 0
     forgiven_until: int | None = None
     clock_skew_sec: float | None = None
+    agreed_except: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,7 +176,7 @@ class Links(Mapping[str, PeerLink]):
             link.pause()
         progress = link.context.progress
         progress.gaps_open = len(record.gaps)
-        link.context.stale.agreed(record.agreed_at_ms)
+        link.context.stale.agreed(record.agreement)
         interlock = link.context.interlock
         interlock.load(record.interlock)
         if interlock.tripped:
@@ -286,6 +286,12 @@ class Links(Mapping[str, PeerLink]):
     def decide_anew(self, why: str) -> None:
         """Have every link decide again: by the settings in force, for the store as it is now."""
         for link in self._links.values():
+            link.decide_anew(why)
+
+    def doubt_store(self, why: str) -> None:
+        """Have every link decide again for a store that may be as it was at an earlier time."""
+        for link in self._links.values():
+            link.context.distrust_store()
             link.decide_anew(why)
 
     def __repr__(self) -> str:

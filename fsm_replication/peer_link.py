@@ -440,6 +440,7 @@ class PeerLink:
             layout=progress.layout,
             agreed_at=context.stale.agreed_at_ms,
             clock_skew_sec=context.peer_clock.skew_sec,
+            agreed_except=len(context.stale.exceptions),
         )
 
     def __repr__(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
@@ -21,7 +21,9 @@ __all__ = (
     "BEFORE_ALL",
     "LEAST_BYTES_PER_SEC",
     "LETTERS_BYTES",
+    "LONG_AGO_MS",
     "PART_MAX",
+    "Agreement",
     "BootstrapRow",
     "Clock",
     "Connection",
@@ -45,6 +47,8 @@ __all__ = (
 
 # What a page of dead letters may hold; their number alone bounds no memory.
 LETTERS_BYTES: Final = 16 * 1024 * 1024
+# The time of an agreement that lies longer back than any tombstone is kept, nobody knows how long.
+LONG_AGO_MS: Final = 0
 
 
 LEAST_BYTES_PER_SEC: Final = 4096
@@ -163,10 +167,15 @@ class Position(NamedTuple):
 
 
 class Cursor(NamedTuple):
-    """A settled position, which belongs to one incarnation of the local store (G2)."""
+    """A settled position, which belongs to one incarnation of the local store (G2).
+
+    ``run_id`` names the run of the peer's server whose stream was last seen to hold it, "" where
+    that is not known: what another run counts tells nothing about it.
+    """
 
     position: Position
     incarnation: str
+    run_id: str = ""
 
 
 # What the cursor store keeps --------------------------------------------------------------------
@@ -176,12 +185,29 @@ class BootstrapRow(NamedTuple):
     """A bootstrap in progress: where the stream's head was, and how far the copy has come.
 
     ``walk`` is opaque text that only the copying worker understands; "" is the beginning.
+    ``run_id`` is the run of the peer's server that told the head.
     """
 
     head: Position
     walk: str
     incarnation: str
     reason: str
+    run_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """That all a peer held at ``at_ms`` (since the epoch) is held here, but for ``exceptions`` (G5).
+
+    It belongs to the ``incarnation`` of the local store ("" where that is not known), as it was
+    when the peer's stream was settled ``up_to`` an id. Each exception is a key that could not be
+    taken, with the time of the last agreement that it was part of: None if it never was.
+    """
+
+    at_ms: int
+    incarnation: str = ""
+    up_to: StreamId = BEFORE_ALL
+    exceptions: Mapping[str, int | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +285,7 @@ class PeerRecord:
     cursor: Cursor | None = None
     bootstrap: BootstrapRow | None = None
     operator_pause: bool = False
-    agreed_at_ms: int | None = None
+    agreement: Agreement | None = None
     gaps: tuple[GapRow, ...] = field(default=())
     dead_letters: int = 0
     interlock: InterlockRow | None = None
@@ -329,11 +355,14 @@ class CursorStore(Protocol):
     async def save_interlock(self, peer_id: str, row: InterlockRow) -> None:
         """Keep what the interlock knows of a peer; it is on the disk when this returns."""
 
-    async def set_agreed(self, peer_id: str, at_ms: int, *, heal_gaps: bool) -> None:
-        """Note when the peer's items were last known to be all here (G5).
+    async def set_agreed(self, peer_id: str, agreement: Agreement, *, heal_gaps: bool) -> None:
+        """Note when the peer's items were last known to be all here, instead of what was noted (G5).
 
         With ``heal_gaps`` its open gaps are closed in the same transaction, as healed by repair.
         """
+
+    async def forget_store(self, peer_id: str) -> None:
+        """Forget what was true of a local store that is another one now: agreement and ``synced``."""
 
     async def dead_letters(
         self,

@@ -74,8 +74,9 @@ MUTANTS: Final = (
     Mutant(
         "entries behind a gap are thrown away",
         "workers/tailer.py",
-        "                self._reader.position = read.end\n            self._queue.take_in(read)\n",
-        "                continue\n            self._queue.take_in(read)\n",
+        "                return\n            self._queue.take_in(read)\n",
+        "                return\n            if read.gap is not None:\n                continue\n"
+        "            self._queue.take_in(read)\n",
         "tests/test_rounds.py",
     ),
     Mutant(
@@ -104,7 +105,35 @@ MUTANTS: Final = (
         "workers/tailer.py",
         "if applied is None and context.store.keeps_positions:",
         "if applied is None and not context.store.keeps_positions:",
-        "tests/test_campaign.py -k failed_before",
+        "tests/test_backups.py tests/test_campaign.py -k 'failed_before or before_a_peer'",
+    ),
+    Mutant(
+        "counts of a peer's server are believed after it was started again",
+        "workers/tailer.py",
+        "        same_run = run_id == abilities.run_id\n",
+        "        same_run = True\n",
+        "tests/test_backups.py",
+    ),
+    Mutant(
+        "an agreement is as young as before although the peer came back older",
+        "workers/tailer.py",
+        "        if newest == at or agreement is None:\n",
+        "        if newest != at or agreement is None:\n",
+        "tests/test_backups.py",
+    ),
+    Mutant(
+        "an agreement outlives the store that it was made with",
+        "workers/tailer.py",
+        '        if {before, owner} - {"", now}:\n',
+        "        if owner is None:\n",
+        "tests/test_backups.py",
+    ),
+    Mutant(
+        "an excepted key is judged by the date of all others",
+        "workers/guards.py",
+        "self._is_old(agreement.exceptions.get(key, agreement.at_ms))",
+        "self._is_old(agreement.at_ms)",
+        "tests/test_backups.py",
     ),
     Mutant(
         "an entry of each read is passed over",
@@ -330,13 +359,13 @@ MUTANTS: Final = (
     Mutant(
         "after a copy the stream is read on from its head of now",
         "workers/copier.py",
-        "        cursor = Cursor(row.head, self._incarnation)\n",
+        "        cursor = Cursor(row.head, self._incarnation, row.run_id)\n",
         "        info = await ask_info(\n"
         "            self._lines.asking, Keys(context.peer.redis_prefix).stream,\n"
         "            context.settings.timeouts.command,\n"
         "        )\n"
         "        row = row._replace(head=info.head)\n"
-        "        cursor = Cursor(row.head, self._incarnation)\n",
+        "        cursor = Cursor(row.head, self._incarnation, row.run_id)\n",
         "tests/test_hot_path.py tests/test_repair.py tests/test_convergence.py",
     ),
     Mutant(
@@ -427,8 +456,8 @@ MUTANTS: Final = (
     Mutant(
         "a repair that finds the store lost tells no link",
         "workers/cold_path.py",
-        "            self._reopened(str(error))\n",
-        "",
+        "            self._reopened(str(error))\n            return self._gave_up(",
+        "            return self._gave_up(",
         "tests/test_faults.py",
     ),
     Mutant(

@@ -14,7 +14,7 @@ from fsm_replication import ReplicationConfig, ReplicationEngine
 from fsm_replication.config import ReplicationConfig as Config
 from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.items import SyncItem, content_hash
-from fsm_replication.ports import BootstrapRow, Cursor, GapRow, Position, StreamId
+from fsm_replication.ports import Agreement, BootstrapRow, Cursor, GapRow, Position, StreamId
 from fsm_replication.servers import RedisServer
 from fsm_replication.stores import RedisSyncEngine
 
@@ -121,7 +121,7 @@ async def test_stale_items_are_accepted_or_rejected(
     now = int(time.time() * 1000)
     cursors = SqliteCursorStore(str(tmp_path / "cursors.db"))
     await cursors.open()
-    await cursors.set_agreed("a", now - 8 * 86_400_000, heal_gaps=False)
+    await cursors.set_agreed("a", Agreement(now - 8 * 86_400_000), heal_gaps=False)
     await cursors.close()
     old = SyncItem("old", b"x", "binary", content_hash(b"x"), 1, now - 7 * 86_400_000 - 60_000)
     async with RedisSyncEngine(a.url, node_id="a") as store:

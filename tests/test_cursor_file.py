@@ -36,6 +36,7 @@ from fsm_replication.cursor.schema import SCHEMA_VERSION
 from fsm_replication.cursor.store import GAPS_KEPT
 from fsm_replication.errors import AlreadyRunningError, CursorStoreError
 from fsm_replication.ports import (
+    Agreement,
     BootstrapRow,
     Cursor,
     CursorStore,
@@ -701,7 +702,10 @@ def write_first_schema(path: str) -> None:
     with contextlib.closing(sqlite3.connect(path)) as db, db:
         for statement in schema._SCHEMA_1:
             db.execute(statement)
-        db.execute("INSERT INTO peers (peer_id, stream_id, incarnation) VALUES ('b', '7-0', 'i')")
+        known = "'b', '7-0', 'i', 9"
+        columns = "peer_id, stream_id, incarnation, agreed_at_ms"
+        db.execute(f"INSERT INTO peers ({columns}) VALUES ({known})")
+        db.execute("INSERT INTO bootstraps VALUES ('b', '8-0', NULL, 'w', 'i', 'why')")
         db.execute(add, (1, "1-0", ours))
         db.execute(add, (2, "2-0", theirs))
         db.execute("INSERT INTO gaps VALUES (1, 'b', 3, 4, 'trimmed', NULL, '')")
@@ -714,7 +718,11 @@ async def test_an_older_schema_is_understood(path: str, read_only: bool) -> None
     """A node that is upgraded would forget its cursors, or could not start."""
     write_first_schema(path)
     async with opened(path, read_only=read_only) as store:
-        assert (await store.load("b")).cursor == Cursor(Position(StreamId(7, 0), None), "i")
+        record = await store.load("b")
+        assert record.cursor == Cursor(Position(StreamId(7, 0), None), "i", "")
+        assert record.bootstrap == BootstrapRow(Position(StreamId(8, 0), None), "w", "i", "why", "")
+        # A link has agreed with the store that its cursor belongs to.
+        assert record.agreement == Agreement(9, "i")
         assert await store.gaps() == [GapRow("b", 3, 4, "trimmed", id=1)]
         letters = await store.dead_letters()
         assert [one.stream_id for one in letters] == ["1-0", "2-0"]

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.errors import AlreadyRunningError, CursorStoreError
 from fsm_replication.ports import (
+    Agreement,
     BootstrapRow,
     Cursor,
     CursorStore,
@@ -29,11 +30,12 @@ from fsm_replication.ports import (
 from fsm_replication.testing import MemoryCursorStore
 
 NOTHING = PeerRecord()
+AGREED = Agreement(77, "i", StreamId(5, 1), {"too large": 60, "never fetched\x00": None})
 
 
 def cursor(ms: int, read: int | None = 1, incarnation: str = "i") -> Cursor:
     """Return a cursor."""
-    return Cursor(Position(StreamId(ms, 0), read), incarnation)
+    return Cursor(Position(StreamId(ms, 0), read), incarnation, "run")
 
 
 def letter(number: int, peer_id: str = "a", at_ms: int = 5) -> DeadLetter:
@@ -44,7 +46,7 @@ def letter(number: int, peer_id: str = "a", at_ms: int = 5) -> DeadLetter:
 
 def row(walk: str = "", incarnation: str = "i") -> BootstrapRow:
     """Return a bootstrap that has begun."""
-    return BootstrapRow(Position(StreamId(9, 1), 4), walk, incarnation, "why")
+    return BootstrapRow(Position(StreamId(9, 1), 4), walk, incarnation, "why", "run")
 
 
 def gap(at_ms: int, missed: int | None = 3, peer_id: str = "a") -> GapRow:
@@ -80,7 +82,7 @@ async def test_everything_lasts_over_a_restart(store: CursorStore) -> None:
     await store.begin_bootstrap("a", row(), gap(7, None))
     await store.save_walk("a", "half-way")
     await store.set_operator_pause("a", True)
-    await store.set_agreed("a", 77, heal_gaps=False)
+    await store.set_agreed("a", AGREED, heal_gaps=False)
     await store.close()
     await store.close()
     await store.open()
@@ -89,13 +91,22 @@ async def test_everything_lasts_over_a_restart(store: CursorStore) -> None:
         cursor=cursor(8),
         bootstrap=row("half-way"),
         operator_pause=True,
-        agreed_at_ms=77,
+        agreement=AGREED,
         gaps=(replace(gap(7, None), id=record.gaps[0].id),),
         dead_letters=1,
     )
     await store.set_operator_pause("a", False)
     assert not (await store.load("a")).operator_pause
     assert (await store.load("b")).cursor == cursor(6)
+    await store.set_agreed("a", Agreement(78), heal_gaps=False)
+    assert (await store.load("a")).agreement == Agreement(78), "of the one before nothing is left"
+    await store.set_agreed("a", AGREED, heal_gaps=False)
+    await store.forget_store("a")
+    await store.forget_store("nobody")
+    after = await store.load("a")
+    assert (after.agreement, after.cursor) == (None, cursor(8))
+    await store.set_agreed("a", Agreement(79), heal_gaps=False)
+    assert (await store.load("a")).agreement == Agreement(79), "of the one before nothing is left"
 
 
 async def test_the_end_of_a_bootstrap_heals_gaps_or_leaves_them(store: CursorStore) -> None:
@@ -114,7 +125,7 @@ async def test_the_end_of_a_bootstrap_heals_gaps_or_leaves_them(store: CursorSto
         (1, 99, "bootstrap"),
         (2, 99, "bootstrap"),
     ]
-    await store.set_agreed("b", 100, heal_gaps=True)
+    await store.set_agreed("b", Agreement(100), heal_gaps=True)
     assert [one.healed_by for one in await store.gaps()] == ["bootstrap", "bootstrap", "repair"]
     assert [one.found_at_ms for one in await store.gaps(limit=2)] == [2, 3]
     assert list(await store.gaps(limit=0)) == []
@@ -137,7 +148,7 @@ async def test_gaps_that_are_passed_one_after_the_other_are_one_line(store: Curs
     assert [one.missed for one in (await store.load("a")).gaps] == [None, 5]
     await store.pass_gap("a", cursor(6), replace(gap(5, 2**63 - 2), reason="another"))
     assert [one.missed for one in (await store.load("a")).gaps] == [None, None]
-    await store.set_agreed("a", 7, heal_gaps=True)
+    await store.set_agreed("a", Agreement(7), heal_gaps=True)
     await store.pass_gap("a", cursor(7), gap(8, 2))
     assert [one.missed for one in (await store.load("a")).gaps] == [2]
 
@@ -210,6 +221,11 @@ peers = st.sampled_from(["a", "b"])
 reads = st.sampled_from([None, 0, 1, 2**63 - 1, 2**63, 2**70])
 cursors = st.builds(cursor, st.integers(0, 9), reads, st.sampled_from(["i", "j"]))
 times = st.integers(0, 99)
+agreements = st.builds(
+    Agreement,
+    *(times, st.sampled_from(["", "i", "\ud800"]), st.builds(StreamId, times, times)),
+    st.dictionaries(st.sampled_from(["k", "l", "\ud800"]), st.none() | times),
+)
 
 
 def settling(peer_id: str, at: Cursor | None, numbers: list[int], at_ms: int, keep: int) -> Call:
@@ -268,9 +284,10 @@ calls: st.SearchStrategy[Call] = st.one_of(
     ),
     st.builds(lambda p, b: lambda store: store.set_operator_pause(p, b), peers, st.booleans()),
     st.builds(
-        lambda p, at, heal: lambda store: store.set_agreed(p, at, heal_gaps=heal),
-        *(peers, times, st.booleans()),
+        lambda p, made, heal: lambda store: store.set_agreed(p, made, heal_gaps=heal),
+        *(peers, agreements, st.booleans()),
     ),
+    st.builds(lambda p: lambda store: store.forget_store(p), peers),
     st.builds(deleting, st.lists(st.integers(0, 5), max_size=3)),
     st.builds(
         retrying,

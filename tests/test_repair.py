@@ -37,7 +37,7 @@ from fsm_replication.config import (
 from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.items import EMPTY_HASH, SyncItem, content_hash
 from fsm_replication.merkle import OWN
-from fsm_replication.ports import Ports
+from fsm_replication.ports import Agreement, Ports
 from fsm_replication.reports import PauseReason
 from fsm_replication.servers import RedisServer
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received
@@ -439,7 +439,8 @@ async def agreed_long_ago(nodes: Nodes, days: float) -> None:
     """Make the link's last full agreement older."""
     cursors = SqliteCursorStore(str(nodes.folder / "b.db"))
     await cursors.open()
-    await cursors.set_agreed("a", now_ms() - round(days * 86_400_000), heal_gaps=False)
+    agreement = Agreement(now_ms() - round(days * 86_400_000))
+    await cursors.set_agreed("a", agreement, heal_gaps=False)
     await cursors.close()
 
 

@@ -329,6 +329,11 @@ async def use_everything(
     assert [found async for found in engine.differences("a")] == []
     await proxy.refuse()
     await reaches(engine, PeerState.BACKOFF)
+    # What was read last is gone although nothing was trimmed: how old is this peer?
+    stream = source.keys.stream
+    ((last, _),) = await source._call("XREVRANGE", stream, "+", "-", "COUNT", 1)
+    await source.put("tailed", b"2")
+    await source._call("XDEL", stream, last)
     await proxy.heal()
     await reaches(engine, PeerState.TAILING)
 

@@ -259,7 +259,7 @@ def test_a_stream_that_was_trimmed_is_no_contradiction() -> None:
     abilities = Abilities(Counts.KEPT)
     for _ in range(3):
         read = reader(abilities, 5, 5)._interpret(rows(9, 10), told(2, 10, 9, 10))
-        assert read.gap == Gap(3, "entries were trimmed before they were read")
+        assert read.gap == Gap(3, "entries were trimmed before they were read", is_trim=True)
         assert read.start == Position(StreamId(8, PART_MAX), 8)
         assert read.end == Position(StreamId(10, 0), 10)
     deleted = replace(told(8, 10, 1, 10), last_deleted=StreamId(7, 0))
@@ -380,6 +380,7 @@ def test_a_peer_that_was_upgraded_is_not_believed_about_the_time_before() -> Non
         assert stream is not None
         stream.added = len(stream.entries)
         server.dialect = server.db.dialect = REDIS_7_0
+        server.db.runs += 1
         await mesh.start("b")
         await mesh.settle()
         assert len(mesh.nodes["b"].store.items()) == 20

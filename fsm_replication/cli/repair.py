@@ -25,8 +25,14 @@ from fsm_replication.config import (
     ReplicationConfig,
     StartupConfig,
 )
+from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.engine import ReplicationEngine
-from fsm_replication.errors import AlreadyRunningError, ReplicationError, UsageError
+from fsm_replication.errors import (
+    AlreadyRunningError,
+    CursorStoreError,
+    ReplicationError,
+    UsageError,
+)
 from fsm_replication.ports import GapRow
 from fsm_replication.tables import PeerState
 from fsm_replication.transport import RedisTransport
@@ -203,12 +209,29 @@ async def explain_node(config: ReplicationConfig, key: str) -> Explanation:
                     lines = str(error)
                 peers.append((peer, lines))
             timeout = config.settings.timeouts.command
-            return await explain_key(key, store, peers, timeout_sec=timeout)
+            excepted_by = await _excepted_by(config, key)
+            return await explain_key(
+                key, store, peers, timeout_sec=timeout, excepted_by=excepted_by
+            )
         finally:
             for _, lines in peers:
                 if not isinstance(lines, str):
                     lines.close()
                     await lines.wait_closed()
+
+
+async def _excepted_by(config: ReplicationConfig, key: str) -> list[str]:
+    """Return the peers with which the last agreement leaves a key out, as far as it is on disk."""
+    cursors = SqliteCursorStore(config.cursor.sqlite_path, read_only=True)
+    try:
+        await cursors.open()
+        records = {peer.node_id: await cursors.load(peer.node_id) for peer in config.peers}
+    except CursorStoreError:
+        return []  # No engine has run here yet, or its file is another's affair.
+    finally:
+        await cursors.close()
+    agreements = {peer_id: record.agreement for peer_id, record in records.items()}
+    return [peer_id for peer_id, made in agreements.items() if made and key in made.exceptions]
 
 
 def explanation_table(made: Explanation) -> Table:

@@ -87,7 +87,8 @@ def position_of(stream_id: str, entries_read: int | None) -> Position:
 def cursor_row(peer_id: str, cursor: Cursor) -> tuple[Any, ...]:
     """Return the row of a peer's cursor."""
     stream_id, entries_read = cursor.position
-    return to_text(peer_id), str(stream_id), to_number(entries_read), to_text(cursor.incarnation)
+    names = to_text(cursor.incarnation), to_text(cursor.run_id)
+    return to_text(peer_id), str(stream_id), to_number(entries_read), *names
 
 
 _decode_fields: Final[Callable[[bytes], tuple[bytes, ...]]] = msgspec.msgpack.Decoder(

@@ -59,7 +59,19 @@ _SCHEMA_2: Final = (
     """UPDATE dead_letters SET from_foreign = 1
     WHERE fields IS NOT NULL AND instr(fields, CAST('"origin"' AS BLOB)) = 0""",
 )
-_SCHEMA_3: Final[tuple[str, ...]] = (
+_SCHEMA_3: Final = (
+    "ALTER TABLE peers ADD COLUMN run_id TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE bootstraps ADD COLUMN run_id TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE peers ADD COLUMN agreed_with TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE peers ADD COLUMN agreed_up_to TEXT NOT NULL DEFAULT '0-0'",
+    # A link agrees with the store that its cursor belongs to.
+    "UPDATE peers SET agreed_with = incarnation WHERE incarnation IS NOT NULL",
+    """CREATE TABLE exceptions (
+        peer_id TEXT NOT NULL,
+        key TEXT NOT NULL,
+        agreed_at_ms INTEGER,
+        PRIMARY KEY (peer_id, key)
+    ) WITHOUT ROWID""",
     """CREATE TABLE interlocks (
         peer_id TEXT PRIMARY KEY,
         saved_at_ms INTEGER NOT NULL,
@@ -74,17 +86,21 @@ _SCHEMAS: Final = (_SCHEMA_1, _SCHEMA_2, _SCHEMA_3)
 SCHEMA_VERSION: Final = len(_SCHEMAS)
 # What is only read is not migrated, but looked at as if it were: a view hides a table of its name.
 _VIEWS_OF_2: Final = (
+    "PRAGMA temp_store = MEMORY",
+    """CREATE TEMP VIEW peers AS SELECT *, '' AS run_id, coalesce(incarnation, '') AS agreed_with,
+    '0-0' AS agreed_up_to FROM main.peers""",
+    "CREATE TEMP VIEW bootstraps AS SELECT *, '' AS run_id FROM main.bootstraps",
+    "CREATE TEMP VIEW exceptions AS SELECT '' AS peer_id, '' AS key, 0 AS agreed_at_ms WHERE 0",
     """CREATE TEMP VIEW interlocks AS SELECT '' AS peer_id, 0 AS saved_at_ms, '[]' AS falls,
         0 AS reserved, 0 AS forgiven_ms, '' AS tripped WHERE 0""",
 )
 _VIEWS_OF_OLDER: Final = {
     1: (
-        "PRAGMA temp_store = MEMORY",
+        *_VIEWS_OF_2,
         "CREATE TEMP VIEW gaps AS SELECT *, 'gap' AS kind FROM main.gaps",
         "CREATE TEMP VIEW dead_letters AS SELECT *, 0 AS from_foreign FROM main.dead_letters",
-        *_VIEWS_OF_2,
     ),
-    2: ("PRAGMA temp_store = MEMORY", *_VIEWS_OF_2),
+    2: _VIEWS_OF_2,
 }
 
 

@@ -27,6 +27,7 @@ from fsm_replication.cursor.rows import (
 from fsm_replication.cursor.schema import one_number
 from fsm_replication.ports import (
     LETTERS_BYTES,
+    Agreement,
     BootstrapRow,
     Clock,
     Cursor,
@@ -34,6 +35,7 @@ from fsm_replication.ports import (
     GapRow,
     InterlockRow,
     PeerRecord,
+    StreamId,
     SystemClock,
     dropped_letters,
 )
@@ -43,9 +45,10 @@ __all__ = ("SqliteCursorStore",)
 GAPS_KEPT: Final = 10_000
 
 _SET_CURSOR: Final = """
-INSERT INTO peers (peer_id, stream_id, entries_read, incarnation) VALUES (?, ?, ?, ?)
+INSERT INTO peers (peer_id, stream_id, entries_read, incarnation, run_id) VALUES (?, ?, ?, ?, ?)
 ON CONFLICT (peer_id) DO UPDATE SET stream_id = excluded.stream_id,
-    entries_read = excluded.entries_read, incarnation = excluded.incarnation
+    entries_read = excluded.entries_read, incarnation = excluded.incarnation,
+    run_id = excluded.run_id
 """
 # A letter that is stored again keeps its id and its time: it is the same letter.
 _ADD_LETTER: Final = """
@@ -57,8 +60,9 @@ ON CONFLICT (peer_id, stream_id) DO UPDATE SET reason = excluded.reason,
     from_foreign = excluded.from_foreign
 """
 _SET_BOOTSTRAP: Final = """
-INSERT OR REPLACE INTO bootstraps (peer_id, stream_id, entries_read, walk, incarnation, reason)
-VALUES (?, ?, ?, ?, ?, ?)
+INSERT OR REPLACE INTO bootstraps
+    (peer_id, stream_id, entries_read, walk, incarnation, reason, run_id)
+VALUES (?, ?, ?, ?, ?, ?, ?)
 """
 _END_BOOTSTRAP: Final = "DELETE FROM bootstraps WHERE peer_id = ?"
 _ADD_GAP: Final = """
@@ -114,9 +118,13 @@ INSERT OR REPLACE INTO interlocks
 VALUES (?, ?, ?, ?, ?, ?)
 """
 _SET_AGREED: Final = """
-INSERT INTO peers (peer_id, agreed_at_ms) VALUES (?, ?)
-ON CONFLICT (peer_id) DO UPDATE SET agreed_at_ms = excluded.agreed_at_ms
+INSERT INTO peers (peer_id, agreed_at_ms, agreed_with, agreed_up_to) VALUES (?, ?, ?, ?)
+ON CONFLICT (peer_id) DO UPDATE SET agreed_at_ms = excluded.agreed_at_ms,
+    agreed_with = excluded.agreed_with, agreed_up_to = excluded.agreed_up_to
 """
+_FORGET_EXCEPTIONS: Final = "DELETE FROM exceptions WHERE peer_id = ?"
+_ADD_EXCEPTION: Final = "INSERT INTO exceptions (peer_id, key, agreed_at_ms) VALUES (?, ?, ?)"
+_FORGET_STORE: Final = "UPDATE peers SET agreed_at_ms = NULL WHERE peer_id = ?"
 
 
 class SqliteCursorStore:
@@ -218,7 +226,8 @@ class SqliteCursorStore:
         """
         name, head = to_text(peer_id), row.head
         begun = (name, str(head.stream_id), to_number(head.entries_read))
-        begun_texts = (to_text(row.walk), to_text(row.incarnation), to_text(row.reason))
+        texts = (row.walk, row.incarnation, row.reason, row.run_id)
+        begun_texts = tuple(to_text(text) for text in texts)
 
         def work(db: sqlite3.Connection) -> None:
             db.execute(_SET_BOOTSTRAP, begun + begun_texts)
@@ -273,17 +282,31 @@ class SqliteCursorStore:
         """Keep what the interlock knows of a peer; it is on the disk when this returns."""
         await self._do(_SET_INTERLOCK, *interlock_row(peer_id, row))
 
-    async def set_agreed(self, peer_id: str, at_ms: int, *, heal_gaps: bool) -> None:
-        """Note when the peer's items were last known to be all here, in ms since the epoch.
+    async def set_agreed(self, peer_id: str, agreement: Agreement, *, heal_gaps: bool) -> None:
+        """Note when the peer's items were last known to be all here, instead of what was noted.
 
         With ``heal_gaps`` its open gaps are closed in the same transaction, as healed by repair.
         """
-        name = to_text(peer_id)
+        name, at_ms = to_text(peer_id), agreement.at_ms
+        row = (name, at_ms, to_text(agreement.incarnation), str(agreement.up_to))
+        exceptions = [(name, to_text(key), at) for key, at in agreement.exceptions.items()]
 
         def work(db: sqlite3.Connection) -> None:
-            db.execute(_SET_AGREED, (name, at_ms))
+            db.execute(_SET_AGREED, row)
+            db.execute(_FORGET_EXCEPTIONS, (name,))
+            db.executemany(_ADD_EXCEPTION, exceptions)
             if heal_gaps:
                 db.execute(_HEAL_GAPS, (at_ms, "repair", name))
+
+        await self._file.run(work)
+
+    async def forget_store(self, peer_id: str) -> None:
+        """Forget what was true of a local store that is another one now: agreement and ``synced``."""
+        one = (to_text(peer_id),)
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(_FORGET_STORE, one)
+            db.execute(_FORGET_EXCEPTIONS, one)
 
         await self._file.run(work)
 
@@ -386,16 +409,31 @@ def _extend_gap(db: sqlite3.Connection, gap: GapRow) -> bool:
     return bool(db.execute(_MORE_MISSED, values).rowcount)
 
 
+def _agreement(db: sqlite3.Connection, peer_id: str | bytes) -> Agreement | None:
+    one = (peer_id,)
+    found = db.execute(
+        "SELECT agreed_at_ms, agreed_with, agreed_up_to FROM peers"
+        " WHERE peer_id = ? AND agreed_at_ms IS NOT NULL",
+        one,
+    ).fetchone()
+    if found is None:
+        return None
+    at_ms, incarnation, up_to = found
+    rows = db.execute("SELECT key, agreed_at_ms FROM exceptions WHERE peer_id = ?", one)
+    exceptions = {from_text(key): at for key, at in rows}
+    return Agreement(at_ms, from_text(incarnation), StreamId.parse(up_to), exceptions)
+
+
 def _load(db: sqlite3.Connection, peer_id: str | bytes) -> PeerRecord:
     one = (peer_id,)
     known = db.execute(
-        "SELECT stream_id, entries_read, incarnation, operator_pause, agreed_at_ms"
+        "SELECT operator_pause, stream_id, entries_read, incarnation, run_id"
         " FROM peers WHERE peer_id = ?",
         one,
     ).fetchone()
-    stream_id, read, incarnation, paused, agreed = known or (None, None, None, 0, None)
+    paused, stream_id, read, *names = known or (0, None, None)
     copying = db.execute(
-        "SELECT stream_id, entries_read, walk, incarnation, reason FROM bootstraps"
+        "SELECT stream_id, entries_read, walk, incarnation, reason, run_id FROM bootstraps"
         " WHERE peer_id = ?",
         one,
     ).fetchone()
@@ -407,11 +445,11 @@ def _load(db: sqlite3.Connection, peer_id: str | bytes) -> PeerRecord:
     return PeerRecord(
         cursor=None
         if stream_id is None
-        else Cursor(position_of(stream_id, read), from_text(incarnation)),
+        else Cursor(position_of(stream_id, read), *(from_text(text) for text in names)),
         bootstrap=copying
         and BootstrapRow(position_of(*copying[:2]), *(from_text(text) for text in copying[2:])),
         operator_pause=bool(paused),
-        agreed_at_ms=agreed,
+        agreement=_agreement(db, peer_id),
         gaps=tuple(gap_of(row) for row in db.execute(_GAPS_OPEN, one)),
         dead_letters=one_number(db, "SELECT count(*) FROM dead_letters WHERE peer_id = ?", peer_id),
         interlock=interlock and interlock_of(interlock),

@@ -144,8 +144,8 @@ class SyncEngine(ABC):
     async def applied_position(self, peer_id: str) -> Position | None:
         """Return the position stored with the last batch from this peer, if the store keeps it.
 
-        A store that does says so with ``keeps_positions``: None then means that it has lost what it
-        had applied, or never had any, and the peer's stream is read from its beginning.
+        A store that does says so with ``keeps_positions``: None then means that it never had what
+        the peer's cursor tells of, or came back from before it had, and the peer is copied.
         """
 
     @property

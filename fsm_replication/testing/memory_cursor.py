@@ -14,6 +14,7 @@ from typing import Final
 from fsm_replication.errors import AlreadyRunningError, CursorStoreError
 from fsm_replication.ports import (
     LETTERS_BYTES,
+    Agreement,
     BootstrapRow,
     Cursor,
     DeadLetter,
@@ -219,15 +220,22 @@ class MemoryCursorStore:
         self._change(peer_id, interlock=row)
         await asyncio.sleep(0)
 
-    async def set_agreed(self, peer_id: str, at_ms: int, *, heal_gaps: bool) -> None:
-        """Note when the peer's items were last known to be all here, in ms since the epoch.
+    async def set_agreed(self, peer_id: str, agreement: Agreement, *, heal_gaps: bool) -> None:
+        """Note when the peer's items were last known to be all here, instead of what was noted.
 
         With ``heal_gaps`` its open gaps are closed, as healed by repair.
         """
         self._use()
-        self._change(peer_id, agreed_at_ms=at_ms)
+        kept = replace(agreement, exceptions=dict(agreement.exceptions))
+        self._change(peer_id, agreement=kept)
         if heal_gaps:
-            self._heal(peer_id, at_ms, "repair")
+            self._heal(peer_id, agreement.at_ms, "repair")
+        await asyncio.sleep(0)
+
+    async def forget_store(self, peer_id: str) -> None:
+        """Forget what was true of a local store that is another one now: agreement and ``synced``."""
+        if peer_id in self._use().peers:
+            self._change(peer_id, agreement=None, synced=False)
         await asyncio.sleep(0)
 
     async def dead_letters(

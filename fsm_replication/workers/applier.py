@@ -96,10 +96,12 @@ class Applier:
         builder: BatchBuilder,
         incarnation: str,
         interrupted: Callable[[], bool],
+        run_id: str = "",
     ) -> None:
         self._context = context
         self._builder = builder
         self._incarnation = incarnation
+        self._run_id = run_id
         self._interrupted = interrupted
         self._check_first = False
         self._warned_ahead = False
@@ -186,7 +188,13 @@ class Applier:
         """Take out old items that are absent here; the trees bring them once a person agrees."""
         context = self._context
         floor = context.stale.floor_ms
-        old = [e for e in selection.candidates if not e.deleted and e.updated_at < floor]
+        old = [
+            e
+            for e in selection.candidates
+            if not e.deleted
+            and e.updated_at < floor
+            and (distrust_old or context.stale.suspects(e.key))
+        ]
         if not old:
             return
         held = await self.call(
@@ -196,7 +204,7 @@ class Applier:
             theirs = Stamp(
                 entry.updated_at, entry.version, False, entry.digest or b"", entry.content_type
             )
-            if context.stale.holds_back(theirs, ours):
+            if context.stale.holds_back(entry.key, theirs, ours):
                 context.stale.note(entry.key, theirs)
                 selection.held_back.add(entry.index)
             elif distrust_old and ours is None:
@@ -245,13 +253,13 @@ class Applier:
         chunk = prepared.chunk
         places = {entry[0].decode(): place for place, entry in enumerate(chunk.entries)}
         letters = sorted(prepared.selection.letters, key=lambda x: places[x.stream_id])
-        await self._keep_letters(Cursor(chunk.end, self._incarnation), letters)
+        await self._keep_letters(self._cursor(chunk.end), letters)
 
     def settle(self, prepared: Prepared) -> None:
         """Let the cursor pass an applied chunk, whose letters are kept if there are any."""
         context = self._context
         if not prepared.has_letters:
-            context.cursors.settle(context.peer_id, Cursor(prepared.chunk.end, self._incarnation))
+            context.cursors.settle(context.peer_id, self._cursor(prepared.chunk.end))
         self._count(prepared)
 
     async def hand_over(
@@ -519,8 +527,11 @@ class Applier:
         return self._builder.letter(stream_id, fields, why)
 
     async def bury(self, letter: DeadLetter, end: Position) -> None:
-        """Settle a position that passes one entry which is not applied."""
-        await self._keep_letters(Cursor(end, self._incarnation), [letter])
+        """Settle a position that passes one entry which was never held."""
+        await self._keep_letters(self._cursor(end), [letter])
+
+    def _cursor(self, position: Position) -> Cursor:
+        return Cursor(position, self._incarnation, self._run_id)
 
     # Books
 

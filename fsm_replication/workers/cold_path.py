@@ -35,7 +35,7 @@ from fsm_replication.merkle import OWN
 from fsm_replication.metrics import Metrics
 from fsm_replication.ports import Ports
 from fsm_replication.reports import PauseReason
-from fsm_replication.stores.protocol import SyncEngine
+from fsm_replication.stores.protocol import Received, SyncEngine
 from fsm_replication.workers.applier import Blocked, Unsettled
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import LinkContext
@@ -107,7 +107,7 @@ class RepairStats:
             items_fetched=self.items_fetched + fetched.items,
             items_submitted=self.items_submitted + fetched.submitted,
             items_deleted=self.items_deleted + fetched.deleted,
-            items_deferred=self.items_deferred + one.deferred + one.held_back,
+            items_deferred=self.items_deferred + one.deferred + one.passed_over + one.held_back,
             items_rejected=self.items_rejected + one.rejected,
         )
 
@@ -204,11 +204,16 @@ class ColdPath:
     async def _look_at_store(self) -> None:
         """See whether the store was emptied or replaced, which no tree tells where all are empty."""
         for target in self._targets()[:1]:
-            reads = target.context.reads
+            context, applier = target.context, make_applier(target.context)
             try:
-                found = await make_applier(target.context).call(reads, self._store.incarnation)
+                found = await applier.call(context.reads, self._store.incarnation)
+                # Nothing to apply: a store that came back as it was earlier says so all the same.
+                await applier.call(context.writes, lambda: self._store.apply_many([], Received("")))
             except (Blocked, Unsettled):
                 return  # It is in trouble, and was logged; it is looked at again.
+            except StoreReopenedError as error:
+                self._reopened(str(error))
+                return
             known, self._incarnation = self._incarnation, found
             if known not in ("", found):
                 self._reopened("the local store is another incarnation")
@@ -386,6 +391,7 @@ class ColdPath:
                 differing=result.differing,
                 fetched=result.fetched.items,
                 deferred=result.deferred,
+                passed_over=result.passed_over,
                 held_back=result.held_back,
                 complete=result.complete,
             )

@@ -56,14 +56,16 @@ class Difference(NamedTuple):
 class Group:
     """The differences of some buckets, of which ``last`` is the path of the last.
 
-    ``skipped`` counts leaves and whole buckets that could not be read. ``newer_here`` holds, where
-    it was asked for, key, our order tuple and theirs of what is newer here.
+    ``skipped`` counts whole buckets that could not be read, ``unreadable`` names the keys whose
+    leaves could not. ``newer_here`` holds, where it was asked for, key, our order tuple and theirs
+    of what is newer here.
     """
 
     last: str
     differences: Sequence[Difference]
     skipped: int
     newer_here: Sequence[tuple[str, Stamp, Stamp | None]] = ()
+    unreadable: Sequence[str] = ()
 
 
 def is_wanted(theirs: Stamp, ours: Stamp | None, *, by_stamp: bool) -> bool:
@@ -168,7 +170,7 @@ class Comparer:
             for step, ((key, stamp), held) in enumerate(pairs):
                 look.judge(key, stamp, held)
                 await take_turns(step)
-        return Group(paths[-1], look.newer, skipped + look.skipped, look.newer_here)
+        return Group(paths[-1], look.newer, skipped, look.newer_here, look.unreadable)
 
 
 class _Look:
@@ -180,7 +182,7 @@ class _Look:
         self.newer: list[Difference] = []
         self.newer_here: list[tuple[str, Stamp, Stamp | None]] = []
         self.unknown: list[tuple[str, Stamp]] = []
-        self.skipped = 0
+        self.unreadable: list[str] = []
 
     async def compare(self, theirs: Mapping[str, bytes], ours: Mapping[str, bytes]) -> None:
         """Look at the leaves of one bucket on both sides."""
@@ -193,7 +195,7 @@ class _Look:
                 stamp = decode_stamp(raw)
                 our_stamp = None if held is None else decode_stamp(held)
             except BadEntryError:
-                self.skipped += 1
+                self.unreadable.append(key)
                 continue
             if our_stamp is None:
                 self.unknown.append((key, stamp))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
 
 from structlog.stdlib import BoundLogger
 
@@ -15,7 +14,7 @@ from fsm_replication.current import Current
 from fsm_replication.errors import CursorStoreError, ReplicationError, shorten
 from fsm_replication.limiter import PrioritySlot, RateLimiter
 from fsm_replication.metrics import PeerMetrics
-from fsm_replication.ports import BEFORE_ALL, Ports, Position, StreamId
+from fsm_replication.ports import BEFORE_ALL, Agreement, Ports, Position, StreamId
 from fsm_replication.stores.protocol import SyncEngine
 from fsm_replication.workers.arrivals import Arrivals
 from fsm_replication.workers.changes import ChangeFeed, Doubts
@@ -27,9 +26,7 @@ from fsm_replication.workers.interlock import Interlock
 from fsm_replication.workers.peer_clock import PeerClock
 from fsm_replication.workers.slo import SloWatch
 
-__all__ = ("HEAD_OF_EMPTY", "LinkContext", "LinkProgress")
-
-HEAD_OF_EMPTY: Final = Position(BEFORE_ALL, 0)
+__all__ = ("LinkContext", "LinkProgress")
 
 
 @dataclass(slots=True)
@@ -38,7 +35,8 @@ class LinkProgress:
 
     Times of the monotonic clock are in seconds, stream times in milliseconds. ``advances`` grows
     with each entry settled for the first time and each item fetched: nothing else is progress (G12).
-    ``furthest`` is the id up to which entries were settled since the last copy.
+    ``furthest`` is the id up to which entries were settled since the last copy. ``incarnation`` is
+    that of the local store when the link decided for the last time, "" before the first.
 
     ``wanted_since`` is when the link first tried to connect, ``head_reached_at`` when the last read
     that left nothing behind was answered, and until ``head_watched_until`` a read that waits at the
@@ -72,6 +70,7 @@ class LinkProgress:
     advances: int = 0
     rounds_delayed: int = 0
     furthest: StreamId = BEFORE_ALL
+    incarnation: str = ""
 
     def settled_to(self, end: Position, entries: int) -> None:
         """Note that entries are settled; those that had been before are no advance."""
@@ -192,12 +191,18 @@ class LinkContext:
         self.progress.failures += 1
         self.progress.last_error = f"{type(error).__name__}: {shorten(str(error))}"
 
-    async def agree(self, at_ms: int) -> None:
-        """Note that everything the peer held at ``at_ms`` is held here: no gap is open any more."""
-        self.stale.agreed(at_ms)
+    async def agree(self, agreement: Agreement) -> None:
+        """Note that everything the peer held is held here, but for a few keys: gaps are healed.
+
+        Where the store is no longer the one that was compared, nothing is agreed.
+        """
+        settled = BEFORE_ALL if self.progress.settled is None else self.progress.settled.stream_id
+        if agreement.incarnation != self.progress.incarnation or settled < agreement.up_to:
+            return
+        self.stale.agreed(agreement)
         self.progress.stream_too_short = False
         try:
-            await self.ports.cursor_store.set_agreed(self.peer_id, at_ms, heal_gaps=True)
+            await self.ports.cursor_store.set_agreed(self.peer_id, agreement, heal_gaps=True)
         except CursorStoreError as error:
             # It is found out again by the next comparison.
             self.cursors.failed(error)
@@ -205,6 +210,31 @@ class LinkContext:
         else:
             self.progress.gaps_open = 0
         self.note_synced()
+
+    def beginning(self) -> Agreement:
+        """Return the agreement that a comparison which begins now may come to."""
+        settled = self.progress.settled
+        return Agreement(
+            self.ports.wall_clock.now_ms(),
+            self.progress.incarnation,
+            BEFORE_ALL if settled is None else settled.stream_id,
+        )
+
+    def distrust_store(self) -> None:
+        """Forget what was seen to be in the local store: it may be as it was at an earlier time."""
+        self.settled.clear()
+        self.unfetchable.clear()
+
+    async def forget_store(self) -> None:
+        """Forget all that was true of the local store: in effect it is another one now.
+
+        :raises CursorStoreError: if that cannot be noted.
+        """
+        self.distrust_store()
+        self.stale.forget()
+        self.progress.synced = False
+        self.progress.head_reached_at = None
+        await self.ports.cursor_store.forget_store(self.peer_id)
 
     def note_synced(self) -> None:
         """Note that the peer's head was reached, or its tree agreed with, since this start."""

@@ -20,6 +20,7 @@ first. Nothing tells of deletes then: what the gap held of them stays open in th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from fsm_replication.batch import Part
@@ -28,7 +29,7 @@ from fsm_replication.foreign import DOTTED
 from fsm_replication.items import Stamp
 from fsm_replication.layout import STAMP_BYTES, Keys, decode_stamp
 from fsm_replication.merkle import Tree
-from fsm_replication.ports import BootstrapRow, Cursor, GapRow, Position
+from fsm_replication.ports import Agreement, BootstrapRow, Cursor, GapRow, Position
 from fsm_replication.redis_dotted import DottedReader
 from fsm_replication.replies import scanned, values
 from fsm_replication.stream import DataDecoder
@@ -139,7 +140,9 @@ class Copier:
         self._differing = 0
         self._held_back = 0
         self._unreadable = 0
-        self._as_of_ms = 0
+        self._comparison = Agreement(0)
+        # Keys that this copy leaves out, as far as an agreement may.
+        self._excepted: set[str] = set()
         self._logged_at = 0.0
 
     async def run(self, gap: Gap | None, why: str) -> Position | None:
@@ -147,7 +150,7 @@ class Copier:
         if self._row is None:
             self._began_at = self._context.ports.clock.monotonic()
             self._row = await self._begin(gap, why)
-        self._as_of_ms = self._context.ports.wall_clock.now_ms()
+        self._comparison = self._context.beginning()
         if self._lines.foreign:
             done = await self._walk_foreign()
         elif self._lines.has_tree:
@@ -161,7 +164,7 @@ class Copier:
         store = context.ports.cursor_store
         record = await store.load(context.peer_id)
         row = record.bootstrap
-        if row is not None and row.incarnation == self._incarnation:
+        if row is not None and row.incarnation == self._incarnation and await self._is_ours(row):
             context.log.info("bootstrap_resumed", head=str(row.head.stream_id))
             return row
         stream = Keys(context.peer.redis_prefix).stream
@@ -180,7 +183,7 @@ class Copier:
             walk = make_walk(context, self._lines, self._applier)
             if gap is None and info.trimmed != 0 and not await walk.begin() and not walk.has_tree:
                 gap = Gap(info.trimmed, "no tree to copy items from")
-        row = BootstrapRow(head, "", self._incarnation, why)
+        row = BootstrapRow(head, "", self._incarnation, why, self._lines.abilities.run_id)
         entry = None
         if gap is not None:
             entry = GapRow(context.peer_id, context.ports.wall_clock.now_ms(), gap.missed, why)
@@ -194,6 +197,15 @@ class Copier:
             by=f"{self._lines.layout} tree" if self._lines.layout else "scan",
         )
         return row
+
+    async def _is_ours(self, row: BootstrapRow) -> bool:
+        """Say whether a head that was noted is one of this stream: its server may be an older one."""
+        if row.run_id == self._lines.abilities.run_id:
+            return True
+        context, at = self._context, str(row.head.stream_id)
+        stream, timeout = Keys(context.peer.redis_prefix).stream, context.settings.timeouts.command
+        found = await self._lines.asking.skim("XRANGE", stream, at, at, timeout_sec=timeout)
+        return bool(found)
 
     def _show(self) -> None:
         now = self._context.ports.clock.monotonic()
@@ -227,16 +239,18 @@ class Copier:
         self._differing = self._fetched.items
         self._unreadable = comparer.skipped
         async for group in comparer.groups(buckets):
-            self._differing += len(group.differences)
+            self._differing += len(group.differences) + len(group.unreadable)
+            self._excepted.update(group.unreadable)
             wanted = [found for found in group.differences if not self._holds_back(found)]
             for begin in range(0, len(wanted), FETCH_KEYS):
                 if self._interrupted():
                     return False
                 await self._fetch([found.key for found in wanted[begin : begin + FETCH_KEYS]])
-            if group.skipped:
+            if group.skipped or group.unreadable:
                 self._unreadable += group.skipped
                 context.metrics.error("bad_node")
-                context.log.warning("tree_nodes_skipped", count=group.skipped)
+                count = group.skipped + len(group.unreadable)
+                context.log.warning("tree_nodes_skipped", count=count)
             if context.store.tree is None:
                 await context.ports.cursor_store.save_walk(
                     context.peer_id, f"{_WALK_MARK}{group.last}"
@@ -252,10 +266,13 @@ class Copier:
 
     def _holds_back(self, found: Difference) -> bool:
         guard = self._context.stale
-        if not guard.holds_back(found.theirs, found.ours):
+        if not guard.holds_back(found.key, found.theirs, found.ours):
             return False
         guard.note(found.key, found.theirs)
-        self._held_back += 1
+        if found.key in guard.exceptions:
+            self._excepted.add(found.key)
+        else:
+            self._held_back += 1
         return True
 
     # By the tree of a foreign node
@@ -358,11 +375,13 @@ class Copier:
         # The position in the store moves along, or the next start would go on from the old one.
         await self._applier.hand_over(Part(), row.head)
         await self._applier.tell_doubtful()
-        cursor = Cursor(row.head, self._incarnation)
+        cursor = Cursor(row.head, self._incarnation, row.run_id)
         store, now = context.ports.cursor_store, context.ports.wall_clock.now_ms()
-        whole = self._lines.has_tree and not (
-            self._fetched.failed or self._held_back or self._unreadable
-        )
+        exceptions = context.stale.excepting(self._excepted.union(self._fetched.failed))
+        whole = self._lines.has_tree and not (self._held_back or self._unreadable)
+        if exceptions is None:
+            context.log.warning("too_many_exceptions", then="trees that differ so are no agreement")
+            whole = False
         await store.finish_bootstrap(context.peer_id, cursor, now if whole else None)
         context.cursors.saved(context.peer_id, cursor)
         context.log.info(
@@ -371,8 +390,8 @@ class Copier:
             skipped=len(self._fetched.failed),
             held_back=self._held_back,
         )
-        if whole:
-            await context.agree(self._as_of_ms)
+        if whole and exceptions is not None:
+            await context.agree(replace(self._comparison, exceptions=exceptions))
         context.progress.gaps_open = len((await store.load(context.peer_id)).gaps)
         context.unfetchable.add(self._fetched.failed)
         context.progress.bootstrap = ""

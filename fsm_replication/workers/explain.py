@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from fsm_replication.config import PeerConfig
@@ -49,17 +49,25 @@ class HeldVersion:
 
 @dataclass(frozen=True, slots=True)
 class PeerVersion:
-    """What a peer holds: a version, nothing, or, with ``problem``, nobody could tell."""
+    """What a peer holds: a version, nothing, or, with ``problem``, nobody could tell.
+
+    ``is_excepted`` says that the last agreement with this peer leaves the key out, because what the
+    peer holds of it could not be taken.
+    """
 
     peer_id: str
     held: HeldVersion | None
     problem: str = ""
     verdict: str = ""
+    is_excepted: bool = False
 
     def __str__(self) -> str:
-        if self.problem:
-            return f"could not tell: {self.problem}"
-        return f"{self.held or 'absent'}; {self.verdict}"
+        told = f"could not tell: {self.problem}"
+        if not self.problem:
+            told = f"{self.held or 'absent'}; {self.verdict}"
+        if self.is_excepted:
+            told += "; left out of the agreement with this peer: it could not be taken"
+        return told
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +113,12 @@ async def explain_key(
     timeout_sec: float,
     arrivals: Arrivals | None = None,
     blame: Callable[[str, str, Exception], None] | None = None,
+    excepted_by: Collection[str] = (),
 ) -> Explanation:
     """Ask the local store and each peer; a peer's place may hold the reason it cannot be asked.
 
-    ``blame`` is told what nobody expected to come of asking a peer.
+    ``blame`` is told what nobody expected to come of asking a peer. ``excepted_by`` names the peers
+    with which the last agreement leaves the key out.
 
     :raises InvalidKeyError: if the key is not one.
     :raises StoreError: if the local store fails.
@@ -119,12 +129,13 @@ async def explain_key(
     found = []
     for peer, lines in peers:
         try:
-            found.append(await _ask(key, held, peer, lines, timeout_sec))
+            told = await _ask(key, held, peer, lines, timeout_sec)
         except Exception as error:
             if blame is None:
                 raise
             blame(peer.node_id, "explanation", error)
-            found.append(PeerVersion(peer.node_id, None, type(error).__name__))
+            told = PeerVersion(peer.node_id, None, type(error).__name__)
+        found.append(replace(told, is_excepted=peer.node_id in excepted_by))
     arrival = None
     if item is not None and arrivals is not None:
         arrival = arrivals.find(key, item.updated_at)

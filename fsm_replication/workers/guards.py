@@ -8,62 +8,123 @@ tombstones are kept: what they are absent here for may be a delete that everybod
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Final
 
-from fsm_replication.items import Stamp
-from fsm_replication.ports import Clock, WallClock
+from fsm_replication.errors import InvalidKeyError
+from fsm_replication.items import Stamp, check_key
+from fsm_replication.ports import Agreement, Clock, WallClock
 
-__all__ = ("KeyMemory", "StaleGuard")
+__all__ = ("EXCEPTIONS_MAX", "KeyMemory", "StaleGuard")
 
 WINDOW_SEC: Final = 3600.0
 KEYS_KEPT: Final = 10_000
+# Where a comparison leaves out more keys than this, it is no agreement: something else is wrong.
+EXCEPTIONS_MAX: Final = 1000
 
 
 class StaleGuard:
-    """Holds back old items of a peer we have not agreed with for longer than the ttl."""
+    """Holds back old items of a peer we have not agreed with for longer than the ttl.
+
+    Each key is judged by the last agreement that it was part of: that is the link's, or, where the
+    key is one of its exceptions, an earlier one. A key that was never part of any is taken, as is
+    everything on a link that never agreed.
+    """
 
     def __init__(self, ttl_ms: int, wall_clock: WallClock) -> None:
         self._ttl_ms = ttl_ms
         self._wall_clock = wall_clock
-        self._agreed_at_ms: int | None = None
+        self._agreement: Agreement | None = None
+        # The oldest agreement that any key is judged by.
+        self._oldest_ms: int | None = None
         self._held_back: OrderedDict[str, Stamp] = OrderedDict()
         self.count = 0
 
     @property
+    def agreement(self) -> Agreement | None:
+        """The last full agreement of this link, as far as it counts; None if it never agreed."""
+        return self._agreement
+
+    @property
     def agreed_at_ms(self) -> int | None:
         """When this link last agreed in full, as far as it counts; None if it never did."""
-        return self._agreed_at_ms
+        return None if self._agreement is None else self._agreement.at_ms
 
-    def agreed(self, at_ms: int | None) -> None:
+    @property
+    def exceptions(self) -> Mapping[str, int | None]:
+        """The keys that the agreement leaves out, each with the time of the last that did not."""
+        return {} if self._agreement is None else self._agreement.exceptions
+
+    def agreed(self, agreement: Agreement | None) -> None:
         """Take over when the link last agreed; what was held back until then is settled."""
-        self._agreed_at_ms = at_ms
-        if at_ms is not None and not self.active:
-            self._held_back.clear()
-            self.count = 0
+        self._agreement = agreement
+        if agreement is None:
+            self._oldest_ms = None
+            return
+        times = (at for at in agreement.exceptions.values() if at is not None)
+        self._oldest_ms = min(times, default=agreement.at_ms)
+        self._oldest_ms = min(self._oldest_ms, agreement.at_ms)
+        if not self._is_old(agreement.at_ms):
+            left = {key: at for key, at in self._held_back.items() if self.suspects(key)}
+            self._held_back = OrderedDict(left)
+            self.count = len(left)
 
-    def peer_came_back(self, as_of_ms: int) -> None:
-        """Note that the peer's store is as it was at ``as_of_ms``: no agreement is younger."""
-        if self._agreed_at_ms is not None:
-            self._agreed_at_ms = min(self._agreed_at_ms, as_of_ms)
+    def forget(self) -> None:
+        """Be as on a link that never agreed: the local store is another one."""
+        self.agreed(None)
+        self._held_back.clear()
+        self.count = 0
+
+    def excepting(self, keys: Iterable[str]) -> dict[str, int | None] | None:
+        """Return the exceptions of an agreement on all but these keys; None if they are too many.
+
+        Each keeps the time of the last agreement that it was part of.
+        """
+        known, before = self.exceptions, self.agreed_at_ms
+        made = {key: known.get(key, before) for key in keys if _is_key(key)}
+        return made if len(made) <= EXCEPTIONS_MAX else None
+
+    def as_of(self, at_ms: int) -> Agreement | None:
+        """Return the agreement as it counts where the peer's store is as it was at ``at_ms``.
+
+        None where it counts as before.
+        """
+        agreement = self._agreement
+        if agreement is None or at_ms >= agreement.at_ms:
+            return None
+        earlier = {
+            key: None if at is None else min(at, at_ms) for key, at in agreement.exceptions.items()
+        }
+        return replace(agreement, at_ms=at_ms, exceptions=earlier)
 
     @property
     def floor_ms(self) -> int:
         """Items older than this may have been deleted by a tombstone nobody keeps any more."""
         return self._wall_clock.now_ms() - self._ttl_ms
 
+    def _is_old(self, agreed_at_ms: int | None) -> bool:
+        return agreed_at_ms is not None and agreed_at_ms < self.floor_ms
+
     @property
     def active(self) -> bool:
-        """Whether old items are held back."""
-        return self._agreed_at_ms is not None and self._agreed_at_ms < self.floor_ms
+        """Whether old items of any key are held back."""
+        return self._is_old(self._oldest_ms)
 
-    def holds_back(self, theirs: Stamp, ours: Stamp | None) -> bool:
+    def suspects(self, key: str) -> bool:
+        """Say whether old items of this key are held back."""
+        agreement = self._agreement
+        if agreement is None:
+            return False
+        return self._is_old(agreement.exceptions.get(key, agreement.at_ms))
+
+    def holds_back(self, key: str, theirs: Stamp, ours: Stamp | None) -> bool:
         """Say whether this item must not be taken without a person's word."""
         return (
             ours is None
             and not theirs.deleted
             and theirs.updated_at < self.floor_ms
-            and self.active
+            and self.suspects(key)
         )
 
     def is_spent(self, theirs: Stamp, ours: Stamp | None) -> bool:
@@ -82,6 +143,15 @@ class StaleGuard:
     def keys(self) -> tuple[str, ...]:
         """The keys that are held back, as many as are remembered."""
         return tuple(self._held_back)
+
+
+def _is_key(name: str) -> bool:
+    # A name in a peer's tree that can be no key can never be taken, today or later.
+    try:
+        check_key(name)
+    except InvalidKeyError:
+        return False
+    return True
 
 
 class KeyMemory:

@@ -5,21 +5,38 @@ is at or before a position, or is the very next id after it, nothing after the p
 been trimmed. Where it is not, a server that counts tells: what was ever trimmed, minus what was
 read, is missing. One that does not count leaves a *doubt*: perhaps nothing is missing. A doubt is
 worth one copy, which costs a round trip where the trees are equal, and never a second in a row.
+
+Counts are believed within one run of the server. One that was started again may have been given an
+older backup, and what came since may make its counts look as if entries were trimmed: so a position
+of another run is looked for by its entry and by ids alone. Where neither finds it, the peer *came
+back older*, unless the very run that held it has trimmed it since.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from fsm_replication.abilities import Abilities, Counts
 from fsm_replication.errors import PeerReplyError
 from fsm_replication.ports import BEFORE_ALL, Connection, Position, StreamId
-from fsm_replication.replies import count, raise_errors, stream_id, unexpected
+from fsm_replication.replies import count, raise_errors, reply_list, stream_id, unexpected
 
-__all__ = ("Gap", "StreamInfo", "ask_info", "check_history", "find_gap", "learn_info", "parse_info")
+__all__ = (
+    "Gap",
+    "StreamInfo",
+    "ask_info",
+    "ask_run_id",
+    "check_history",
+    "find_gap",
+    "find_newest",
+    "learn_info",
+    "parse_info",
+)
 
 _COMMAND: Final = "XINFO STREAM"
+_RUN_ID: Final = re.compile(rb"^run_id:([0-9a-f]{40})\r?$", re.MULTILINE)
 OTHER_STREAM: Final = "the stream's head is older than what was read: it is another stream"
 
 
@@ -29,6 +46,7 @@ class Gap:
 
     ``is_doubt`` says that perhaps none are missing, ``is_contradiction`` that the stream's counts
     and its entries cannot both be right, ``all_is_new`` that nothing of the stream was ever read.
+    ``is_trim`` says that trimming explains it; where it does not, the peer may have come back older.
     """
 
     missed: int | None
@@ -36,6 +54,7 @@ class Gap:
     is_doubt: bool = False
     is_contradiction: bool = False
     all_is_new: bool = False
+    is_trim: bool = False
 
     def __str__(self) -> str:
         return self.reason if self.missed is None else f"{self.missed} {self.reason}"
@@ -156,10 +175,48 @@ async def ask_info(
     return learn_info(parse_info(reply), abilities)
 
 
-def check_history(position: Position, info: StreamInfo, *, entry_is_there: bool) -> Gap | None:
+async def ask_run_id(connection: Connection, timeout_sec: float) -> str:
+    """Ask for the run of the server, which is another after each start; "" where it does not tell."""
+    try:
+        reply = await connection.call("INFO", "server", timeout_sec=timeout_sec)
+    except PeerReplyError:
+        return ""
+    found = _RUN_ID.search(reply) if isinstance(reply, bytes) else None
+    return "" if found is None else found[1].decode()
+
+
+async def find_newest(
+    connection: Connection, stream_key: str, until: StreamId, timeout_sec: float
+) -> StreamId | None:
+    """Return the id of the newest entry up to an id that the stream still has.
+
+    Where the user may not ask for it that is none: what is not known counts as long ago.
+
+    :raises PeerReplyError: if the server answered with another error.
+    :raises ProtocolError: if the reply has another shape.
+    """
+    try:
+        found = await connection.skim(
+            "XREVRANGE", stream_key, str(until), "-", "COUNT", 1, timeout_sec=timeout_sec
+        )
+    except PeerReplyError as error:
+        if error.code != "NOPERM":
+            raise
+        return None
+    if found == []:
+        return None
+    (entry,) = reply_list(found, "XREVRANGE", 1)
+    name, _ = reply_list(entry, "XREVRANGE", 2)
+    return stream_id(name, "XREVRANGE")
+
+
+def check_history(
+    position: Position, info: StreamInfo, *, entry_is_there: bool, same_run: bool = True
+) -> Gap | None:
     """Say whether ``position`` is in this stream's history and nothing after it was trimmed.
 
-    None means that reading can go on from there.
+    None means that reading can go on from there. Unless it is the ``same_run`` of the server in
+    which the position was held, what is counted says nothing about it.
     """
     if entry_is_there:
         return None
@@ -167,10 +224,10 @@ def check_history(position: Position, info: StreamInfo, *, entry_is_there: bool)
     if at > info.last_id:
         return Gap(None, OTHER_STREAM)
     before_first = info.first_id is None or at < info.first_id
-    if info.trimmed is None or position.entries_read is None:
+    if not same_run or info.trimmed is None or position.entries_read is None:
         if at == info.last_id or (before_first and info.holds_all_after(at)):
             return None
-        return _doubt(at)
+        return _doubt(at, is_trim=same_run and before_first)
     if not before_first and position != info.head:
         return Gap(None, "the entry last read is not in the stream: it is another stream")
     missed = info.trimmed - position.entries_read
@@ -200,7 +257,7 @@ def find_gap(
         return Gap(None, OTHER_STREAM)
     if info.trimmed is None or before.entries_read is None:
         at = before.stream_id
-        return None if info.holds_all_after(at) else _doubt(at)
+        return None if info.holds_all_after(at) else _doubt(at, is_trim=True)
     # What the counts say of trimming or deleting where ids tell that there was none.
     odd = info.holds_all_after(agreed_at) and not info.may_lack(agreed_at)
     missed = info.trimmed - before.entries_read
@@ -210,18 +267,19 @@ def find_gap(
         return None
     lost = (info.added or 0) - before.entries_read - count
     if lost > 0:
-        return Gap(lost, "entries were removed before they were read", is_contradiction=odd)
+        reason = "entries were removed before they were read"
+        return Gap(lost, reason, is_contradiction=odd, is_trim=True)
     reason = "the stream has fewer entries than were read: it is another stream"
     return Gap(None, reason, is_contradiction=odd)
 
 
-def _doubt(at: StreamId) -> Gap:
+def _doubt(at: StreamId, *, is_trim: bool) -> Gap:
     if at == BEFORE_ALL:
         reason = "entries came to a stream that was empty, and nothing tells which were the first"
-        return Gap(None, reason, is_doubt=True, all_is_new=True)
-    reason = "the entry last read is gone, and this server does not count entries"
-    return Gap(None, reason, is_doubt=True)
+        return Gap(None, reason, is_doubt=True, all_is_new=True, is_trim=is_trim)
+    reason = "the entry last read is gone, and no count that can be believed tells what else is"
+    return Gap(None, reason, is_doubt=True, is_trim=is_trim)
 
 
 def _trimmed(missed: int) -> Gap:
-    return Gap(missed, "entries were trimmed before they were read")
+    return Gap(missed, "entries were trimmed before they were read", is_trim=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 
@@ -73,18 +73,23 @@ class PeerRepair:
     """What one pass over one peer came to.
 
     ``after`` is the last place (bucket and key) that was fetched, where the next pass goes on if
-    the budget ended this one; ``complete`` says that everything the peer holds is held here.
+    the budget ended this one; ``complete`` says that everything the peer holds is held here, but for
+    the keys ``excepted``: those that could not be taken, and old ones that were left out before.
+    ``deferred`` counts what was over the budget, ``passed_over`` keys that could not be taken within
+    the last hour, ``held_back`` old items that wait for a person's word.
     """
 
     in_sync: bool = False
     complete: bool = False
     differing: int = 0
     deferred: int = 0
+    passed_over: int = 0
     held_back: int = 0
     rejected: int = 0
     skipped: int = 0
     after: tuple[str, str] | None = None
     fetched: Fetched = field(default_factory=Fetched)
+    excepted: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +139,8 @@ class _Pass:
         self._source = make_source(context, lines)
         self._fetcher = Fetcher(context, self._applier, self._source, "repair")
         self.result = PeerRepair()
+        # Old items that are held back, and no exceptions of the agreement so far.
+        self._undecided = 0
 
     async def run_foreign(self) -> PeerRepair:
         """Walk a foreign node's tree; it holds no deletes, so nothing can be agreed upon."""
@@ -153,17 +160,18 @@ class _Pass:
                     result.deferred += 1
                     break
         result.in_sync = not (result.differing or result.skipped)
-        result.complete = not (result.deferred or result.skipped or result.fetched.failed)
+        result.complete = not (result.deferred or result.skipped)
         if result.complete:
             await self._applier.tell_doubtful()
-            walk.settle()
+            if not (result.passed_over or result.fetched.failed):
+                walk.settle()
             context.note_synced()
         return result
 
     async def _take_leaves(self, leaves: Sequence[tuple[str, bytes]]) -> None:
         context, result = self._context, self.result
         wanted = [leaf for leaf in leaves if leaf[0] not in context.unfetchable]
-        result.deferred += len(leaves) - len(wanted)
+        result.passed_over += len(leaves) - len(wanted)
         for begin in range(0, len(wanted), FETCH_KEYS):
             part = wanted[begin : begin + FETCH_KEYS]
             while part and (allowed := self._budget.take(len(part))):
@@ -175,7 +183,7 @@ class _Pass:
 
     async def run(self, our_root: bytes | None, after: tuple[str, str] | None) -> PeerRepair:
         context, result = self._context, self.result
-        began_ms = context.ports.wall_clock.now_ms()
+        comparison = context.beginning()
         comparer = make_comparer(context, self._lines, self._applier)
         buckets = await comparer.differing_buckets(our_root)
         result.skipped = comparer.skipped
@@ -195,17 +203,21 @@ class _Pass:
                     result.deferred += 1
                     break
         result.in_sync = not (result.differing or result.skipped)
-        result.complete = not (result.deferred or result.held_back or result.skipped)
-        result.complete = result.complete and not result.fetched.failed
-        if result.complete:
+        waiting = result.deferred or result.skipped or self._undecided
+        exceptions = context.stale.excepting(result.excepted.union(result.fetched.failed))
+        if exceptions is None:
+            context.log.warning("too_many_exceptions", then="trees that differ so are no agreement")
+        elif not waiting:
+            result.complete = True
             await self._applier.tell_doubtful()
-            await context.agree(began_ms)
+            await context.agree(replace(comparison, exceptions=exceptions))
         return result
 
     async def _take(self, group: Group, after: tuple[str, str] | None) -> None:
         context, result = self._context, self.result
         result.skipped += group.skipped
-        result.differing += len(group.differences) + len(group.newer_here)
+        result.differing += len(group.differences) + len(group.unreadable)
+        result.excepted.update(group.unreadable)
         wanted: list[Difference] = []
         stale: list[Difference] = []
         for step, found in enumerate(group.differences):
@@ -213,8 +225,9 @@ class _Pass:
             if context.stale.is_spent(found.theirs, found.ours):
                 continue
             if found.key in context.unfetchable:
-                result.deferred += 1
-            elif not context.stale.holds_back(found.theirs, found.ours) or (
+                result.passed_over += 1
+                result.excepted.add(found.key)
+            elif not context.stale.holds_back(found.key, found.theirs, found.ours) or (
                 self._verdict is not None and self._verdict.accept
             ):
                 wanted.append(found)
@@ -248,8 +261,13 @@ class _Pass:
         if not stale:
             return
         if self._verdict is None:
+            excepted = context.stale.exceptions
             for found in stale:
                 context.stale.note(found.key, found.theirs)
+                if found.key in excepted:
+                    self.result.excepted.add(found.key)
+                else:
+                    self._undecided += 1
             self.result.held_back += len(stale)
             return
         # Rejected: a delete of our own, newer than what the peer holds, which reaches it and

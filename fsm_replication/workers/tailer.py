@@ -36,16 +36,32 @@ from fsm_replication.errors import (
     StoreReopenedError,
 )
 from fsm_replication.layout import Keys
-from fsm_replication.ports import BEFORE_ALL, LEAST_BYTES_PER_SEC, Cursor, GapRow, Position
+from fsm_replication.ports import (
+    BEFORE_ALL,
+    LEAST_BYTES_PER_SEC,
+    LONG_AGO_MS,
+    Cursor,
+    GapRow,
+    PeerRecord,
+    Position,
+    StreamId,
+)
 from fsm_replication.replies import entries as entries_of
 from fsm_replication.reports import LinkFact, PauseReason, Reporter
 from fsm_replication.transport import too_slow
 from fsm_replication.workers.applier import Applier, Blocked, Unsettled
 from fsm_replication.workers.chunks import ChunkQueue
 from fsm_replication.workers.connector import Lines
-from fsm_replication.workers.context import HEAD_OF_EMPTY, LinkContext
+from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.copier import Copier, make_source
-from fsm_replication.workers.history import Gap, StreamInfo, ask_info, check_history
+from fsm_replication.workers.history import (
+    Gap,
+    StreamInfo,
+    ask_info,
+    ask_run_id,
+    check_history,
+    find_newest,
+)
 from fsm_replication.workers.reader import Read, StreamReader
 from fsm_replication.workers.rounds import Rounds
 
@@ -215,6 +231,7 @@ class Tailer:
                 self._context.metrics.error(type(error).__name__)
                 if isinstance(error, StoreReopenedError):
                     # A store that may have lost what came before must not be given what comes after.
+                    self._context.distrust_store()
                     await self._queue.abandon()
                     self._queue.forget()
                 report(LinkFact.LOST, str(error), error)
@@ -332,15 +349,17 @@ class Tailer:
         record = await context.ports.cursor_store.load(context.peer_id)
         context.progress.dead_letters = record.dead_letters
         context.progress.gaps_open = len(record.gaps)
-        context.stale.agreed(record.agreed_at_ms)
+        cursor = context.cursors.get(context.peer_id) or record.cursor
+        await self._take_over(record, cursor)
         if not context.settings.hot_path.enabled:
             orders.report(LinkFact.NO_HOT_PATH, "hot_path.enabled is false")
             return None
         if self._copier is not None:
             return self._must_copy(orders, None, "the bootstrap goes on")
-        if record.bootstrap is not None and record.bootstrap.incarnation == self._incarnation:
+        row = record.bootstrap
+        if row is not None and row.incarnation == self._incarnation:
+            await self._look_for_older_peer(row.head, row.run_id)
             return self._must_copy(orders, None, "a bootstrap is unfinished")
-        cursor = context.cursors.get(context.peer_id) or record.cursor
         if cursor is None:
             return self._must_copy(orders, None, "no cursor")
         if cursor.incarnation != self._incarnation:
@@ -349,12 +368,31 @@ class Tailer:
             context.reads, lambda: context.store.applied_position(context.peer_id)
         )
         if applied is None and context.store.keeps_positions:
-            # It came back as it was before the first batch of this peer.
-            applied = HEAD_OF_EMPTY
-        known = {cursor.position.stream_id: cursor.position}
-        if applied is not None:
-            known.setdefault(applied.stream_id, applied)
-        return await self._decide_by_stream(orders, *(known[at] for at in sorted(known)))
+            await context.forget_store()
+            why = "the local store came back as it was before this peer was read"
+            return self._must_copy(orders, None, why)
+        if applied is not None and applied.stream_id < cursor.position.stream_id:
+            await self._note_older_store(applied)
+        return await self._decide_by_stream(orders, cursor, applied)
+
+    async def _take_over(self, record: PeerRecord, cursor: Cursor | None) -> None:
+        """Take over what is known of the peer, as far as it belongs to the store as it is now."""
+        context, agreement, now = self._context, record.agreement, self._incarnation
+        before, context.progress.incarnation = context.progress.incarnation, now
+        owner = "" if agreement is None else agreement.incarnation
+        if not owner and cursor is not None:
+            owner = cursor.incarnation
+        if {before, owner} - {"", now}:
+            await context.forget_store()
+            return
+        context.stale.agreed(agreement)
+
+    async def _note_older_store(self, applied: Position) -> None:
+        """Handle a store that lost what it had of a peer's stream after ``applied``."""
+        context, agreement = self._context, self._context.stale.agreement
+        context.distrust_store()
+        if agreement is not None and applied.stream_id < agreement.up_to:
+            await context.forget_store()
 
     async def _get_applier(self) -> Applier:
         """Return what applies, for the store as it is now: it may have come back as another."""
@@ -364,6 +402,7 @@ class Tailer:
             self._limits = limits
             self._builder = self._make_builder(limits)
             self._applier = None
+        run_id = await self._get_run_id()
         asking = Applier(context, self._builder, "", self._is_interrupted)
         incarnation = await asking.call(context.reads, context.store.incarnation)
         if self._applier is None or incarnation != self._incarnation:
@@ -372,29 +411,45 @@ class Tailer:
                 await self._queue.abandon()
                 self._queue.forget()
             self._incarnation = incarnation
-            self._applier = Applier(context, self._builder, incarnation, self._is_interrupted)
+            self._applier = Applier(
+                context, self._builder, incarnation, self._is_interrupted, run_id
+            )
             self._copier = None
         return self._applier
 
-    async def _decide_by_stream(
-        self, orders: _Orders, position: Position, *later: Position
-    ) -> None:
-        """Go on from ``position``, if nothing is missing; ``later`` ones were reached once too.
+    async def _get_run_id(self) -> str:
+        """Return the run of the peer's server, or a name that is good for this connection alone."""
+        context, abilities = self._context, self._lines.abilities
+        if not abilities.run_id:
+            timeout = context.settings.timeouts.command
+            told = await ask_run_id(self._lines.asking, timeout)
+            abilities.run_id = told or f"not told: {context.ports.random.getrandbits(64):016x}"
+        return abilities.run_id
 
-        A stream that was made anew since may look as if all of it came after ``position``.
+    async def _decide_by_stream(
+        self, orders: _Orders, cursor: Cursor, applied: Position | None
+    ) -> None:
+        """Go on from the older of two positions, if nothing is missing after either.
+
+        A stream that was made anew since may look as if all of it came after the older one.
         """
+        known = {cursor.position.stream_id: cursor.position}
+        if applied is not None:
+            known.setdefault(applied.stream_id, applied)
+        positions = [known[at] for at in sorted(known)]
         # In this order: what is trimmed between the questions is seen by the last.
-        there = {at: await self._is_there(at) for at in (position, *later)}
+        there = [await self._is_there(at) for at in positions]
         info = await self._ask_info()
-        if position.stream_id == BEFORE_ALL and not self._lines.abilities.seen_empty:
-            # It was another server, or an older one that did not count, that had no stream.
-            del there[position]
-            position = position._replace(entries_read=None)
-            there = {position: False, **there}
-        if max(there).stream_id > info.last_id:
-            await self._note_older_peer(info)
-        gaps = (check_history(at, info, entry_is_there=found) for at, found in there.items())
-        gap = next(filter(None, gaps), None)
+        found = [
+            self._check(at, cursor.run_id, info, entry_is_there=held)
+            for at, held in zip(positions, there, strict=True)
+        ]
+        await self._note_older_peer(found[-1], positions[-1].stream_id, info)
+        position, gap = positions[0], next(filter(None, found), None)
+        if gap is None and cursor.run_id != self._lines.abilities.run_id:
+            # From now on this run of the server vouches for it.
+            held = cursor._replace(run_id=self._lines.abilities.run_id)
+            self._context.cursors.settle(self._context.peer_id, held)
         if gap is not None:
             if self._must_copy_for(gap):
                 self._must_copy(orders, gap, str(gap))
@@ -405,6 +460,15 @@ class Tailer:
             await self._read_from(position)
         self._context.progress.read = self._context.progress.settled = position
         self._report_distance(orders, position, info)
+
+    def _check(
+        self, position: Position, run_id: str, info: StreamInfo, *, entry_is_there: bool
+    ) -> Gap | None:
+        abilities = self._lines.abilities
+        same_run = run_id == abilities.run_id
+        # A server that was seen without a stream has counted all that came since.
+        same_run = same_run or (position.stream_id == BEFORE_ALL and abilities.seen_empty)
+        return check_history(position, info, entry_is_there=entry_is_there, same_run=same_run)
 
     async def _is_there(self, position: Position) -> bool:
         at = str(position.stream_id)
@@ -430,15 +494,41 @@ class Tailer:
             await self._reopen_reading()
         self._reader.position = position
 
-    async def _note_older_peer(self, info: StreamInfo) -> None:
-        """A peer whose stream ends before our cursor came back as it was at an earlier time."""
-        guard = self._context.stale
-        if guard.agreed_at_ms is None or guard.agreed_at_ms <= info.last_id.ms:
+    async def _look_for_older_peer(self, position: Position, run_id: str) -> None:
+        """Before a copy that is made for another reason, see whether the peer came back older."""
+        if self._context.stale.agreement is None:
             return
-        guard.peer_came_back(info.last_id.ms)
-        await self._context.ports.cursor_store.set_agreed(
-            self._context.peer_id, guard.agreed_at_ms, heal_gaps=False
+        held = await self._is_there(position)
+        info = await self._ask_info()
+        gap = self._check(position, run_id, info, entry_is_there=held)
+        await self._note_older_peer(gap, position.stream_id, info)
+
+    async def _note_older_peer(self, gap: Gap | None, at: StreamId, info: StreamInfo) -> None:
+        """Let no agreement be younger than the peer, where trimming does not explain a gap.
+
+        The peer is then as old as the newest entry that it still has of those we have read. Ids of
+        later entries tell nothing: they may have been written since it came back.
+        """
+        context, guard = self._context, self._context.stale
+        if gap is None or gap.is_trim or guard.agreed_at_ms is None:
+            return
+        oldest = info.last_id if info.first_id is None else info.first_id
+        if at == BEFORE_ALL and oldest.ms >= guard.agreed_at_ms:
+            return  # Its stream was empty when we agreed, and everything in it came later.
+        newest: StreamId | None = info.last_id
+        if at < info.last_id:
+            timeout = context.settings.timeouts.command
+            newest = await find_newest(self._lines.asking, self._keys.stream, at, timeout)
+        as_of_ms = LONG_AGO_MS if newest is None else newest.ms
+        agreement = guard.as_of(as_of_ms)
+        if newest == at or agreement is None:
+            return
+        context.log.warning(
+            "peer_came_back_older", why=str(gap), agreed_at_ms=guard.agreed_at_ms, as_of_ms=as_of_ms
         )
+        guard.agreed(agreement)
+        store = context.ports.cursor_store
+        await store.set_agreed(context.peer_id, agreement, heal_gaps=False)
 
     def _must_copy_for(self, gap: Gap) -> bool:
         """Say whether to copy the peer; if not, the gap is left to the cold path.
@@ -457,7 +547,7 @@ class Tailer:
         context.progress.stream_too_short = True
         why = f"{gap.reason}, right after a bootstrap"
         row = GapRow(context.peer_id, context.ports.wall_clock.now_ms(), gap.missed, why)
-        cursor = Cursor(start, self._incarnation)
+        cursor = Cursor(start, self._incarnation, self._lines.abilities.run_id)
         store = context.ports.cursor_store
         await store.pass_gap(context.peer_id, cursor, row)
         context.cursors.saved(context.peer_id, cursor)
@@ -562,15 +652,8 @@ class Tailer:
             if read is None:
                 await self._rest(orders)
                 continue
-            if read.gap is not None:
-                await self._work_off(orders)
-                if self._must_copy_for(read.gap):
-                    self._must_copy(orders, read.gap, str(read.gap))
-                    return
-                if self._queue:
-                    return  # Interrupted; what came is read again.
-                await self._pass_gap(read.gap, read.start)
-                self._reader.position = read.end
+            if read.gap is not None and not await self._get_past(read.gap, read, orders):
+                return
             self._queue.take_in(read)
             if read.at_head and not at_head:
                 await self._work_off(orders)
@@ -593,6 +676,20 @@ class Tailer:
                 if behind:
                     orders.report(LinkFact.BEHIND, behind)
         return
+
+    async def _get_past(self, gap: Gap, read: Read, orders: _Orders) -> bool:
+        """Handle a gap before what was read; False if reading cannot go on behind it now."""
+        await self._work_off(orders)
+        if read.info is not None:
+            await self._note_older_peer(gap, self._reader.position.stream_id, read.info)
+        if self._must_copy_for(gap):
+            self._must_copy(orders, gap, str(gap))
+            return False
+        if self._queue:
+            return False  # Interrupted; what came is read again.
+        await self._pass_gap(gap, read.start)
+        self._reader.position = read.end
+        return True
 
     def _counts_are_due(self, read: Read) -> bool:
         now = self._context.ports.clock.monotonic()
@@ -698,6 +795,8 @@ class Tailer:
         await applier.bury(applier.oversize_letter(end, size), end)
         self._reader.position = context.progress.read = end
         context.progress.settled_to(end, 1)
+        # The position in the store moves along, or it would seem to have lost something.
+        await applier.hand_over(Part(), end)
         return None
 
     async def _read_alone(self, end: Position) -> bool:
