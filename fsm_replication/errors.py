@@ -16,9 +16,10 @@ anything.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
+
+from fsm_replication.redaction import redact
 
 __all__ = (
     "AlreadyRunningError",
@@ -41,6 +42,7 @@ __all__ = (
     "ProtocolError",
     "ReplicationError",
     "ReplyTooLargeError",
+    "StampAheadError",
     "StartupError",
     "StoreError",
     "StoreTimeoutError",
@@ -50,19 +52,6 @@ __all__ = (
     "WorkerCrashedError",
     "redact",
 )
-
-_CREDENTIALS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?P<secret>[^/?#\s]*)@", re.IGNORECASE)
-_QUERY_SECRETS = re.compile(
-    r"(?P<name>[?&](?:password|username|user|ssl_password)=)[^&\s]*", re.IGNORECASE
-)
-
-
-def redact(text: str) -> str:
-    """Return ``text`` with the credentials of every URL in it replaced by ``***``."""
-    if "://" not in text:
-        return text
-    text = _CREDENTIALS.sub(r"\g<scheme>***@", text)
-    return _QUERY_SECRETS.sub(r"\g<name>***", text)
 
 
 class ReplicationError(Exception):
@@ -112,6 +101,25 @@ class InvalidStateError(UsageError):
 
 class InvalidKeyError(UsageError):
     """A key is empty, longer than 1,024 bytes of UTF-8, not encodable, or reserved."""
+
+
+class StampAheadError(UsageError, ValueError):
+    """A key is held with a stamp more than a day ahead of the clock: no write can replace it.
+
+    A write over it would have to be stamped later still, and every peer would refuse that. ``key``
+    and ``updated_at`` (milliseconds since the epoch) say what is held. ``fsm-replication restamp``
+    shows what the peers hold, and gives it a stamp of now.
+    """
+
+    def __init__(self, key: str, updated_at: int | None = None) -> None:
+        self.key = key
+        self.updated_at = updated_at
+        at = "" if updated_at is None else f" ({updated_at} ms)"
+        super().__init__(
+            f"{key!r} is held with a stamp more than a day ahead of the clock{at}, and peers refuse"
+            " whatever would be written over it: see what they hold, and give it a stamp of now, by"
+            " fsm-replication restamp CONFIG KEY"
+        )
 
 
 class ConfigError(UsageError):

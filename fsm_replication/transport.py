@@ -30,9 +30,9 @@ from fsm_replication.errors import (
     ProtocolError,
     ReplicationError,
     ReplyTooLargeError,
-    redact,
 )
 from fsm_replication.ports import Clock, Oversize, PackedArguments, SystemClock
+from fsm_replication.redaction import NO_SECRETS, Secrets, mask_url
 
 __all__ = ("RedisConnection", "RedisTransport", "pack_arguments")
 
@@ -68,12 +68,16 @@ class _Flight:
 
 
 class RedisConnection(asyncio.Protocol):
-    """One connection; see the port of the same name for what its calls promise."""
+    """One connection; see the port of the same name for what its calls promise.
 
-    def __init__(self, where: str, clock: Clock) -> None:
+    ``secrets`` are taken out of every text of the server, which may quote what it was sent.
+    """
+
+    def __init__(self, where: str, clock: Clock, secrets: Secrets = NO_SECRETS) -> None:
         self.where = where
         self._clock = clock
-        self._reader = self._new_reader()
+        self._secrets = secrets
+        self._reader = self._new_reader(secrets)
         self._flights: deque[_Flight] = deque()
         self._transport: asyncio.Transport | None = None
         self._error: ReplicationError | None = None
@@ -85,9 +89,12 @@ class RedisConnection(asyncio.Protocol):
         self._received_bytes = 0
 
     @staticmethod
-    def _new_reader() -> hiredis.Reader:
+    def _new_reader(secrets: Secrets) -> hiredis.Reader:
+        def reply_error(text: str) -> PeerReplyError:
+            return PeerReplyError(secrets.scrub(text))
+
         return hiredis.Reader(
-            protocolError=ProtocolError, replyError=PeerReplyError, notEnoughData=_NOTHING
+            protocolError=ProtocolError, replyError=reply_error, notEnoughData=_NOTHING
         )
 
     # asyncio.Protocol
@@ -287,7 +294,7 @@ class RedisConnection(asyncio.Protocol):
         if self._error is not None or self._transport is None:
             raise self._error or ConnectionLostError(f"{self.where} is not connected")
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._skim = _Skimmer(future)
+        self._skim = _Skimmer(future, self._secrets)
         self._transport.write(_pack(args))
         reply = await self._wait(future, timeout_sec)
         if isinstance(reply, PeerReplyError):
@@ -318,8 +325,9 @@ class _Skimmer:
     KEPT_ELEMENTS: Final = 256
     ELEMENTS_MAX: Final = 10_000_000
 
-    def __init__(self, future: asyncio.Future[Any]) -> None:
+    def __init__(self, future: asyncio.Future[Any], secrets: Secrets) -> None:
         self.future = future
+        self._secrets = secrets
         self._line = b""
         self._skip = 0
         self._size = 0
@@ -359,7 +367,7 @@ class _Skimmer:
     def _take_line(self, line: bytes) -> None:
         kind, rest = line[:1], line[1:]
         if kind in (b"$", b"*", b":") and not rest.removeprefix(b"-").isdigit():
-            raise ProtocolError(f"a length that is no number: {rest[:32]!r}")
+            raise ProtocolError("a length that is no number")
         if kind == b"$" and int(rest) >= 0:
             self._size = int(rest)
             self._skip = self._size + 2
@@ -375,7 +383,7 @@ class _Skimmer:
         elif kind == b"+":
             self._put(rest)
         elif kind == b"-":
-            self._put(PeerReplyError(rest.decode("utf-8", "replace")))
+            self._put(PeerReplyError(self._secrets.scrub(rest.decode("utf-8", "replace"))))
         else:
             raise ProtocolError(f"unexpected byte {kind!r} in a reply")
 
@@ -421,12 +429,10 @@ class RedisTransport:
         :raises ConnectionLostError: if the server cannot be reached in time.
         :raises PeerReplyError: if the server answers with an error that may pass.
         """
-        where = redact(url)
-        try:
-            options: dict[str, Any] = dict(parse_url(url))
-        except ValueError:
-            # What it says quotes the part it could not read, which may be a part of the password.
-            raise PeerRefusedError(f"{where} cannot be used: it is not a Redis URL") from None
+        where = mask_url(url)
+        options = _options(url)
+        if options is None:
+            raise PeerRefusedError(f"{where} cannot be used: it is not a Redis URL")
         connection: RedisConnection | None = None
         try:
             async with self._clock.timeout(timeout_sec):
@@ -454,9 +460,10 @@ class RedisTransport:
     async def _open(self, options: dict[str, Any], where: str, _name: str) -> RedisConnection:
         """Open the line; a simulated network does this and nothing else in its own way."""
         loop = asyncio.get_running_loop()
+        secrets: Secrets = options["secrets"]
 
         def factory() -> RedisConnection:
-            return RedisConnection(where, self._clock)
+            return RedisConnection(where, self._clock, secrets)
 
         kind = options.get("connection_class")
         if kind is UnixDomainSocketConnection:
@@ -489,6 +496,16 @@ class RedisTransport:
         # A name helps whoever looks at CLIENT LIST over there; a user who may only read may be
         # refused it, which does not matter.
         await connection.pipeline([["CLIENT", "SETNAME", name]])
+
+
+def _options(url: str) -> dict[str, Any] | None:
+    """Return what a URL says, and its secrets; None if it is no Redis URL."""
+    try:
+        return dict(parse_url(url)) | {"secrets": Secrets.of(url)}
+    except ValueError:
+        # What it says quotes the part it could not read, which may be a part of the password: so
+        # nothing is raised in here, that would hang on to it as its context.
+        return None
 
 
 def _tls_context(options: dict[str, Any], where: str) -> ssl.SSLContext:

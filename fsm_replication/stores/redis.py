@@ -38,7 +38,6 @@ from fsm_replication.errors import (
     ReplicationError,
     StoreError,
     StoreReopenedError,
-    redact,
 )
 from fsm_replication.foreign import DOTTED, reserved
 from fsm_replication.items import (
@@ -76,6 +75,7 @@ from fsm_replication.ports import (
     SystemClock,
     Transport,
 )
+from fsm_replication.redaction import Secrets, mask_url
 from fsm_replication.redis_tree import RedisTree
 from fsm_replication.stores import dotted_scripts
 from fsm_replication.stores import redis_scripts as scripts
@@ -162,7 +162,8 @@ class RedisSyncEngine(SyncEngine):
         self._tree = RedisTree(self._call_many, self.keys, self._sweep, layouts=self._layouts)
         self._tree_key = self.keys.tree if OWN in layouts else ""
         self._dirty_key = self.keys.dirty if DOTTED in layouts else ""
-        self._where = redact(url)
+        self._where = mask_url(url)
+        self._secrets = Secrets.of(url)
         self._maxlen = stream_maxlen
         self._ttl_ms = round(tombstone_ttl_sec * 1000)
         self._grace_ms = round(tombstone_grace_sec * 1000)
@@ -186,23 +187,9 @@ class RedisSyncEngine(SyncEngine):
         self._incarnation: str | None = None
         self._refused_until = 0.0
         self._opening = asyncio.Lock()
-        try:
-            pool = BlockingConnectionPool.from_url(
-                url,
-                decode_responses=False,
-                protocol=2,
-                socket_timeout=timeout_sec,
-                socket_connect_timeout=timeout_sec,
-                max_connections=connections_max,
-                timeout=timeout_sec,
-                retry=Retry(NoBackoff(), 0),
-                health_check_interval=0,
-            )
-        except ValueError:
-            # What it says quotes the part it could not read, which may be a part of the password.
-            raise ConfigError(
-                ["the store's URL is not a redis://, rediss:// or unix:// URL"]
-            ) from None
+        pool = _new_pool(url, timeout_sec, connections_max)
+        if pool is None:
+            raise ConfigError(["the store's URL is not a redis://, rediss:// or unix:// URL"])
         self._redis = Redis.from_pool(pool)
         self._scripts = {
             text: self._redis.register_script(text)
@@ -841,6 +828,7 @@ class RedisSyncEngine(SyncEngine):
             await self.open()
             return await self._eval(text, keys, args)
         except (RedisError, OSError) as error:
+            self._secrets.scrub_error(error)
             if isinstance(error, ResponseError) and str(error).startswith("RANGE "):
                 raise ValueError(
                     f"{str(error)[6:]!r}: version or updated_at would go over 2**53-1"
@@ -856,6 +844,8 @@ class RedisSyncEngine(SyncEngine):
             return await self._redis.eval(text, len(keys), *keys, *args)
 
     def _store_error(self, error: Exception) -> StoreError:
+        # The client's errors quote the server, and hang on to ours as their context.
+        self._secrets.scrub_error(error)
         text = (str(error) or type(error).__name__).removeprefix(f"{self._where}: ")
         # redis-py has a class for some of these, and then takes the word out of the text.
         if isinstance(error, ReadOnlyError | OutOfMemoryError) or _REFUSALS.search(text):
@@ -864,6 +854,25 @@ class RedisSyncEngine(SyncEngine):
 
     def __repr__(self) -> str:
         return f"<RedisSyncEngine {self.node_id!r} at {self._where}>"
+
+
+def _new_pool(url: str, timeout_sec: float, connections_max: int) -> BlockingConnectionPool | None:
+    try:
+        return BlockingConnectionPool.from_url(
+            url,
+            decode_responses=False,
+            protocol=2,
+            socket_timeout=timeout_sec,
+            socket_connect_timeout=timeout_sec,
+            max_connections=connections_max,
+            timeout=timeout_sec,
+            retry=Retry(NoBackoff(), 0),
+            health_check_interval=0,
+        )
+    except ValueError:
+        # What it says quotes the part it could not read, which may be a part of the password: so
+        # nothing is raised in here, that would hang on to it as its context.
+        return None
 
 
 def _position_args(received: Received | None) -> tuple[str, str]:
