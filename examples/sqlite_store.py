@@ -220,7 +220,7 @@ class SqliteStore(SyncEngine):
             if content is None and (held is None or held.deleted):
                 return None
             known = None if held is None else held.stamp
-            updated_at, version = next_stamp(known, _now_ms())
+            updated_at, version = next_stamp(known, _now_ms(), key=key)
             if max(updated_at, version) > NUMBER_MAX:
                 raise ValueError(f"{key!r}: version or updated_at would go over 2**53-1")
             digest = EMPTY_HASH if content is None else content_hash(content)

@@ -20,14 +20,13 @@ from typing import Any, Final
 import msgspec
 
 from fsm_replication.errors import BadEntryError
-from fsm_replication.items import NUMBER_MAX, Stamp, SyncItem, content_hash
+from fsm_replication.items import DAY_MS, NUMBER_MAX, Stamp, SyncItem, content_hash
 from fsm_replication.ports import DeadLetter, StreamId
 from fsm_replication.stream import DataDecoder, Entry, WireForm, parse_entry
 
 __all__ = ("BatchBuilder", "Part", "RawEntry", "Selection")
 
 MINUTE_MS: Final = 60_000
-DAY_MS: Final = 86_400_000
 
 RawEntry = tuple[bytes, Sequence[bytes]]
 """A stream entry as the reader returns it: its id and the flat list of names and values."""

@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Bottom to top; a module may import what stands in its own line or further up in this list.
 LAYERS = (
-    ("redaction", "errors", "items", "config", "config_change", "metrics", "log"),
+    ("redaction", "printable", "errors", "items", "config", "config_change", "metrics", "log"),
     ("ports", "reports", "circuits", "retry", "current", "limiter"),
     (
         "abilities",

@@ -34,6 +34,7 @@ from fsm_replication.cli.repair import (
     show_differences,
     stats_table,
 )
+from fsm_replication.cli.restamp import restamp_node
 from fsm_replication.cli.runtime import LogFormat, configure_logging, run_async
 from fsm_replication.config import ReplicationConfig
 from fsm_replication.cursor import SqliteCursorStore
@@ -42,6 +43,7 @@ from fsm_replication.demo.screen import run_demo
 from fsm_replication.diagram import render_all
 from fsm_replication.errors import ReplicationError, UsageError
 from fsm_replication.ports import GapRow
+from fsm_replication.printable import printable
 
 __all__ = ("app",)
 
@@ -256,6 +258,31 @@ def explain(
     except ReplicationError as error:
         raise _fail(error) from None
     console.print(explanation_table(made))
+
+
+@app.command()
+def restamp(
+    config: ConfigPath,
+    key: Annotated[str, typer.Argument(help="The key, as the store has it.")],
+    take: Annotated[
+        str | None, typer.Option(metavar="PEER", help="Hold what this peer holds, as it is there.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option(help="Do it though a peer holds such a stamp, or cannot be asked.")
+    ] = False,
+) -> None:
+    """Give a key that is stamped more than a day ahead a stamp of now; beside a running node too."""
+    loaded = _load(config)
+    configure_logging("error", LogFormat.CONSOLE)
+    try:
+        item = run_async(restamp_node(loaded, key, take=take, force=force, console=console))
+    except ReplicationError as error:
+        raise _fail(error) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    source = "a stamp of now" if take is None else f"what {take} holds"
+    told = f"{key} has {source}: {item.updated_at} ms, version {item.version}"
+    console.print(Text(printable(told), style="bold"), soft_wrap=True)
 
 
 @app.command()

@@ -16,12 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from fsm_replication.cli.ask import asked_peers
 from fsm_replication.cli.node import open_store
 from fsm_replication.config import (
     ColdPathConfig,
     CursorConfig,
     HotPathConfig,
-    PeerConfig,
     ReplicationConfig,
     StartupConfig,
 )
@@ -29,9 +29,7 @@ from fsm_replication.engine import ReplicationEngine
 from fsm_replication.errors import AlreadyRunningError, ReplicationError, UsageError
 from fsm_replication.ports import GapRow
 from fsm_replication.tables import PeerState
-from fsm_replication.transport import RedisTransport
 from fsm_replication.workers.cold_path import RepairStats
-from fsm_replication.workers.connector import Lines, open_lines
 from fsm_replication.workers.explain import Explanation, explain_key
 
 __all__ = (
@@ -187,28 +185,8 @@ async def show_differences(config: ReplicationConfig, peer: str | None, *, as_js
 
 async def explain_node(config: ReplicationConfig, key: str) -> Explanation:
     """Ask the node's store and each peer for one key; works beside a running node."""
-    async with open_store(config) as store:
-        peers: list[tuple[PeerConfig, Lines | str]] = []
-        try:
-            for peer in sorted(config.peers, key=lambda one: one.priority):
-                try:
-                    lines: Lines | str = await open_lines(
-                        local_node_id=config.local_node_id,
-                        peer=peer,
-                        settings=config.settings,
-                        resolver=store.resolver.name,
-                        transport=RedisTransport(),
-                    )
-                except ReplicationError as error:
-                    lines = str(error)
-                peers.append((peer, lines))
-            timeout = config.settings.timeouts.command
-            return await explain_key(key, store, peers, timeout_sec=timeout)
-        finally:
-            for _, lines in peers:
-                if not isinstance(lines, str):
-                    lines.close()
-                    await lines.wait_closed()
+    async with open_store(config) as store, asked_peers(config, store.resolver.name) as peers:
+        return await explain_key(key, store, peers, timeout_sec=config.settings.timeouts.command)
 
 
 def explanation_table(made: Explanation) -> Table:

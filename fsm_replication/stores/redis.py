@@ -36,6 +36,7 @@ from fsm_replication.errors import (
     MergeError,
     PeerReplyError,
     ReplicationError,
+    StampAheadError,
     StoreError,
     StoreReopenedError,
 )
@@ -97,6 +98,7 @@ STAMPS_PER_FLIGHT: Final = 1000
 TREE_LANE: Final = "\0tree"
 REPAIR_LANE: Final = "\0repair"
 _REFUSALS: Final = re.compile(r"\b(?:OOM|READONLY|MISCONF|NOREPLICAS)\b")
+_AHEAD: Final = re.compile(r"AHEAD (\d+) ((?:[0-9a-f]{2})+)")
 _OUTCOMES: Final = {
     ord("0"): Outcome.APPLIED,
     ord("1"): Outcome.SUPERSEDED,
@@ -646,6 +648,8 @@ class RedisSyncEngine(SyncEngine):
 
         :raises InvalidKeyError: if the key is not one.
         :raises ValueError: if the content is too large or its type is neither binary nor json.
+        :raises StampAheadError: if the key is held with a stamp more than a day ahead of the server's
+            clock: peers would refuse whatever is written over it.
         :raises StoreError: if Redis fails, and the write may then have happened or not; or if the
             key in Redis holds something that is no item.
         """
@@ -661,6 +665,7 @@ class RedisSyncEngine(SyncEngine):
         :raises InvalidKeyError: if a key is not one; then nothing was written.
         :raises ValueError: if a content is too large or the type unknown, and then nothing was
             written; or if an item's version cannot go up, and then some may have been.
+        :raises StampAheadError: if a key is held with a stamp more than a day ahead; likewise.
         :raises StoreError: if Redis fails; some of the writes may then have happened.
         """
         pairs = list(items.items()) if isinstance(items, Mapping) else list(items)
@@ -720,9 +725,8 @@ class RedisSyncEngine(SyncEngine):
     async def _put_merging(self, key: str, content: bytes, content_type: str) -> SyncItem:
         """Write what a resolver makes of the content and what is held."""
         held = (await self._fetch([key]))[0]
-        seconds, micros = await self._call("TIME")
-        now = int(seconds) * 1000 + int(micros) // 1000
-        updated_at, version = next_stamp(None if held is None else held.stamp, now)
+        now = await self.now_ms()
+        updated_at, version = next_stamp(None if held is None else held.stamp, now, key=key)
         if updated_at > NUMBER_MAX or version > NUMBER_MAX:
             raise ValueError(f"{key!r}: version or updated_at would go over 2**53-1")
         digest = content_hash(content)
@@ -752,6 +756,7 @@ class RedisSyncEngine(SyncEngine):
         """Delete an item and publish that; False, and no event, if there was no live one.
 
         :raises InvalidKeyError: if the key is not one.
+        :raises StampAheadError: if the key is held with a stamp more than a day ahead.
         :raises StoreError: if Redis fails; the delete may then have happened or not.
         """
         self._check_key(key)
@@ -762,6 +767,37 @@ class RedisSyncEngine(SyncEngine):
         ]  # fmt: skip
         keys = [self.keys.stream, self.keys.marker, self.keys.live]
         return bool(await self._run(scripts.DELETE, keys, args))
+
+    async def now_ms(self) -> int:
+        """Return the time by which it stamps: the server's, in milliseconds since the epoch.
+
+        :raises StoreError: if Redis fails.
+        """
+        seconds, micros = await self._call("TIME")
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    async def replace(self, item: SyncItem, held: Stamp) -> bool:
+        """Put an item in the place of exactly what ``held`` names, even if it is older, and publish it.
+
+        Item, tree and stream entry change together, as ever. It is a person's way out where a wrong
+        clock has stamped a key far ahead; peers that hold what was replaced keep that. False, and
+        nothing has changed, if something else is held by now.
+
+        :raises InvalidKeyError: if the key is not one.
+        :raises StoreError: if Redis fails, and it may then have happened or not; or if the key in
+            Redis holds something that is no item.
+        """
+        self._check_key(item.key)
+        form = self._wire_form(item)
+        key, value, bucket = encode_item(item, form.data)
+        digest = "" if item.deleted else item.content_hash.hex()
+        args = pack_arguments((key, value, digest, form.meta, bucket, encode_stamp(held)))
+        async with self._locks.setdefault("", asyncio.Lock()):
+            lane = await self._lane("")
+            codes, _ = await self._apply(lane, scripts.MERGE, "", "", args, "")
+        if _OUTCOMES.get(codes[0]) is Outcome.REFUSED:
+            raise StoreError(f"{self._where}: {item.key!r}: {_NO_ITEM}")
+        return _OUTCOMES.get(codes[0]) is Outcome.APPLIED
 
     async def scan(self, prefix: str = "") -> AsyncIterator[SyncItem]:
         """Yield live items whose keys start with ``prefix``, in no order.
@@ -828,7 +864,11 @@ class RedisSyncEngine(SyncEngine):
             await self.open()
             return await self._eval(text, keys, args)
         except (RedisError, OSError) as error:
+            ahead = _AHEAD.fullmatch(str(error))
             self._secrets.scrub_error(error)
+            if ahead is not None and isinstance(error, ResponseError):
+                key = bytes.fromhex(ahead[2]).decode("utf-8", "replace")
+                raise StampAheadError(key, int(ahead[1])) from None
             if isinstance(error, ResponseError) and str(error).startswith("RANGE "):
                 raise ValueError(
                     f"{str(error)[6:]!r}: version or updated_at would go over 2**53-1"

@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from fsm_replication.batch import DAY_MS, Part
+from fsm_replication.batch import Part
 from fsm_replication.errors import BadEntryError, InvalidKeyError, PeerReplyError
-from fsm_replication.items import SyncItem
+from fsm_replication.items import DAY_MS, SyncItem
 from fsm_replication.ports import Connection
 from fsm_replication.stores.protocol import ApplyResult, Outcome
 from fsm_replication.workers.applier import Applier
