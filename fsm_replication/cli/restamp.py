@@ -14,7 +14,7 @@ from rich.text import Text
 from fsm_replication.cli.ask import asked_peers
 from fsm_replication.cli.node import open_store
 from fsm_replication.config import PeerConfig, ReplicationConfig
-from fsm_replication.errors import BadEntryError, PeerReplyError, UsageError
+from fsm_replication.errors import PeerReplyError, UsageError
 from fsm_replication.items import DAY_MS, NUMBER_MAX, Stamp, SyncItem, content_hash
 from fsm_replication.layout import Keys
 from fsm_replication.printable import printable
@@ -136,7 +136,7 @@ async def _taken(
         # Content that could not be spelled as it was hashed has come with the foreign hash.
         item = msgspec.structs.replace(item, content_hash=content_hash(item.content))
     if _is_ahead(item.stamp, now_ms):
-        raise BadEntryError("future", f"peer {take!r} holds a stamp more than a day ahead itself")
+        raise UsageError(f"peer {take!r} holds a stamp more than a day ahead itself")
     return item
 
 
