@@ -693,11 +693,11 @@ class ReplicationEngine(Observer):
 
     async def _note_room(self) -> None:
         """Count the letters that are left, and let links go on that were paused for too many."""
-        counts = await self._ports.cursor_store.dead_letter_counts()
-        limit = self._config.settings.limits.dead_letters
-        for link in self._links.values():
-            held = link.context.progress.dead_letters = counts.get(link.peer_id, 0)
-            if held < limit and PauseReason.DEAD_LETTERS_FULL in link.pause_reasons:
+        for link in tuple(self._links.values()):
+            record = await self._ports.cursor_store.load(link.peer_id)
+            link.context.progress.dead_letters = record.dead_letters
+            is_full = PauseReason.DEAD_LETTERS_FULL in link.pause_reasons
+            if is_full and link.context.letters_fit(record):
                 link.clear(PauseReason.DEAD_LETTERS_FULL, "there is room for dead letters")
 
     def stale_keys(self, peer_id: str) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ __all__ = (
     "EngineStoppedError",
     "InvalidKeyError",
     "InvalidStateError",
+    "LettersFullError",
     "MergeError",
     "NetworkError",
     "NoPeerError",
@@ -267,6 +268,19 @@ class CursorStoreError(ReplicationError):
         self.path = path
         self.may_pass = retryable
         super().__init__(message)
+
+
+class LettersFullError(ReplicationError):
+    """There is no room for further dead letters of a peer, and none may be dropped.
+
+    ``letters`` and ``held_bytes`` are what is kept, ``needed_bytes`` what more was to be.
+    """
+
+    def __init__(self, letters: int, held_bytes: int, needed_bytes: int) -> None:
+        self.letters = letters
+        self.held_bytes = held_bytes
+        self.needed_bytes = needed_bytes
+        super().__init__(f"{letters} dead letters of {held_bytes} bytes are kept")
 
 
 class AlreadyRunningError(CursorStoreError):

@@ -30,6 +30,7 @@ LAYERS = (
         "redis_dotted",
         "foreign",
         "batch",
+        "letter_folding",
         "cursor",
         "transport",
     ),

@@ -58,7 +58,17 @@ _SCHEMA_2: Final = (
     """UPDATE dead_letters SET from_foreign = 1
     WHERE fields IS NOT NULL AND instr(fields, CAST('"origin"' AS BLOB)) = 0""",
 )
-_SCHEMA_3: Final[tuple[str, ...]] = ()
+_SCHEMA_3: Final[tuple[str, ...]] = (
+    "ALTER TABLE dead_letters ADD COLUMN entries INTEGER NOT NULL DEFAULT 1",
+    "ALTER TABLE dead_letters ADD COLUMN first_stream_id TEXT NOT NULL DEFAULT ''",
+    # What comes after a large field of a row takes long to read: sizes are read from the index.
+    "ALTER TABLE dead_letters ADD COLUMN held_bytes INTEGER NOT NULL DEFAULT 0",
+    "UPDATE dead_letters SET held_bytes = size WHERE fields IS NOT NULL",
+    "ALTER TABLE dead_letters ADD COLUMN same_as BLOB",
+    "DROP INDEX dead_letters_by_peer",
+    "CREATE INDEX dead_letters_by_peer ON dead_letters (peer_id, id, held_bytes, entries)",
+    "CREATE INDEX dead_letters_alike ON dead_letters (peer_id, same_as, reason)",
+)
 # Each brings the schema of the number before to its own; a new file goes through all of them.
 _SCHEMAS: Final = (_SCHEMA_1, _SCHEMA_2, _SCHEMA_3)
 SCHEMA_VERSION: Final = len(_SCHEMAS)
@@ -67,7 +77,15 @@ _VIEWS_OF_OLDER: Final = {
     1: (
         "PRAGMA temp_store = MEMORY",
         "CREATE TEMP VIEW gaps AS SELECT *, 'gap' AS kind FROM main.gaps",
-        "CREATE TEMP VIEW dead_letters AS SELECT *, 0 AS from_foreign FROM main.dead_letters",
+        """CREATE TEMP VIEW dead_letters AS SELECT *, 0 AS from_foreign, 1 AS entries,
+            '' AS first_stream_id, CASE WHEN fields IS NULL THEN 0 ELSE size END AS held_bytes
+            FROM main.dead_letters""",
+    ),
+    2: (
+        "PRAGMA temp_store = MEMORY",
+        """CREATE TEMP VIEW dead_letters AS SELECT *, 1 AS entries, '' AS first_stream_id,
+            CASE WHEN fields IS NULL THEN 0 ELSE size END AS held_bytes
+            FROM main.dead_letters""",
     ),
 }
 

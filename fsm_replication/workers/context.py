@@ -14,7 +14,7 @@ from fsm_replication.current import Current
 from fsm_replication.errors import CursorStoreError, ReplicationError
 from fsm_replication.limiter import PrioritySlot, RateLimiter
 from fsm_replication.metrics import PeerMetrics
-from fsm_replication.ports import BEFORE_ALL, Ports, Position, StreamId
+from fsm_replication.ports import BEFORE_ALL, PeerRecord, Ports, Position, StreamId
 from fsm_replication.stores.protocol import SyncEngine
 from fsm_replication.workers.arrivals import Arrivals
 from fsm_replication.workers.changes import ChangeFeed, Doubts
@@ -34,7 +34,8 @@ class LinkProgress:
 
     Times of the monotonic clock are in seconds, stream times in milliseconds. ``advances`` grows
     with each entry settled for the first time and each item fetched: nothing else is progress (G12).
-    ``furthest`` is the id up to which entries were settled since the last copy.
+    ``furthest`` is the id up to which entries were settled since the last copy,
+    ``letter_bytes_needed`` what the dead letters hold for which there was no room last.
     """
 
     read: Position | None = None
@@ -51,6 +52,7 @@ class LinkProgress:
     last_error: str = ""
     failures: int = 0
     dead_letters: int = 0
+    letter_bytes_needed: int = 0
     gaps_open: int = 0
     clock_ahead: int = 0
     bootstrap: str = ""
@@ -148,6 +150,15 @@ class LinkContext:
     def settings(self) -> Settings:
         """The settings in force now; they may be others after the next await."""
         return self.current.value
+
+    def letters_fit(self, record: PeerRecord) -> bool:
+        """Say whether there is room for the dead letters for which there was none."""
+        if self.settings.dead_letters.when_full != "pause" or not record.dead_letters:
+            return True
+        limits = self.settings.limits
+        held_bytes = record.letter_bytes + self.progress.letter_bytes_needed
+        fits = held_bytes <= limits.dead_letter_bytes
+        return fits and record.dead_letters < limits.dead_letters
 
     async def agree(self, at_ms: int) -> None:
         """Note that everything the peer held at ``at_ms`` is held here: no gap is open any more."""
