@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ("printable",)
+from fsm_replication.errors import ConfigError
+
+__all__ = ("printable", "told")
 
 
 def printable(raw: str | bytes, width: int | None = None) -> str:
@@ -22,3 +24,12 @@ def printable(raw: str | bytes, width: int | None = None) -> str:
             for one in text
         )
     return text if width is None or len(text) <= width else f"{text[: width - 1]}…"
+
+
+def told(error: BaseException) -> str:
+    """Return what an error says, safe to show: in one line, or in one for each problem it lists."""
+    text = str(error)
+    if not isinstance(error, ConfigError):
+        return printable(text)
+    head = text.removesuffix("".join(f"\n  {problem}" for problem in error.problems))
+    return "\n  ".join(map(printable, (head, *error.problems)))

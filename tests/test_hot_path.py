@@ -509,8 +509,8 @@ async def test_full_dead_letters_pause_the_link(nodes: Nodes, peer: Peer) -> Non
     settings = Settings(limits=LimitsConfig(dead_letters=2))
     async with nodes.engine(peer_config(peer.server), settings=settings) as engine:
         await tailing(engine)
-        for _ in range(2):
-            peer.send_fields(put(op=b"X"))
+        for number in range(2):
+            peer.send_fields(put(b"k%d" % number, op=b"X"))
             await caught_up(engine, peer)
         peer.send_fields(put(op=b"X"))
         await engine.wait_for_state(PeerState.PAUSED, peer_id="a", timeout=5)
@@ -530,7 +530,7 @@ async def test_full_dead_letters_may_drop_the_oldest(nodes: Nodes, peer: Peer) -
     )
     async with nodes.engine(peer_config(peer.server), settings=settings) as engine:
         await tailing(engine)
-        ids = [peer.send_fields(put(op=b"X")) for _ in range(5)]
+        ids = [peer.send_fields(put(b"k%d" % number, op=b"X")) for number in range(5)]
         await caught_up(engine, peer)
         assert [letter.stream_id for letter in await engine.dead_letters.list()] == ids[-2:]
 

@@ -43,7 +43,7 @@ from fsm_replication.demo.screen import run_demo
 from fsm_replication.diagram import render_all
 from fsm_replication.errors import ReplicationError, UsageError
 from fsm_replication.ports import GapRow
-from fsm_replication.printable import printable
+from fsm_replication.printable import printable, told
 
 __all__ = ("app",)
 
@@ -72,7 +72,7 @@ def _load(path: Path) -> ReplicationConfig:
 
 
 def _fail(error: BaseException) -> typer.Exit:
-    errors.print(Text(str(error), style="red"))
+    errors.print(Text(told(error), style="red"), soft_wrap=True)
     return typer.Exit(1)
 
 
@@ -117,9 +117,10 @@ def diagram(
         if not check_only:
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-            console.print(f"wrote {path}")
+            console.print(Text(printable(f"wrote {path}")))
     if check_only and differing:
-        errors.print(f"{folder} differs from the tables: {', '.join(differing)}", style="red")
+        told_of = printable(f"{folder} differs from the tables: {', '.join(differing)}")
+        errors.print(Text(told_of, style="red"))
         raise typer.Exit(1)
 
 
@@ -281,8 +282,8 @@ def restamp(
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     source = "a stamp of now" if take is None else f"what {take} holds"
-    told = f"{key} has {source}: {item.updated_at} ms, version {item.version}"
-    console.print(Text(printable(told), style="bold"), soft_wrap=True)
+    done = f"{key} has {source}: {item.updated_at} ms, version {item.version}"
+    console.print(Text(printable(done), style="bold"), soft_wrap=True)
 
 
 @app.command()

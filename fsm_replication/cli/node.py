@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from fsm_replication.config import ReplicationConfig
 from fsm_replication.cursor import SqliteCursorStore
@@ -19,6 +19,7 @@ from fsm_replication.errors import AlreadyRunningError, ConfigError, Replication
 from fsm_replication.foreign import DOTTED
 from fsm_replication.items import LastWriterWins
 from fsm_replication.log import get_logger
+from fsm_replication.printable import printable
 from fsm_replication.stores import (
     MemorySyncEngine,
     NoOpSyncEngine,
@@ -151,17 +152,17 @@ async def check_node(config: ReplicationConfig, console: Console) -> bool:
     """Say whether the store, the cursor file and each peer answer; True if all do."""
     well = True
     for warning in config.warnings:
-        console.print(f"[yellow]![/] {escape(warning)}")
+        _doubt(console, warning)
     try:
         async with open_store(config):
             kind = config.store.kind if config.store is not None else "none"
-            console.print(f"[green]✓[/] store: {kind} is ready")
+            _fine(console, f"store: {kind} is ready")
     except ReplicationError as error:
         well = False
-        console.print(f"[red]✗[/] store: {escape(str(error))}")
+        _wrong(console, f"store: {error}")
     well = await _check_cursor(config, console) and well
     if not config.peers:
-        console.print("[yellow]![/] peers: none is configured")
+        _doubt(console, "peers: none is configured")
     for peer in sorted(config.peers, key=lambda peer: peer.priority):
         try:
             lines = await open_lines(
@@ -174,13 +175,12 @@ async def check_node(config: ReplicationConfig, console: Console) -> bool:
             )
         except ReplicationError as error:
             well = False
-            console.print(f"[red]✗[/] peer {escape(peer.node_id)}: {escape(str(error))}")
+            _wrong(console, f"peer {peer.node_id}: {error}")
             continue
         lines.close()
         await lines.wait_closed()
         whose = "a foreign node" if lines.foreign else "a node of ours"
-        where = escape(peer.display_url)
-        console.print(f"[green]✓[/] peer {escape(peer.node_id)}: {where} answers, {whose}")
+        _fine(console, f"peer {peer.node_id}: {peer.display_url} answers, {whose}")
     return well
 
 
@@ -190,12 +190,24 @@ async def _check_cursor(config: ReplicationConfig, console: Console) -> bool:
     try:
         await store.open()
     except AlreadyRunningError:
-        console.print(f"[yellow]![/] cursors: a node is running with {escape(path)}")
+        _doubt(console, f"cursors: a node is running with {path}")
         return True
     except ReplicationError as error:
-        console.print(f"[red]✗[/] cursors: {escape(str(error))}")
+        _wrong(console, f"cursors: {error}")
         return False
     finally:
         await store.close()
-    console.print(f"[green]✓[/] cursors: {escape(path)} can be used")
+    _fine(console, f"cursors: {path} can be used")
     return True
+
+
+def _fine(console: Console, text: str) -> None:
+    console.print(Text.assemble(("✓", "green"), f" {printable(text)}"))
+
+
+def _doubt(console: Console, text: str) -> None:
+    console.print(Text.assemble(("!", "yellow"), f" {printable(text)}"))
+
+
+def _wrong(console: Console, text: str) -> None:
+    console.print(Text.assemble(("✗", "red"), f" {printable(text)}"))

@@ -28,6 +28,7 @@ from fsm_replication.config import (
 from fsm_replication.engine import ReplicationEngine
 from fsm_replication.errors import AlreadyRunningError, ReplicationError, UsageError
 from fsm_replication.ports import GapRow
+from fsm_replication.printable import printable
 from fsm_replication.tables import PeerState
 from fsm_replication.workers.cold_path import RepairStats
 from fsm_replication.workers.explain import Explanation, explain_key
@@ -110,7 +111,10 @@ async def repair_node(
     try:
         async with repairing_engine(_cold_only(config), peers) as engine:
             with Progress(*columns, console=console) as bars:
-                tasks = {name: bars.add_task(f"from {escape(name)}", total=None) for name in peers}
+                tasks = {
+                    name: bars.add_task(escape(f"from {printable(name)}"), total=None)
+                    for name in peers
+                }
 
                 def show(name: str, differing: int, fetched: int) -> None:
                     bars.update(tasks[name], total=differing, completed=fetched)
@@ -141,7 +145,7 @@ def stats_table(stats: RepairStats) -> Table:
         if name != "problems":
             table.add_row(Text(name.replace("_", " "), style="dim"), f"{value:,}")
     for problem in stats.problems:
-        table.add_row(Text("problem", style="red"), Text(problem))
+        table.add_row(Text("problem", style="red"), Text(printable(problem)))
     return table
 
 
@@ -168,10 +172,11 @@ async def show_differences(config: ReplicationConfig, peer: str | None, *, as_js
                         continue
                     side = f"newer at {name}" if found.newer == "peer" else "newer here"
                     cost = f", {found.size:,} bytes" if found.newer == "peer" else ""
-                    console.print(Text(f"{found.key}  {side}{cost}"), soft_wrap=True)
+                    line_of = printable(f"{found.key}  {side}{cost}")
+                    console.print(Text(line_of), soft_wrap=True)
             except ReplicationError as error:
                 well = False
-                errors.print(Text(f"{name}: {error}", style="red"))
+                errors.print(Text(printable(f"{name}: {error}"), style="red"))
                 continue
             if not as_json:
                 total = (
@@ -179,7 +184,7 @@ async def show_differences(config: ReplicationConfig, peer: str | None, *, as_js
                     f" {newer['peer']:,} are newer there, to fetch them would take {size:,} bytes;"
                     f" {newer['local']:,} are newer here"
                 )
-                console.print(Text(total, style="bold"), soft_wrap=True)
+                console.print(Text(printable(total), style="bold"), soft_wrap=True)
     return well
 
 
@@ -191,13 +196,14 @@ async def explain_node(config: ReplicationConfig, key: str) -> Explanation:
 
 def explanation_table(made: Explanation) -> Table:
     """Return an explanation for a person."""
-    table = Table("where", "holds", title=Text(made.key))
-    table.add_row("here", Text(str(made.held or "nothing")))
+    table = Table("where", "holds", title=Text(printable(made.key)))
+    table.add_row("here", Text(printable(str(made.held or "nothing"))))
     if made.arrival is not None:
         at = _time(made.arrival.at_ms)
-        table.add_row("", Text(f"came from {made.arrival.peer_id} by {made.arrival.path} at {at}"))
+        came = f"came from {made.arrival.peer_id} by {made.arrival.path} at {at}"
+        table.add_row("", Text(printable(came)))
     for peer in made.peers:
-        table.add_row(Text(peer.peer_id), Text(str(peer)))
+        table.add_row(Text(printable(peer.peer_id)), Text(printable(str(peer))))
     return table
 
 
@@ -207,7 +213,8 @@ def print_ledger(rows: Sequence[GapRow], console: Console) -> None:
         console.print("no gap was ever found")
     for peer_id in dict.fromkeys(row.peer_id for row in rows):
         mine = [row for row in rows if row.peer_id == peer_id]
-        console.print(Text(f"{peer_id}: {_summary(mine)}", style="bold"), soft_wrap=True)
+        summary = printable(f"{peer_id}: {_summary(mine)}")
+        console.print(Text(summary, style="bold"), soft_wrap=True)
         for row in mine:
             healed = (
                 "not healed"
@@ -217,7 +224,7 @@ def print_ledger(rows: Sequence[GapRow], console: Console) -> None:
             count = "unknown" if row.missed is None else f"{row.missed:,}"
             what = "dead letters dropped" if row.kind == "dropped" else "entries"
             line = f"  {_time(row.found_at_ms)}  {count} {what}, {healed}: {row.reason}"
-            console.print(Text(line), soft_wrap=True)
+            console.print(Text(printable(line)), soft_wrap=True)
 
 
 def _summary(rows: Sequence[GapRow]) -> str:

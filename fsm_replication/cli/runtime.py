@@ -7,11 +7,13 @@ import gc
 import logging
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, MutableMapping
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
 import structlog
+
+from fsm_replication.printable import printable
 
 __all__ = ("LogFormat", "configure_logging", "run_async", "tune_gc", "uvloop_factory")
 
@@ -30,11 +32,11 @@ class LogFormat(StrEnum):
 
 def configure_logging(level: str, form: LogFormat) -> None:
     """Send the library's log events to standard error."""
-    render: Any
+    render: list[Any]
     if form is LogFormat.JSON:
-        render = structlog.processors.JSONRenderer()
+        render = [structlog.processors.JSONRenderer()]
     else:
-        render = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        render = [_escape, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -45,13 +47,25 @@ def configure_logging(level: str, form: LogFormat) -> None:
                 structlog.processors.TimeStamper(fmt="iso", utc=True),
                 structlog.processors.format_exc_info,
             ],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
         )
     )
     root = logging.getLogger("fsm_replication")
     root.handlers[:] = [handler]
     root.propagate = False
     root.setLevel(level.upper())
+
+
+def _escape(
+    _logger: Any, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """Keep what comes from data from commanding a terminal, or passing for a line of its own."""
+    for name, value in event.items():
+        if isinstance(value, str):
+            # A traceback has lines, and no other field has.
+            lines = value.split("\n") if name == "exception" else [value]
+            event[name] = "\n".join(map(printable, lines))
+    return event
 
 
 def uvloop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
