@@ -14,7 +14,7 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 from conftest import until
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 from rich.console import Console
@@ -66,6 +66,7 @@ def url_of(user: str, password: str, server: str = "127.0.0.1:1") -> str:
     return f"redis://{quote(user, safe='')}:{quote(password, safe='')}@{server}"
 
 
+@settings(max_examples=25)
 @given(texts, texts, spellings, st.booleans())
 @example("reader", "hunter2", "as it is", False)
 @example("reader", "aaaa", "in percents", True)
@@ -87,6 +88,7 @@ def test_credentials_are_found_in_every_spelling(
             assert one == "***" or len(one) < 6 or one not in shown
 
 
+@settings(max_examples=20)
 @given(texts, texts, spellings, st.integers(0, 300))
 def test_what_a_server_has_cut_is_masked_too(
     user: str, password: str, spelling: str, kept: int
@@ -98,6 +100,7 @@ def test_what_a_server_has_cut_is_masked_too(
         assert quoted not in shown
 
 
+@settings(max_examples=20)
 @given(st.text(max_size=12), st.text(max_size=12))
 def test_a_text_without_secrets_stays_as_it_is(before: str, after: str) -> None:
     """If this fails errors are mangled in which no secret stands."""
