@@ -693,11 +693,13 @@ class ReplicationEngine(Observer):
 
     async def _note_room(self) -> None:
         """Count the letters that are left, and let links go on that were paused for too many."""
+        store = self._ports.cursor_store
+        counts = await store.dead_letter_counts()
         for link in tuple(self._links.values()):
-            record = await self._ports.cursor_store.load(link.peer_id)
-            link.context.progress.dead_letters = record.dead_letters
-            is_full = PauseReason.DEAD_LETTERS_FULL in link.pause_reasons
-            if is_full and link.context.letters_fit(record):
+            link.context.progress.dead_letters = counts.get(link.peer_id, 0)
+            if PauseReason.DEAD_LETTERS_FULL not in link.pause_reasons:
+                continue
+            if link.context.letters_fit(await store.load(link.peer_id)):
                 link.clear(PauseReason.DEAD_LETTERS_FULL, "there is room for dead letters")
 
     def stale_keys(self, peer_id: str) -> tuple[str, ...]:
