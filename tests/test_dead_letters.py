@@ -544,10 +544,10 @@ async def test_a_key_that_stays_bad_is_one_letter(
         for number in range(30):
             ids.append(peer.send_fields([b"op", b"X", b"key", b"k", b"data", b"%d" % number]))
             peer.send(f"good{number}", b"1")
-        await until(lambda: len(store) == 30)
+        counted = engine.metrics.get("dead_letters", "a", "op")
+        await until(lambda: counted._value.get() == 30 and len(store) == 30)
         letters = await engine.dead_letters.list()
         health = engine.health_check().peers[0]
-        assert engine.metrics.get("dead_letters", "a", "op")._value.get() == 30
         if resolver.by_stamp:
             (one,) = letters
             assert (one.count, one.first_stream_id, one.stream_id) == (30, ids[0], ids[-1])
