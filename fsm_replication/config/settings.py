@@ -182,15 +182,14 @@ class LimitsConfig(Model):
     dead_letters: Count = 10_000
     """Dead letters kept per peer, at least 1; see ``dead_letters.when_full``."""
     dead_letter_bytes: Size = 256 * 1024**2
-    """Bytes of raw fields that the dead letters of one peer hold on disk; likewise. Not under
-    ``batch_bytes``, so that those of one batch always fit."""
+    """Bytes of raw fields that the dead letters of one peer hold on disk; likewise. Those of one
+    batch are kept whatever they hold: several times ``batch_bytes``."""
     journal: Count = 1000
     """Moves of machines kept in memory, at least 1."""
 
     @classmethod
     def _together(cls, data: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
         yield from over(cls._known(data), "payload_bytes", "batch_bytes")
-        yield from over(cls._known(data), "batch_bytes", "dead_letter_bytes")
 
 
 class DeadLettersConfig(Model):
