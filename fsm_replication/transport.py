@@ -482,11 +482,13 @@ class RedisTransport:
         if options.get("db"):
             commands.append(["SELECT", int(options["db"])])
         commands.append(["PING"])
-        for reply in await connection.pipeline(commands):
+        for command, reply in zip(commands, await connection.pipeline(commands), strict=True):
             if not isinstance(reply, PeerReplyError):
                 continue
             text = str(reply)
-            if text.split(" ", 1)[0] in _CREDENTIAL_CODES or "AUTH" in text:
+            # A server that does not know AUTH may name it in whatever spelling, or not at all.
+            no_auth = command[0] == "AUTH" and "unknown command" in text.lower()
+            if text.split(" ", 1)[0] in _CREDENTIAL_CODES or "AUTH" in text or no_auth:
                 raise PeerRefusedError(
                     f"{connection.where} rejected the credentials: {text}", credentials=True
                 )

@@ -228,7 +228,7 @@ async def test_a_server_that_quotes_its_client_tells_nobody(
             settings=QUICK,
         )
         told = [repr(config), str(config.model_dump_json())]
-        with pytest.raises(ReplicationError) as refused:
+        with pytest.raises(PeerRefusedError) as refused:
             await RedisTransport().connect(url, timeout_sec=5, name="x")
         told.append(told_by(refused.value))
         with pytest.raises(StoreError) as failed:
