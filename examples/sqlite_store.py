@@ -40,6 +40,7 @@ from fsm_replication import (
 from fsm_replication.config import CursorConfig, Settings, StartupConfig
 from fsm_replication.items import (
     CONTENT_TYPES,
+    DAY_MS,
     EMPTY_HASH,
     NUMBER_MAX,
     check_key,
@@ -222,7 +223,7 @@ class SqliteStore(SyncEngine):
             if content is None and (held is None or held.deleted):
                 return None
             known = None if held is None else held.stamp
-            updated_at, version = next_stamp(known, _now_ms())
+            updated_at, version = next_stamp(known, _now_ms(), key=key)
             if max(updated_at, version) > NUMBER_MAX:
                 raise ValueError(f"{key!r}: version or updated_at would go over 2**53-1")
             digest = EMPTY_HASH if content is None else content_hash(content)
@@ -234,6 +235,26 @@ class SqliteStore(SyncEngine):
             assert made is not None, "a local write is later than what it replaces"
             self._keep(made)
             return made
+
+    async def restamp(self, key: str) -> SyncItem | None:
+        """Give a key that a wrong clock has stamped far ahead a stamp of now; None if there is none.
+
+        Ask first what the peers hold: those that hold the far stamp will refuse this one.
+        """
+
+        def write() -> SyncItem | None:
+            with self._transaction():
+                held = self._held(key)
+                if held is None or held.updated_at <= _now_ms() + DAY_MS:
+                    return None
+                version = min(held.version + 1, NUMBER_MAX)
+                made = msgspec.structs.replace(held, updated_at=_now_ms(), version=version)
+                self._keep(made)
+                return made
+
+        made = await self._in_thread(write)
+        self.after_commit()
+        return made
 
     # What the publisher needs.
 

@@ -25,7 +25,14 @@ import msgspec
 
 from fsm_replication.errors import BadEntryError
 from fsm_replication.heavy import HeavyWork, InTurn
-from fsm_replication.items import EMPTY_HASH, NUMBER_MAX, Stamp, SyncItem, content_hash
+from fsm_replication.items import (
+    DAY_MS,
+    EMPTY_HASH,
+    NUMBER_MAX,
+    Stamp,
+    SyncItem,
+    content_hash,
+)
 from fsm_replication.ports import DeadLetter, StreamId
 from fsm_replication.stream import (
     FIELDS_MAX,
@@ -38,10 +45,9 @@ from fsm_replication.stream import (
     parse_entry,
 )
 
-__all__ = ("DAY_MS", "FUTURE", "BatchBuilder", "Decoding", "Part", "RawEntry", "Selection")
+__all__ = ("FUTURE", "BatchBuilder", "Decoding", "Part", "RawEntry", "Selection")
 
 MINUTE_MS: Final = 60_000
-DAY_MS: Final = 86_400_000
 # Why an entry that is stamped more than a day ahead becomes a dead letter.
 FUTURE: Final = "future"
 TURN_BYTES: Final = 1024 * 1024

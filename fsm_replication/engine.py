@@ -817,11 +817,13 @@ class ReplicationEngine(Observer):
 
     async def _note_room(self) -> None:
         """Count the letters that are left, and let links go on that were paused for too many."""
-        counts = await self._ports.cursor_store.dead_letter_counts()
-        limit = self._config.settings.limits.dead_letters
-        for link in self._links.values():
-            held = link.context.progress.dead_letters = counts.get(link.peer_id, 0)
-            if held < limit and PauseReason.DEAD_LETTERS_FULL in link.pause_reasons:
+        store = self._ports.cursor_store
+        counts = await store.dead_letter_counts()
+        for link in tuple(self._links.values()):
+            link.context.progress.dead_letters = counts.get(link.peer_id, 0)
+            if PauseReason.DEAD_LETTERS_FULL not in link.pause_reasons:
+                continue
+            if link.context.letters_fit(await store.load(link.peer_id)):
                 link.clear(PauseReason.DEAD_LETTERS_FULL, "there is room for dead letters")
 
     def stale_keys(self, peer_id: str) -> tuple[str, ...]:

@@ -16,9 +16,10 @@ anything.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
+
+from fsm_replication.redaction import redact
 
 __all__ = (
     "AlreadyRunningError",
@@ -31,6 +32,7 @@ __all__ = (
     "EngineStoppedError",
     "InvalidKeyError",
     "InvalidStateError",
+    "LettersFullError",
     "MergeError",
     "NetworkError",
     "NoPeerError",
@@ -41,6 +43,7 @@ __all__ = (
     "ProtocolError",
     "ReplicationError",
     "ReplyTooLargeError",
+    "StampAheadError",
     "StartupError",
     "StoreError",
     "StoreTimeoutError",
@@ -57,20 +60,6 @@ TEXT_CHARS_MAX = 1000
 """Of an error: what others wrote may stand in it, and it is kept in logs, journal and health."""
 ERROR_CHARS_MAX = 500
 """Of an error that a server answers with."""
-
-# It begins at "://" and not at the scheme, which would be looked for from every letter of a text.
-_CREDENTIALS = re.compile(r"(?P<scheme>://)(?P<secret>[^/?#\s]*)@")
-_QUERY_SECRETS = re.compile(
-    r"(?P<name>[?&](?:password|username|user|ssl_password)=)[^&\s]*", re.IGNORECASE
-)
-
-
-def redact(text: str) -> str:
-    """Return ``text`` with the credentials of every URL in it replaced by ``***``."""
-    if "://" not in text:
-        return text
-    text = _CREDENTIALS.sub(r"\g<scheme>***@", text)
-    return _QUERY_SECRETS.sub(r"\g<name>***", text)
 
 
 def shorten(text: str, chars: int = TEXT_CHARS_MAX) -> str:
@@ -128,6 +117,25 @@ class InvalidStateError(UsageError):
 
 class InvalidKeyError(UsageError):
     """A key is empty, longer than 1,024 bytes of UTF-8, not encodable, or reserved."""
+
+
+class StampAheadError(UsageError, ValueError):
+    """A key is held with a stamp more than a day ahead of the clock: no write can replace it.
+
+    A write over it would have to be stamped later still, and every peer would refuse that. ``key``
+    and ``updated_at`` (milliseconds since the epoch) say what is held. ``fsm-replication restamp``
+    shows what the peers hold, and gives it a stamp of now.
+    """
+
+    def __init__(self, key: str, updated_at: int | None = None) -> None:
+        self.key = key
+        self.updated_at = updated_at
+        at = "" if updated_at is None else f" ({updated_at} ms)"
+        super().__init__(
+            f"{key!r} is held with a stamp more than a day ahead of the clock{at}, and peers refuse"
+            " whatever would be written over it: see what they hold, and give it a stamp of now, by"
+            " fsm-replication restamp CONFIG KEY"
+        )
 
 
 class ConfigError(UsageError):
@@ -285,6 +293,19 @@ class CursorStoreError(ReplicationError):
         self.path = path
         self.may_pass = retryable
         super().__init__(message)
+
+
+class LettersFullError(ReplicationError):
+    """There is no room for further dead letters of a peer, and none may be dropped.
+
+    ``letters`` and ``held_bytes`` are what is kept, ``needed_bytes`` what more was to be.
+    """
+
+    def __init__(self, letters: int, held_bytes: int, needed_bytes: int) -> None:
+        self.letters = letters
+        self.held_bytes = held_bytes
+        self.needed_bytes = needed_bytes
+        super().__init__(f"{letters} dead letters of {held_bytes} bytes are kept")
 
 
 class AlreadyRunningError(CursorStoreError):

@@ -13,10 +13,11 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
-from fsm_replication.errors import InvalidKeyError, MergeError
+from fsm_replication.errors import InvalidKeyError, MergeError, StampAheadError
 
 __all__ = (
     "CONTENT_TYPES",
+    "DAY_MS",
     "EMPTY_HASH",
     "KEY_BYTES_MAX",
     "NUMBER_MAX",
@@ -35,6 +36,8 @@ __all__ = (
 KEY_BYTES_MAX: Final = 1024
 # Redis's Lua computes in doubles, and so do many JSON readers: beyond this they are not exact.
 NUMBER_MAX: Final = 2**53 - 1
+# What is stamped further ahead than that is refused by every node whose clock is right.
+DAY_MS: Final = 86_400_000
 CONTENT_TYPES: Final = frozenset({"binary", "json"})
 # Finds what is no JSON, and makes no objects of what is.
 _JSON: Final = msgspec.json.Decoder(msgspec.Raw)
@@ -220,13 +223,18 @@ def encode_json(key: str, value: object) -> bytes:
         raise ValueError(f"{told}{error}") from None
 
 
-def next_stamp(known: Stamp | None, now_ms: int) -> tuple[int, int]:
-    """Return (updated_at, version) for a local write over ``known``, tombstones included.
+def next_stamp(known: Stamp | None, now_ms: int, *, key: str) -> tuple[int, int]:
+    """Return (updated_at, version) for a local write of ``key`` over ``known``, tombstones included.
 
     Together they are a hybrid logical clock per key (Kulkarni et al., "Logical Physical Clocks",
     2014): a write that has seen another is always stamped later, even where the clock has gone
     back in between.
+
+    :raises StampAheadError: if ``known`` is stamped more than a day ahead of ``now_ms``: peers would
+        refuse what is written over it.
     """
     if known is None:
         return now_ms, 1
+    if known.updated_at > now_ms + DAY_MS:
+        raise StampAheadError(key, known.updated_at)
     return max(now_ms, known.updated_at + 1), known.version + 1

@@ -122,7 +122,7 @@ class Keys:
         return f"{self.prefix}item:{key}"
 
 
-def encode_stamp(item: SyncItem) -> bytes:
+def encode_stamp(item: SyncItem | Stamp) -> bytes:
     """Return the order tuple as 50 bytes that compare like the tuple."""
     return _pack_stamp(
         item.updated_at,

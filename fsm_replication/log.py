@@ -20,6 +20,7 @@ from typing import Any, Final, cast
 import structlog
 
 from fsm_replication.errors import redact
+from fsm_replication.printable import printable
 from fsm_replication.sentences import sentence
 
 __all__ = ("TEXT_MAX", "get_logger", "one_line")
@@ -38,11 +39,7 @@ def one_line(text: str, characters_max: int = TEXT_MAX) -> str:
     What is not printable (line ends, escape sequences, marks that turn the direction of writing)
     is shown as ``\n``, ``\x1b``, ``\u202e``; what is too long is cut, and says so.
     """
-    cut = text[:characters_max]
-    if not cut.isprintable():
-        cut = "".join(
-            char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut
-        )
+    cut = printable(text[:characters_max])
     left = len(text) - characters_max
     return f"{cut}... ({left} more characters)" if left > 0 else cut
 

@@ -214,7 +214,11 @@ class Agreement:
 class DeadLetter:
     """An entry that could not be applied, kept with the reason and its raw fields.
 
-    ``id`` is 0 until the store has given it one. ``fields`` is the flat list of names and values
+    ``id`` is 0 until the store has given it one. ``count`` is how many entries it stands for: those of
+    one key that could not be applied for one reason are one letter, of which ``stream_id``, ``fields``
+    and ``detail`` are those of the newest, ``first_stream_id`` is where the oldest stands ("" where it
+    is the only one) and ``at_ms`` when that was found. A letter to which one more is added gets a new
+    id: an id names what was looked at. ``fields`` is the flat list of names and values
     as received, or None where the entry was too large to keep; ``size`` is its bytes on the wire.
     ``foreign`` says that a foreign node sent it, whose own stamps are not to be used.
     """
@@ -229,6 +233,8 @@ class DeadLetter:
     at_ms: int
     id: int = 0
     foreign: bool = False
+    count: int = 1
+    first_stream_id: str = ""
 
     @property
     def held_bytes(self) -> int:
@@ -258,7 +264,13 @@ class GapRow:
 
 def dropped_letters(peer_id: str, at_ms: int, count: int) -> GapRow:
     """Return the ledger's line of dead letters that were dropped, until the peer is compared."""
-    return GapRow(peer_id, at_ms, count, "dead letters over limits.dead_letters", kind="dropped")
+    return GapRow(
+        peer_id,
+        at_ms,
+        count,
+        "dead letters over limits.dead_letters or limits.dead_letter_bytes",
+        kind="dropped",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +301,7 @@ class PeerRecord:
     gaps: tuple[GapRow, ...] = field(default=())
     dead_letters: int = 0
     interlock: InterlockRow | None = None
+    letter_bytes: int = 0
 
 
 class CursorStore(Protocol):
@@ -319,13 +332,26 @@ class CursorStore(Protocol):
         """Store the settled cursors of several peers in one transaction."""
 
     async def settle(
-        self, peer_id: str, cursor: Cursor | None, letters: Sequence[DeadLetter], *, keep: int
+        self,
+        peer_id: str,
+        cursor: Cursor | None,
+        letters: Sequence[DeadLetter],
+        *,
+        keep: int,
+        keep_bytes: int | None = None,
+        fold: bool = False,
+        may_drop: bool = True,
     ) -> int:
         """Store dead letters and the cursor that passes them in one transaction (G1).
 
-        At most ``keep`` letters of this peer stay, the newest; returns how many were dropped, and
-        counts them in the ledger: its open line of them grows, or one is added. An entry that is
-        read again does not become a second letter.
+        At most ``keep`` letters of this peer stay, the newest, and as many as hold ``keep_bytes``
+        together, but one at least; returns how many entries were dropped with the others, and counts
+        them in the ledger: its open line of them grows, or one is added. Where none ``may_drop``,
+        nothing is stored once there are ``keep``, or as they would hold more than ``keep_bytes`` with
+        those that are there. With ``fold``, letters of one key and reason become one, see
+        ``letter_folding``. An entry that is read again does not become a second letter.
+
+        :raises LettersFullError: if none may be dropped and there is no room.
         """
 
     async def begin_bootstrap(self, peer_id: str, row: BootstrapRow, gap: GapRow | None) -> None:

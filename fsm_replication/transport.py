@@ -36,7 +36,6 @@ from fsm_replication.errors import (
     ProtocolError,
     ReplicationError,
     ReplyTooLargeError,
-    redact,
 )
 from fsm_replication.ports import (
     LEAST_BYTES_PER_SEC,
@@ -45,6 +44,7 @@ from fsm_replication.ports import (
     PackedArguments,
     SystemClock,
 )
+from fsm_replication.redaction import NO_SECRETS, Secrets, mask_url
 from fsm_replication.replies import status
 
 __all__ = ("RedisConnection", "RedisTransport", "pack_arguments", "too_slow")
@@ -169,11 +169,15 @@ class _Flight:
 
 
 class RedisConnection(asyncio.Protocol):
-    """One connection; see the port of the same name for what its calls promise."""
+    """One connection; see the port of the same name for what its calls promise.
 
-    def __init__(self, where: str, clock: Clock) -> None:
+    ``secrets`` are taken out of every text of the server, which may quote what it was sent.
+    """
+
+    def __init__(self, where: str, clock: Clock, secrets: Secrets = NO_SECRETS) -> None:
         self.where = where
         self._clock = clock
+        self._secrets = secrets
         self._reader = self._new_reader()
         self._flights: deque[_Flight] = deque()
         self._transport: asyncio.Transport | None = None
@@ -197,7 +201,7 @@ class RedisConnection(asyncio.Protocol):
         if flight is None or flight.errors > flight.wanted + ERRORS_MAX:
             return _ONE_OF_MANY
         flight.errors += 1
-        return PeerReplyError(text)
+        return PeerReplyError(self._secrets.scrub(text))
 
     # asyncio.Protocol
 
@@ -429,7 +433,7 @@ class RedisConnection(asyncio.Protocol):
         if self._error is not None or self._transport is None:
             raise self._error or ConnectionLostError(f"{self.where} is not connected")
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._skim = _Skimmer(future)
+        self._skim = _Skimmer(future, self._secrets)
         self._transport.write(_pack(args))
         reply = await self._wait(future, timeout_sec)
         if isinstance(reply, PeerReplyError):
@@ -465,8 +469,9 @@ class _Skimmer:
     LINE_BYTES_MAX: Final = 4096
     NUMBER_BYTES_MAX: Final = 20
 
-    def __init__(self, future: asyncio.Future[Any]) -> None:
+    def __init__(self, future: asyncio.Future[Any], secrets: Secrets) -> None:
         self.future = future
+        self._secrets = secrets
         self._line = b""
         self._skip = 0
         self._size = 0
@@ -510,7 +515,7 @@ class _Skimmer:
         if kind in (b"$", b"*", b":") and not (
             len(rest) <= self.NUMBER_BYTES_MAX and rest.removeprefix(b"-").isdigit()
         ):
-            raise ProtocolError(f"a length that is no number: {rest[:32]!r}")
+            raise ProtocolError("a length that is no number")
         if kind == b"$" and int(rest) >= 0:
             self._size = int(rest)
             self._skip = self._size + 2
@@ -530,7 +535,7 @@ class _Skimmer:
         elif kind == b"+":
             self._put(rest if len(rest) <= self.KEPT_BYTES else Oversize(len(rest)))
         elif kind == b"-":
-            self._put(PeerReplyError(rest.decode("utf-8", "replace")))
+            self._put(PeerReplyError(self._secrets.scrub(rest.decode("utf-8", "replace"))))
         else:
             raise ProtocolError(f"unexpected byte {kind!r} in a reply")
 
@@ -579,12 +584,10 @@ class RedisTransport:
         :raises ConnectionLostError: if the server cannot be reached in time.
         :raises PeerReplyError: if the server answers with an error that may pass.
         """
-        where = redact(url)
-        try:
-            options: dict[str, Any] = dict(parse_url(url))
-        except ValueError:
-            # What it says quotes the part it could not read, which may be a part of the password.
-            raise PeerRefusedError(f"{where} cannot be used: it is not a Redis URL") from None
+        where = mask_url(url)
+        options = _options(url)
+        if options is None:
+            raise PeerRefusedError(f"{where} cannot be used: it is not a Redis URL")
         options["handshake_sec"] = _HANDSHAKE_SHARE * timeout_sec
         if not options.get("host") and not options.get("path"):
             raise PeerRefusedError(f"{where} cannot be used: it names no host")
@@ -619,9 +622,10 @@ class RedisTransport:
     async def _open(self, options: dict[str, Any], where: str, _name: str) -> RedisConnection:
         """Open the line; a simulated network does this and nothing else in its own way."""
         loop = asyncio.get_running_loop()
+        secrets: Secrets = options["secrets"]
 
         def factory() -> RedisConnection:
-            return RedisConnection(where, self._clock)
+            return RedisConnection(where, self._clock, secrets)
 
         kind = options.get("connection_class")
         if kind is UnixDomainSocketConnection:
@@ -649,7 +653,9 @@ class RedisTransport:
                 status(reply, f"{connection.where}: {command[0]!s}", wanted)
                 continue
             text = str(reply)
-            if text.split(" ", 1)[0] in _CREDENTIAL_CODES or "AUTH" in text:
+            # A server that does not know AUTH may name it in whatever spelling, or not at all.
+            no_auth = command[0] == "AUTH" and "unknown command" in text.lower()
+            if text.split(" ", 1)[0] in _CREDENTIAL_CODES or "AUTH" in text or no_auth:
                 raise PeerRefusedError(
                     f"{connection.where} rejected the credentials: {text}", credentials=True
                 )
@@ -669,6 +675,16 @@ def too_slow(where: str, received_bytes: int, within_sec: float) -> ConnectionLo
         f"{where} answers too slowly: {received_bytes} bytes within {within_sec:g} s, at least"
         f" {LEAST_BYTES_PER_SEC} a second are expected"
     )
+
+
+def _options(url: str) -> dict[str, Any] | None:
+    """Return what a URL says, and its secrets; None if it is no Redis URL."""
+    try:
+        return dict(parse_url(url)) | {"secrets": Secrets.of(url)}
+    except ValueError:
+        # What it says quotes the part it could not read, which may be a part of the password: so
+        # nothing is raised in here, that would hang on to it as its context.
+        return None
 
 
 def _tls_context(options: dict[str, Any], where: str) -> ssl.SSLContext:

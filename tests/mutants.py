@@ -370,10 +370,17 @@ MUTANTS: Final = (
     ),
     Mutant(
         "passwords stand in errors",
-        "errors.py",
-        '    text = _CREDENTIALS.sub(r"\\g<scheme>***@", text)\n',
-        "",
+        "redaction.py",
+        '    return _CREDENTIALS.sub(rf"\\g<scheme>{MASK}@", text)\n',
+        "    return text\n",
         "tests/test_config.py tests/test_transport.py",
+    ),
+    Mutant(
+        "a server that quotes its client is believed",
+        "transport.py",
+        "return PeerReplyError(secrets.scrub(text))",
+        "return PeerReplyError(text)",
+        "tests/test_secrets.py",
     ),
     Mutant(
         "a foreign delete is written on absence",

@@ -101,6 +101,7 @@ TABLE: dict[str, Any] = {
     "settings.limits.payload_bytes": 16 * 1024 * 1024,
     "settings.limits.batch_bytes": 64 * 1024 * 1024,
     "settings.limits.dead_letters": 10_000,
+    "settings.limits.dead_letter_bytes": 256 * 1024**2,
     "settings.limits.journal": 1000,
     "settings.dead_letters.when_full": "pause",
     "settings.tombstones.ttl": 604_800,

@@ -568,7 +568,10 @@ class Model(RuleBasedStateMachine):
                 if line.peer_id == peer_id and line.healed_at_ms is None
             ]
             expected = PeerRecord(
-                **self.records.get(peer_id, {}), gaps=record.gaps, dead_letters=len(held)
+                **self.records.get(peer_id, {}),
+                gaps=record.gaps,
+                dead_letters=len(held),
+                letter_bytes=3 * len(held),
             )
             assert record == expected
             assert [replace(each, id=0) for each in record.gaps] == gaps

@@ -23,6 +23,7 @@ from fsm_replication import (
     EngineState,
     EngineStoppedError,
     InvalidStateError,
+    LastWriterWins,
     MemorySyncEngine,
     Outcome,
     PauseReason,
@@ -32,17 +33,19 @@ from fsm_replication import (
     RedisSyncEngine,
     ReplicationConfig,
     ReplicationEngine,
+    Resolver,
     StoreError,
     SyncItem,
     UsageError,
 )
 from fsm_replication.batch import BatchBuilder
-from fsm_replication.cli.letters import printable, purge_letters, show_letter, show_letters
+from fsm_replication.cli.letters import purge_letters, show_letter, show_letters
 from fsm_replication.config import DeadLettersConfig, LimitsConfig, Settings, StartupConfig
 from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.dead_letters import RetryStats
 from fsm_replication.items import content_hash
 from fsm_replication.ports import Cursor, DeadLetter, Position, StreamId
+from fsm_replication.printable import printable
 from fsm_replication.servers import RedisServer
 from fsm_replication.stores.protocol import ApplyResult, Received
 from fsm_replication.stream import encode_fields
@@ -515,6 +518,72 @@ async def test_what_to_purge_must_be_said(nodes: Nodes) -> None:
             await letters.purge("a", ids=[1])
         with pytest.raises(UsageError, match="no dead letter 1"):
             await letters.show(1)
+
+
+class Longest:
+    """A resolver that keeps the longer content."""
+
+    name = "longest"
+    by_stamp = False
+
+    def merge(self, a: SyncItem, b: SyncItem) -> SyncItem:
+        """Return the item of the longer content."""
+        return max(a, b, key=lambda one: (len(one.content), one.content))
+
+
+@pytest.mark.parametrize("resolver", [LastWriterWins(), Longest()])
+async def test_a_key_that_stays_bad_is_one_letter(
+    nodes: Nodes, peer: Peer, resolver: Resolver
+) -> None:
+    """If this fails one key fills the store with letters, or what a resolver needs is gone (G1)."""
+    peer.write_marker(resolver=resolver.name)
+    settings = Settings(limits=LimitsConfig(dead_letters=40))
+    store = MemorySyncEngine(resolver=resolver)
+    async with nodes.engine(peer_config(peer.server), store=store, settings=settings) as engine:
+        await tailing(engine)
+        ids = []
+        for number in range(30):
+            ids.append(peer.send_fields([b"op", b"X", b"key", b"k", b"data", b"%d" % number]))
+            peer.send(f"good{number}", b"1")
+        counted = engine.metrics.get("dead_letters", "a", "op")
+        await until(lambda: counted._value.get() == 30 and len(store) == 30)
+        letters = await engine.dead_letters.list()
+        health = engine.health_check().peers[0]
+        if resolver.by_stamp:
+            (one,) = letters
+            assert (one.count, one.first_stream_id, one.stream_id) == (30, ids[0], ids[-1])
+            assert one.fields is not None
+            assert one.fields[-1] == b"29"
+            assert health.dead_letters == 1
+        else:
+            assert [letter.stream_id for letter in letters] == ids
+            assert health.dead_letters == 30
+
+
+async def test_letters_over_their_bytes_pause_the_link(
+    nodes: Nodes, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails a peer fills the disk with dead letters, or a link that must wait flaps."""
+    monkeypatch.setattr("fsm_replication.workers.tailer.HOLD_POLLS_PER_COUNT", 1)
+    limits = LimitsConfig(payload_bytes=1000, batch_bytes=100_000, dead_letter_bytes=100_000)
+    settings = Settings(limits=limits)
+    async with nodes.engine(peer_config(peer.server), settings=settings) as engine:
+        await tailing(engine)
+        for number in range(2):
+            peer.send_fields([b"op", b"X", b"key", b"k%d" % number, b"data", bytes(40_000)])
+            wanted = number + 1
+            await until(lambda: engine.health_check().peers[0].dead_letters == wanted)  # noqa: B023
+        peer.send_fields([b"op", b"X", b"key", b"k2", b"data", bytes(40_000)])
+        await paused(engine)
+        moves = len(engine.journal)
+        async with asyncio.timeout(DEADLINE_SEC):
+            await engine._ports.clock.sleep(0.3)
+        assert len(engine.journal) == moves
+        letters = await engine.dead_letters.list()
+        assert sum(letter.held_bytes for letter in letters) <= 100_000
+        await engine.dead_letters.purge(ids=[letters[0].id])
+        await tailing(engine)
+        await until(lambda: engine.health_check().peers[0].dead_letters == 2)
 
 
 async def test_letters_that_were_dropped_stand_in_the_ledger(nodes: Nodes, peer: Peer) -> None:

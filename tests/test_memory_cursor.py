@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fsm_replication.cursor import SqliteCursorStore
-from fsm_replication.errors import AlreadyRunningError, CursorStoreError
+from fsm_replication.errors import AlreadyRunningError, CursorStoreError, LettersFullError
 from fsm_replication.ports import (
     Agreement,
     BootstrapRow,
@@ -94,6 +94,7 @@ async def test_everything_lasts_over_a_restart(store: CursorStore) -> None:
         agreement=AGREED,
         gaps=(replace(gap(7, None), id=record.gaps[0].id),),
         dead_letters=1,
+        letter_bytes=9,
     )
     await store.set_operator_pause("a", False)
     assert not (await store.load("a")).operator_pause
@@ -183,6 +184,71 @@ async def test_letters_are_bounded_listed_and_removed(store: CursorStore) -> Non
         await store.settle("a", None, [letter(1, "b")], keep=3)
 
 
+async def test_letters_of_one_key_and_reason_are_one(store: CursorStore) -> None:
+    """If this fails a key that stays bad fills the store with letters that say the same."""
+
+    def of(number: int, key: bytes, reason: str = "hash", text: str | None = "k") -> DeadLetter:
+        fields = (b"op", b"PUT", b"key", key, b"data", b"%d" % number)
+        return DeadLetter("a", f"{number}-0", reason, f"no {number}", text, fields, 20, number)
+
+    async def settle(*letters: DeadLetter) -> list[DeadLetter]:
+        assert await store.settle("a", cursor(1), letters, keep=10, fold=True) == 0
+        return [replace(one, id=0) for one in await store.dead_letters()]
+
+    assert await settle(of(1, b"k")) == [of(1, b"k")]
+    folded = replace(of(9, b"k"), count=4, first_stream_id="1-0", at_ms=1)
+    # In whatever order they are found: a bad entry is told before the older ones of its key.
+    assert await settle(of(9, b"k"), of(2, b"k"), of(5, b"k")) == [folded]
+    ids = [one.id for one in await store.dead_letters()]
+    assert await settle(of(2, b"k"), of(9, b"k")) == [folded]
+    assert [one.id for one in await store.dead_letters()] == ids
+    # A letter that has grown is another one than was looked at.
+    await settle(of(10, b"k"))
+    assert await store.delete_dead_letters(ids) == 0
+    await store.settle_retry([1], [])
+    assert (await store.load("a")).dead_letters == 1
+    other = [of(11, b"k", "size"), of(12, b"k2", text="k"), of(13, b"k3", text="k")]
+    whole = [of(14, b"\xff", text="\ufffd"), of(15, b"\xff", text="\ufffd")]
+    before = replace(of(0, b"k"), fields=(b"key", b"k"))
+    none = replace(of(16, b"k"), fields=None, key=None)
+    counts = [one.count for one in await settle(*other, *whole, before, none)]
+    assert counts == [5, 1, 1, 1, 1, 1, 1, 1]
+    # Equal in all their fields.
+    same = replace(whole[1], stream_id="17-0")
+    assert [one.count for one in await settle(same, replace(none, stream_id="18-0"))].count(2) == 1
+    assert (await store.load("a")).dead_letters == 9
+
+
+async def test_letters_are_bounded_in_bytes(store: CursorStore) -> None:
+    """If this fails a hundred letters fill the disk."""
+
+    def of(number: int, size: int) -> DeadLetter:
+        fields = (b"key", b"k%d" % number, b"data", b"x" * (size - 9))
+        return DeadLetter("a", f"{number}-0", "hash", "bad", f"k{number}", fields, size, 5)
+
+    async def settle(*letters: DeadLetter, may_drop: bool) -> int:
+        return await store.settle(
+            "a", None, letters, keep=9, keep_bytes=1000, fold=True, may_drop=may_drop
+        )
+
+    # The first batch fits, or it never would.
+    assert await settle(of(1, 600), of(2, 600), may_drop=False) == 0
+    with pytest.raises(LettersFullError) as full:
+        await settle(of(3, 100), may_drop=False)
+    assert (full.value.letters, full.value.held_bytes, full.value.needed_bytes) == (2, 1200, 100)
+    assert (await store.load("a")).letter_bytes == 1200
+    assert await settle(of(3, 100), may_drop=True) == 1
+    assert (await store.load("a")).letter_bytes == 700
+    # One that takes the place of an earlier one needs no room of its own.
+    assert await settle(replace(of(2, 500), stream_id="4-0"), may_drop=False) == 0
+    assert await settle(of(5, 5000), may_drop=True) == 3
+    (left,) = await store.dead_letters()
+    assert left.size == 5000
+    (line,) = await store.gaps("a")
+    # Every entry that a letter stood for is counted.
+    assert line.missed == 4
+
+
 async def test_a_closed_store_is_of_no_use(store: CursorStore) -> None:
     """If this fails an engine that has ended still writes."""
     await store.close()
@@ -228,10 +294,38 @@ agreements = st.builds(
 )
 
 
-def settling(peer_id: str, at: Cursor | None, numbers: list[int], at_ms: int, keep: int) -> Call:
-    """Return a call of settle."""
-    letters = [letter(number, peer_id, at_ms) for number in numbers]
-    return lambda store: store.settle(peer_id, at, letters, keep=keep)
+def keyed(number: int, peer_id: str, at_ms: int, size: int) -> DeadLetter:
+    """Return a letter of one of three keys, or of none that can be told from its fields."""
+    key = b"k%d" % (number % 3)
+    fields = (b"key", key, b"data", b"x" * size)
+    name = key.decode() if number % 4 else None
+    reason = "hash" if number % 5 else "size"
+    return DeadLetter(peer_id, f"{number}-0", reason, f"{number}", name, fields, 9 + size, at_ms)
+
+
+def settling(
+    peer_id: str,
+    at: Cursor | None,
+    numbers: list[int],
+    at_ms: int,
+    keep: int,
+    keep_bytes: int | None,
+    fold: bool,
+    may_drop: bool,
+) -> Call:
+    """Return a call of settle, which tells whether there was room."""
+    plain = [letter(number, peer_id, at_ms) for number in numbers]
+    letters = [keyed(number, peer_id, at_ms, number) for number in numbers] if fold else plain
+
+    async def call(store: CursorStore) -> int | str:
+        try:
+            return await store.settle(
+                peer_id, at, letters, keep=keep, keep_bytes=keep_bytes, fold=fold, may_drop=may_drop
+            )
+        except LettersFullError as error:
+            return f"{error}, {error.needed_bytes}"
+
+    return call
 
 
 def beginning(peer_id: str, walk: str, lost: int | None, with_gap: bool) -> Call:
@@ -271,8 +365,8 @@ def retrying(done: list[int], bad: list[int], reason: str) -> Call:
 calls: st.SearchStrategy[Call] = st.one_of(
     st.builds(
         settling,
-        *(peers, st.none() | cursors, st.lists(st.integers(0, 6), max_size=4), times),
-        st.integers(-1, 4),
+        *(peers, st.none() | cursors, st.lists(st.integers(0, 20), max_size=4), times),
+        *(st.integers(-1, 4), st.none() | st.integers(0, 60), st.booleans(), st.booleans()),
     ),
     st.builds(lambda p, c: lambda store: store.save([(p, c), ("b", c)]), peers, cursors),
     st.builds(beginning, peers, st.text("wxyz"), reads, st.booleans()),
@@ -350,7 +444,7 @@ async def test_a_crash_sets_the_store_back_and_opens_its_lock() -> None:
         with pytest.raises(CursorStoreError, match="not open"):
             await store.load("a")
         await store.open()
-        assert await store.load("a") == PeerRecord(cursor=cursor(1), dead_letters=1)
+        assert await store.load("a") == PeerRecord(cursor=cursor(1), dead_letters=1, letter_bytes=9)
         assert list(await store.gaps()) == []
     other = MemoryCursorStore()
     other.restore(kept)

@@ -20,6 +20,7 @@ from fsm_replication import (
     OutboxRow,
     Publisher,
     RedisSyncEngine,
+    StampAheadError,
     StoreError,
     StoreTimeoutError,
     SyncItem,
@@ -512,6 +513,37 @@ async def test_what_cannot_be_published_stops_nothing_else(
         assert len(caplog.records) == len(bad)
         assert told([fine]) == node.stream()[:1]
         assert await store.read_outbox(10) == []
+        node.client.close()
+
+
+@pytest.mark.parametrize("in_one_batch", [False, True])
+async def test_a_stamp_far_ahead_that_the_store_gave_up_is_given_up_by_redis(
+    redis_server: RedisServer, tmp_path: Path, in_one_batch: bool
+) -> None:
+    """If this fails peers hear for years nothing of a key whose writer's clock was wrong once."""
+    far = live("far", b"content", at_ms=now_ms() + 400 * 86_400_000)
+    async with SqliteStore(tmp_path / "n.db", node_id="n") as store:
+        node = Node(redis_server, store)
+        await store.apply_many([far, live("old", at_ms=5)])
+        if not in_one_batch:
+            await node.publish()
+        for write in (store.put("far", b"never"), store.delete("far")):
+            with pytest.raises(StampAheadError):
+                await write
+        mended = await store.restamp("far")
+        assert mended is not None
+        assert await store.restamp("far") is None
+        assert await store.restamp("none") is None
+        # What is only older is no reason to go back.
+        await store.apply_many([live("old", b"newer", at_ms=6)])
+        await node.publish()
+        await node.check()
+        after = await store.put("far", b"after")
+        await node.publish()
+        await node.check()
+        stream = [one for one in node.stream() if one[0] == "far"]
+        assert stream[-2:] == told([mended, after])
+        assert told([far])[0] in stream
         node.client.close()
 
 

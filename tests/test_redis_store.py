@@ -114,14 +114,16 @@ async def test_a_put_is_written_as_layout_and_stream_say(
 async def test_large_numbers_are_written_exactly(any_redis_server: RedisServer) -> None:
     """If this fails meta says 9.007e15, or another number than the item."""
     async with RedisSyncEngine(any_redis_server.url, node_id="here") as store:
-        await store.apply_many([put_of("key", NUMBER_MAX - 2, version=NUMBER_MAX - 2)])
+        # As late as a local write is still possible over it.
+        at = now_ms() + 86_000_000
+        await store.apply_many([put_of("key", at, version=NUMBER_MAX - 2)])
         item = await store.put("key", b"x")
         assert await store.get("key") == item
         assert await store.delete("key")
     metas = [json.loads(fields[-1]) for fields in entries(any_redis_server)]
     rising = [NUMBER_MAX - 2, NUMBER_MAX - 1, NUMBER_MAX]
     assert [meta["version"] for meta in metas] == rising
-    assert [meta["updated_at"] for meta in metas] == rising
+    assert [meta["updated_at"] for meta in metas] == [at, at + 1, at + 2]
 
 
 async def test_only_what_was_applied_is_published(any_redis_server: RedisServer) -> None:

@@ -18,7 +18,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Bottom to top; a module may import what stands in its own line or further up in this list.
 LAYERS = (
-    ("errors", "items", "nesting", "config", "config_change", "metrics", "log", "sentences"),
+    ("redaction", "printable", "errors", "items", "nesting"),
+    ("config", "config_change", "metrics", "log", "sentences"),
     ("ports", "heavy", "reports", "circuits", "retry", "current", "limiter"),
     (
         "abilities",
@@ -31,6 +32,7 @@ LAYERS = (
         "redis_dotted",
         "foreign",
         "batch",
+        "letter_folding",
         "cursor",
         "transport",
     ),

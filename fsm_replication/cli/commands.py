@@ -35,6 +35,7 @@ from fsm_replication.cli.repair import (
     show_differences,
     stats_table,
 )
+from fsm_replication.cli.restamp import restamp_node
 from fsm_replication.cli.runtime import LogFormat, configure_logging, run_async
 from fsm_replication.config import ReplicationConfig
 from fsm_replication.cursor import SqliteCursorStore
@@ -43,6 +44,7 @@ from fsm_replication.demo.screen import run_demo
 from fsm_replication.diagram import render_all
 from fsm_replication.errors import ReplicationError, UsageError
 from fsm_replication.ports import GapRow
+from fsm_replication.printable import printable, told
 
 __all__ = ("app",)
 
@@ -72,7 +74,7 @@ def _load(path: Path) -> ReplicationConfig:
 
 
 def _fail(error: BaseException) -> typer.Exit:
-    errors.print(Text(str(error), style="red"))
+    errors.print(Text(told(error), style="red"), soft_wrap=True)
     return typer.Exit(1)
 
 
@@ -117,9 +119,10 @@ def diagram(
         if not check_only:
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-            console.print(f"wrote {path}")
+            console.print(Text(printable(f"wrote {path}")))
     if check_only and differing:
-        errors.print(f"{folder} differs from the tables: {', '.join(differing)}", style="red")
+        told_of = printable(f"{folder} differs from the tables: {', '.join(differing)}")
+        errors.print(Text(told_of, style="red"))
         raise typer.Exit(1)
 
 
@@ -285,6 +288,31 @@ def explain(
     except ReplicationError as error:
         raise _fail(error) from None
     console.print(explanation_table(made))
+
+
+@app.command()
+def restamp(
+    config: ConfigPath,
+    key: Annotated[str, typer.Argument(help="The key, as the store has it.")],
+    take: Annotated[
+        str | None, typer.Option(metavar="PEER", help="Hold what this peer holds, as it is there.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option(help="Do it though a peer holds such a stamp, or cannot be asked.")
+    ] = False,
+) -> None:
+    """Give a key that is stamped more than a day ahead a stamp of now; beside a running node too."""
+    loaded = _load(config)
+    configure_logging("error", LogFormat.CONSOLE)
+    try:
+        item = run_async(restamp_node(loaded, key, take=take, force=force, console=console))
+    except ReplicationError as error:
+        raise _fail(error) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    source = "a stamp of now" if take is None else f"what {take} holds"
+    done = f"{key} has {source}: {item.updated_at} ms, version {item.version}"
+    console.print(Text(printable(done), style="bold"), soft_wrap=True)
 
 
 @app.command()

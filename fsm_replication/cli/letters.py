@@ -20,10 +20,10 @@ from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.dead_letters import RetryStats
 from fsm_replication.errors import AlreadyRunningError, UsageError
 from fsm_replication.ports import DeadLetter
+from fsm_replication.printable import printable
 
 __all__ = (
     "FIELD_WIDTH",
-    "printable",
     "purge_letters",
     "retry_letters",
     "retry_table",
@@ -33,25 +33,6 @@ __all__ = (
 
 FIELD_WIDTH: Final = 400
 COLUMN_WIDTH: Final = 120
-
-
-# What a peer has sent must not reach a terminal as it is ------------------------------------------
-
-
-def printable(raw: str | bytes, width: int) -> str:
-    """Return text that no terminal obeys: whatever is not printable is escaped, the rest cut.
-
-    ``width`` is in characters; a cut is told by an ellipsis.
-    """
-    # A character has up to four bytes: no more than that is looked at, however large a field is.
-    text = (
-        raw[: 4 * width + 4].decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else raw
-    )
-    shown = "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode("ascii")
-        for one in text[: width + 1]
-    )
-    return shown if len(shown) <= width else f"{shown[: width - 1]}…"
 
 
 def _time(at_ms: int) -> str:
@@ -95,7 +76,9 @@ async def show_letters(
 
     :raises CursorStoreError: if the cursor file cannot be read.
     """
-    table = Table("id", "peer", "stream id", "at (UTC)", "reason", "key", "bytes", "detail")
+    table = Table(
+        "id", "peer", "stream id", "at (UTC)", "reason", "key", "times", "bytes", "detail"
+    )
     after = 0
     async with _opened(config, read_only=True) as store:
         while limit and (page := await store.dead_letters(peer, after_id=after, limit=limit)):
@@ -119,6 +102,7 @@ def _row(letter: DeadLetter) -> Sequence[str]:
         _time(letter.at_ms),
         printable(letter.reason, COLUMN_WIDTH),
         printable(letter.key or "", COLUMN_WIDTH),
+        f"{letter.count:,}",
         f"{letter.size:,}",
         printable(letter.detail, COLUMN_WIDTH),
     )
@@ -140,9 +124,12 @@ async def show_letter(
     if as_json:
         sys.stdout.write(json.dumps(_as_json(letter)) + "\n")
         return
-    heads = ("id", "peer", "stream id", "at (UTC)", "reason", "key", "bytes", "detail")
+    heads = ("id", "peer", "stream id", "at (UTC)", "reason", "key", "times", "bytes", "detail")
     for head, told in zip(heads, _row(letter), strict=True):
         console.print(Text.assemble((f"{head:10}", "dim"), told), soft_wrap=True)
+    if letter.first_stream_id:
+        since = printable(letter.first_stream_id, COLUMN_WIDTH)
+        console.print(Text.assemble((f"{'since':10}", "dim"), since), soft_wrap=True)
     sender = "a foreign node" if letter.foreign else "a node of ours"
     console.print(Text.assemble((f"{'sent by':10}", "dim"), sender), soft_wrap=True)
     if letter.fields is None:

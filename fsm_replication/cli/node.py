@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from fsm_replication.config import ReplicationConfig
 from fsm_replication.cursor import SqliteCursorStore
@@ -20,6 +20,7 @@ from fsm_replication.foreign import DOTTED
 from fsm_replication.items import LastWriterWins
 from fsm_replication.log import get_logger
 from fsm_replication.ports import SystemClock, SystemWallClock
+from fsm_replication.printable import printable
 from fsm_replication.stores import (
     MemorySyncEngine,
     NoOpSyncEngine,
@@ -153,17 +154,17 @@ async def check_node(config: ReplicationConfig, console: Console) -> bool:
     """Say whether the store, the cursor file and each peer answer; True if all do."""
     well = True
     for warning in config.warnings:
-        console.print(f"[yellow]![/] {escape(warning)}")
+        _doubt(console, warning)
     try:
         async with open_store(config):
             kind = config.store.kind if config.store is not None else "none"
-            console.print(f"[green]✓[/] store: {kind} is ready")
+            _fine(console, f"store: {kind} is ready")
     except ReplicationError as error:
         well = False
-        console.print(f"[red]✗[/] store: {escape(str(error))}")
+        _wrong(console, f"store: {error}")
     well = await _check_cursor(config, console) and well
     if not config.peers:
-        console.print("[yellow]![/] peers: none is configured")
+        _doubt(console, "peers: none is configured")
     for peer in sorted(config.peers, key=lambda peer: peer.priority):
         peer_clock = PeerClock(SystemClock(), SystemWallClock(), get_logger("cli"))
         try:
@@ -178,13 +179,12 @@ async def check_node(config: ReplicationConfig, console: Console) -> bool:
             )
         except ReplicationError as error:
             well = False
-            console.print(f"[red]✗[/] peer {escape(peer.node_id)}: {escape(str(error))}")
+            _wrong(console, f"peer {peer.node_id}: {error}")
             continue
         lines.close()
         await lines.wait_closed()
         whose = "a foreign node" if lines.foreign else "a node of ours"
-        where = escape(peer.display_url)
-        console.print(f"[green]✓[/] peer {escape(peer.node_id)}: {where} answers, {whose}")
+        _fine(console, f"peer {peer.node_id}: {peer.display_url} answers, {whose}")
         well = _show_clock(peer.node_id, peer_clock, console) and well
     return well
 
@@ -192,9 +192,9 @@ async def check_node(config: ReplicationConfig, console: Console) -> bool:
 def _show_clock(node_id: str, peer_clock: PeerClock, console: Console) -> bool:
     """Say how a peer's clock stands to ours; False if they are so far apart that its link pauses."""
     skew, far = peer_clock.skew_sec, peer_clock.is_day_off()
-    mark = "[green]✓[/]" if skew is not None and abs(skew) < WARN_FROM_SEC else "[yellow]![/]"
-    mark = "[red]✗[/]" if far else mark
-    console.print(f"{mark} clock of peer {escape(node_id)}: {peer_clock.tell()}")
+    agrees = skew is not None and abs(skew) < WARN_FROM_SEC
+    say = _wrong if far else _fine if agrees else _doubt
+    say(console, f"clock of peer {node_id}: {peer_clock.tell()}")
     return not far
 
 
@@ -204,12 +204,24 @@ async def _check_cursor(config: ReplicationConfig, console: Console) -> bool:
     try:
         await store.open()
     except AlreadyRunningError:
-        console.print(f"[yellow]![/] cursors: a node is running with {escape(path)}")
+        _doubt(console, f"cursors: a node is running with {path}")
         return True
     except ReplicationError as error:
-        console.print(f"[red]✗[/] cursors: {escape(str(error))}")
+        _wrong(console, f"cursors: {error}")
         return False
     finally:
         await store.close()
-    console.print(f"[green]✓[/] cursors: {escape(path)} can be used")
+    _fine(console, f"cursors: {path} can be used")
     return True
+
+
+def _fine(console: Console, text: str) -> None:
+    console.print(Text.assemble(("✓", "green"), f" {printable(text)}"))
+
+
+def _doubt(console: Console, text: str) -> None:
+    console.print(Text.assemble(("!", "yellow"), f" {printable(text)}"))
+
+
+def _wrong(console: Console, text: str) -> None:
+    console.print(Text.assemble(("✗", "red"), f" {printable(text)}"))

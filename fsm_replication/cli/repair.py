@@ -16,12 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from fsm_replication.cli.ask import asked_peers
 from fsm_replication.cli.node import open_store
 from fsm_replication.config import (
     ColdPathConfig,
     CursorConfig,
     HotPathConfig,
-    PeerConfig,
     ReplicationConfig,
     StartupConfig,
 )
@@ -34,10 +34,9 @@ from fsm_replication.errors import (
     UsageError,
 )
 from fsm_replication.ports import GapRow
+from fsm_replication.printable import printable
 from fsm_replication.tables import PeerState
-from fsm_replication.transport import RedisTransport
 from fsm_replication.workers.cold_path import RepairStats
-from fsm_replication.workers.connector import Lines, open_lines
 from fsm_replication.workers.explain import Explanation, explain_key
 
 __all__ = (
@@ -118,7 +117,10 @@ async def repair_node(
     try:
         async with repairing_engine(_cold_only(config), peers) as engine:
             with Progress(*columns, console=console) as bars:
-                tasks = {name: bars.add_task(f"from {escape(name)}", total=None) for name in peers}
+                tasks = {
+                    name: bars.add_task(escape(f"from {printable(name)}"), total=None)
+                    for name in peers
+                }
 
                 def show(name: str, differing: int, fetched: int) -> None:
                     bars.update(tasks[name], total=differing, completed=fetched)
@@ -149,7 +151,7 @@ def stats_table(stats: RepairStats) -> Table:
         if name != "problems":
             table.add_row(Text(name.replace("_", " "), style="dim"), f"{value:,}")
     for problem in stats.problems:
-        table.add_row(Text("problem", style="red"), Text(problem))
+        table.add_row(Text("problem", style="red"), Text(printable(problem)))
     return table
 
 
@@ -176,10 +178,11 @@ async def show_differences(config: ReplicationConfig, peer: str | None, *, as_js
                         continue
                     side = f"newer at {name}" if found.newer == "peer" else "newer here"
                     cost = f", {found.size:,} bytes" if found.newer == "peer" else ""
-                    console.print(Text(f"{found.key}  {side}{cost}"), soft_wrap=True)
+                    line_of = printable(f"{found.key}  {side}{cost}")
+                    console.print(Text(line_of), soft_wrap=True)
             except ReplicationError as error:
                 well = False
-                errors.print(Text(f"{name}: {error}", style="red"))
+                errors.print(Text(printable(f"{name}: {error}"), style="red"))
                 continue
             if not as_json:
                 total = (
@@ -187,37 +190,20 @@ async def show_differences(config: ReplicationConfig, peer: str | None, *, as_js
                     f" {newer['peer']:,} are newer there, to fetch them would take {size:,} bytes;"
                     f" {newer['local']:,} are newer here"
                 )
-                console.print(Text(total, style="bold"), soft_wrap=True)
+                console.print(Text(printable(total), style="bold"), soft_wrap=True)
     return well
 
 
 async def explain_node(config: ReplicationConfig, key: str) -> Explanation:
     """Ask the node's store and each peer for one key; works beside a running node."""
-    async with open_store(config) as store:
-        peers: list[tuple[PeerConfig, Lines | str]] = []
-        try:
-            for peer in sorted(config.peers, key=lambda one: one.priority):
-                try:
-                    lines: Lines | str = await open_lines(
-                        local_node_id=config.local_node_id,
-                        peer=peer,
-                        settings=config.settings,
-                        resolver=store.resolver.name,
-                        transport=RedisTransport(),
-                    )
-                except ReplicationError as error:
-                    lines = str(error)
-                peers.append((peer, lines))
-            timeout = config.settings.timeouts.command
-            excepted_by = await _excepted_by(config, key)
-            return await explain_key(
-                key, store, peers, timeout_sec=timeout, excepted_by=excepted_by
-            )
-        finally:
-            for _, lines in peers:
-                if not isinstance(lines, str):
-                    lines.close()
-                    await lines.wait_closed()
+    async with open_store(config) as store, asked_peers(config, store.resolver.name) as peers:
+        return await explain_key(
+            key,
+            store,
+            peers,
+            timeout_sec=config.settings.timeouts.command,
+            excepted_by=await _excepted_by(config, key),
+        )
 
 
 async def _excepted_by(config: ReplicationConfig, key: str) -> list[str]:
@@ -236,13 +222,14 @@ async def _excepted_by(config: ReplicationConfig, key: str) -> list[str]:
 
 def explanation_table(made: Explanation) -> Table:
     """Return an explanation for a person."""
-    table = Table("where", "holds", title=Text(made.key))
-    table.add_row("here", Text(str(made.held or "nothing")))
+    table = Table("where", "holds", title=Text(printable(made.key)))
+    table.add_row("here", Text(printable(str(made.held or "nothing"))))
     if made.arrival is not None:
         at = _time(made.arrival.at_ms)
-        table.add_row("", Text(f"came from {made.arrival.peer_id} by {made.arrival.path} at {at}"))
+        came = f"came from {made.arrival.peer_id} by {made.arrival.path} at {at}"
+        table.add_row("", Text(printable(came)))
     for peer in made.peers:
-        table.add_row(Text(peer.peer_id), Text(str(peer)))
+        table.add_row(Text(printable(peer.peer_id)), Text(printable(str(peer))))
     return table
 
 
@@ -252,7 +239,8 @@ def print_ledger(rows: Sequence[GapRow], console: Console) -> None:
         console.print("no gap was ever found")
     for peer_id in dict.fromkeys(row.peer_id for row in rows):
         mine = [row for row in rows if row.peer_id == peer_id]
-        console.print(Text(f"{peer_id}: {_summary(mine)}", style="bold"), soft_wrap=True)
+        summary = printable(f"{peer_id}: {_summary(mine)}")
+        console.print(Text(summary, style="bold"), soft_wrap=True)
         for row in mine:
             healed = (
                 "not healed"
@@ -262,7 +250,7 @@ def print_ledger(rows: Sequence[GapRow], console: Console) -> None:
             count = "unknown" if row.missed is None else f"{row.missed:,}"
             what = "dead letters dropped" if row.kind == "dropped" else "entries"
             line = f"  {_time(row.found_at_ms)}  {count} {what}, {healed}: {row.reason}"
-            console.print(Text(line), soft_wrap=True)
+            console.print(Text(printable(line)), soft_wrap=True)
 
 
 def _summary(rows: Sequence[GapRow]) -> str:

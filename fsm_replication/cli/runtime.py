@@ -13,6 +13,8 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
+from fsm_replication.printable import printable
+
 __all__ = (
     "LogFormat",
     "configure_logging",
@@ -51,12 +53,12 @@ def log_formatter(form: LogFormat) -> logging.Formatter:
     The object has the sentence as ``message``, the event's name as ``event``, and every field.
     """
     fields: list[Any] = []
-    render: Any
+    render: list[Any]
     if form is LogFormat.JSON:
         fields = [_keep_message, structlog.stdlib.ExtraAdder()]
-        render = structlog.processors.JSONRenderer(default=str)
+        render = [structlog.processors.JSONRenderer(default=str)]
     else:
-        render = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        render = [_escape, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[
             structlog.stdlib.add_log_level,
@@ -65,7 +67,7 @@ def log_formatter(form: LogFormat) -> logging.Formatter:
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
         ],
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
     )
 
 
@@ -74,6 +76,18 @@ def _keep_message(
 ) -> MutableMapping[str, Any]:
     """Keep the sentence, since the event's name takes its place among the fields."""
     event["message"] = event["event"]
+    return event
+
+
+def _escape(
+    _logger: Any, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """Keep what comes from data from commanding a terminal, or passing for a line of its own."""
+    for name, value in event.items():
+        if isinstance(value, str):
+            # A traceback has lines, and no other field has.
+            lines = value.split("\n") if name == "exception" else [value]
+            event[name] = "\n".join(map(printable, lines))
     return event
 
 

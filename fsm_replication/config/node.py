@@ -24,7 +24,8 @@ from fsm_replication.config.values import (
     Url,
 )
 from fsm_replication.config.yaml_file import read_yaml
-from fsm_replication.errors import ConfigError, redact
+from fsm_replication.errors import ConfigError
+from fsm_replication.redaction import mask_url
 
 __all__ = ("CursorConfig", "PeerConfig", "ReplicationConfig", "StoreConfig")
 
@@ -33,12 +34,13 @@ class _HasUrl(Model):
     @property
     def display_url(self) -> str:
         """The URL without credentials, for logs and screens; "" where there is none."""
-        return redact(getattr(self, "redis_url", None) or "")
+        url = getattr(self, "redis_url", None)
+        return mask_url(url) if url else ""
 
     @field_serializer("redis_url", when_used="json", check_fields=False)
     def _mask(self, value: str | None) -> str | None:
         # JSON is what gets shown and sent; model_dump() keeps the URL as it is.
-        return None if value is None else redact(value)
+        return None if value is None else mask_url(value)
 
 
 class PeerConfig(_HasUrl):

@@ -228,6 +228,9 @@ class LimitsConfig(Model):
     divided by twice the number of peers."""
     dead_letters: Count = 10_000
     """Dead letters kept per peer, at least 1; see ``dead_letters.when_full``."""
+    dead_letter_bytes: Size = 256 * 1024**2
+    """Bytes of raw fields that the dead letters of one peer hold on disk; likewise. Those of one
+    batch are kept whatever they hold: several times ``batch_bytes``."""
     journal: Count = 1000
     """Moves of machines kept in memory, at least 1."""
 
@@ -240,7 +243,8 @@ class DeadLettersConfig(Model):
     """Entries that could not be applied."""
 
     when_full: Literal["pause", "drop_oldest"] = "pause"
-    """At ``limits.dead_letters`` of one peer: "pause" its link, or "drop_oldest" and count it."""
+    """At ``limits.dead_letters`` or ``limits.dead_letter_bytes`` of one peer: "pause" its link, or
+    "drop_oldest" and count it."""
 
 
 class TombstonesConfig(Model):

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
+from fsm_replication.letter_folding import same_as
 from fsm_replication.ports import (
     Cursor,
     DeadLetter,
@@ -108,6 +109,10 @@ def letter_row(letter: DeadLetter) -> tuple[Any, ...]:
         letter.size,
         letter.at_ms,
         int(letter.foreign),
+        to_number(letter.count),
+        to_text(letter.first_stream_id),
+        letter.held_bytes,
+        same_as(letter),
     )
 
 
@@ -116,7 +121,8 @@ def letter_of(row: tuple[Any, ...]) -> DeadLetter:
 
     :raises msgspec.MsgspecError: if its fields are not what a node wrote.
     """
-    peer_id, stream_id, reason, detail, key, fields, size, at_ms, number, foreign = row
+    peer_id, stream_id, reason, detail, key, fields, size, at_ms, number, foreign, *more = row
+    count, first_stream_id = more
     return DeadLetter(
         from_text(peer_id),
         from_text(stream_id),
@@ -128,6 +134,8 @@ def letter_of(row: tuple[Any, ...]) -> DeadLetter:
         at_ms,
         number,
         bool(foreign),
+        count,
+        from_text(first_stream_id),
     )
 
 

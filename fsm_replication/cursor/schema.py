@@ -80,6 +80,15 @@ _SCHEMA_3: Final = (
         forgiven_ms INTEGER NOT NULL,
         tripped TEXT NOT NULL
     )""",
+    "ALTER TABLE dead_letters ADD COLUMN entries INTEGER NOT NULL DEFAULT 1",
+    "ALTER TABLE dead_letters ADD COLUMN first_stream_id TEXT NOT NULL DEFAULT ''",
+    # What comes after a large field of a row takes long to read: sizes are read from the index.
+    "ALTER TABLE dead_letters ADD COLUMN held_bytes INTEGER NOT NULL DEFAULT 0",
+    "UPDATE dead_letters SET held_bytes = size WHERE fields IS NOT NULL",
+    "ALTER TABLE dead_letters ADD COLUMN same_as BLOB",
+    "DROP INDEX dead_letters_by_peer",
+    "CREATE INDEX dead_letters_by_peer ON dead_letters (peer_id, id, held_bytes, entries)",
+    "CREATE INDEX dead_letters_alike ON dead_letters (peer_id, same_as, reason)",
 )
 # Each brings the schema of the number before to its own; a new file goes through all of them.
 _SCHEMAS: Final = (_SCHEMA_1, _SCHEMA_2, _SCHEMA_3)
@@ -94,13 +103,15 @@ _VIEWS_OF_2: Final = (
     """CREATE TEMP VIEW interlocks AS SELECT '' AS peer_id, 0 AS saved_at_ms, '[]' AS falls,
         0 AS reserved, 0 AS forgiven_ms, '' AS tripped WHERE 0""",
 )
+_LETTERS_OF_2: Final = """1 AS entries, '' AS first_stream_id,
+    CASE WHEN fields IS NULL THEN 0 ELSE size END AS held_bytes FROM main.dead_letters"""
 _VIEWS_OF_OLDER: Final = {
     1: (
         *_VIEWS_OF_2,
         "CREATE TEMP VIEW gaps AS SELECT *, 'gap' AS kind FROM main.gaps",
-        "CREATE TEMP VIEW dead_letters AS SELECT *, 0 AS from_foreign FROM main.dead_letters",
+        f"CREATE TEMP VIEW dead_letters AS SELECT *, 0 AS from_foreign, {_LETTERS_OF_2}",
     ),
-    2: _VIEWS_OF_2,
+    2: (*_VIEWS_OF_2, f"CREATE TEMP VIEW dead_letters AS SELECT *, {_LETTERS_OF_2}"),
 }
 
 

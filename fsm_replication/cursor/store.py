@@ -24,7 +24,7 @@ from fsm_replication.cursor.rows import (
     to_text,
     to_text_or_none,
 )
-from fsm_replication.cursor.schema import one_number
+from fsm_replication.letter_folding import check_room, fold, in_stream_order, letters_that_stay
 from fsm_replication.ports import (
     LETTERS_BYTES,
     Agreement,
@@ -53,11 +53,13 @@ ON CONFLICT (peer_id) DO UPDATE SET stream_id = excluded.stream_id,
 # A letter that is stored again keeps its id and its time: it is the same letter.
 _ADD_LETTER: Final = """
 INSERT INTO dead_letters
-    (peer_id, stream_id, reason, detail, key, fields, size, at_ms, from_foreign)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+    (peer_id, stream_id, reason, detail, key, fields, size, at_ms, from_foreign,
+        entries, first_stream_id, held_bytes, same_as)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (peer_id, stream_id) DO UPDATE SET reason = excluded.reason,
     detail = excluded.detail, key = excluded.key, fields = excluded.fields, size = excluded.size,
-    from_foreign = excluded.from_foreign
+    from_foreign = excluded.from_foreign, held_bytes = excluded.held_bytes,
+    same_as = excluded.same_as
 """
 _SET_BOOTSTRAP: Final = """
 INSERT OR REPLACE INTO bootstraps
@@ -78,8 +80,23 @@ UPDATE gaps SET missed = CASE WHEN missed <= :most - :more THEN missed + :more E
     (SELECT max(id) FROM gaps WHERE peer_id = :peer AND kind = :kind AND reason = :reason
         AND healed_at_ms IS NULL)
 """
+# Its raw fields are not asked for: they may be large.
+_LETTER_ALIKE: Final = """
+SELECT peer_id, stream_id, reason, detail, key, NULL, size, at_ms, id, from_foreign, entries,
+    first_stream_id
+FROM dead_letters WHERE peer_id = ? AND same_as = ? AND reason = ? AND from_foreign = ?
+ORDER BY id DESC LIMIT 1
+"""
+_HAS_LETTER: Final = "SELECT 1 FROM dead_letters WHERE peer_id = ? AND stream_id = ?"
+_LETTERS_HELD: Final = """
+SELECT count(*), ifnull(sum(held_bytes), 0) FROM dead_letters WHERE peer_id = ?
+"""
+_LETTER_SIZES: Final = """
+SELECT id, held_bytes, entries FROM dead_letters WHERE peer_id = ? ORDER BY id DESC
+"""
 _LETTERS: Final = """
-SELECT peer_id, stream_id, reason, detail, key, fields, size, at_ms, id, from_foreign
+SELECT peer_id, stream_id, reason, detail, key, fields, size, at_ms, id, from_foreign, entries,
+    first_stream_id
 FROM dead_letters WHERE id > :after AND (:peer IS NULL OR peer_id = :peer) ORDER BY id LIMIT :limit
 """
 _COUNT_LETTERS: Final = """
@@ -88,10 +105,7 @@ SELECT peer_id, count(*) FROM dead_letters GROUP BY peer_id ORDER BY peer_id
 _PURGE_LETTERS: Final = "DELETE FROM dead_letters WHERE :peer IS NULL OR peer_id = :peer"
 _DELETE_LETTER: Final = "DELETE FROM dead_letters WHERE id = ?"
 _STILL_BAD: Final = "UPDATE dead_letters SET reason = ?, detail = ? WHERE id = ?"
-_TRIM_LETTERS: Final = """
-DELETE FROM dead_letters WHERE peer_id = :peer AND id <=
-    (SELECT id FROM dead_letters WHERE peer_id = :peer ORDER BY id DESC LIMIT 1 OFFSET :keep)
-"""
+_TRIM_LETTERS: Final = "DELETE FROM dead_letters WHERE peer_id = ? AND id <= ?"
 _GAPS: Final = """
 SELECT peer_id, found_at_ms, missed, reason, healed_at_ms, healed_by, id, kind FROM gaps
 WHERE :peer IS NULL OR peer_id = :peer ORDER BY id DESC LIMIT :limit
@@ -193,26 +207,46 @@ class SqliteCursorStore:
         await self._file.run(work)
 
     async def settle(
-        self, peer_id: str, cursor: Cursor | None, letters: Sequence[DeadLetter], *, keep: int
+        self,
+        peer_id: str,
+        cursor: Cursor | None,
+        letters: Sequence[DeadLetter],
+        *,
+        keep: int,
+        keep_bytes: int | None = None,
+        fold: bool = False,
+        may_drop: bool = True,
     ) -> int:
         """Store dead letters and the cursor that passes them in one transaction (G1).
 
-        At most ``keep`` letters of this peer stay, the newest; returns how many were dropped, and
-        counts them in the ledger. An entry that is read again does not become a second letter.
+        At most ``keep`` letters of this peer stay, the newest, and as many as hold ``keep_bytes``
+        together, but one at least; returns how many entries were dropped with the others, and counts
+        them in the ledger. Where none ``may_drop``, nothing is stored once there are ``keep``, or as
+        they would hold more than ``keep_bytes`` with those that are there. With ``fold``, letters of
+        one key and reason become one. An entry that is read again does not become a second letter.
 
+        :raises LettersFullError: if none may be dropped and there is no room.
         :raises ValueError: if a letter is another peer's: its bound would not hold.
         """
         if any(letter.peer_id != peer_id for letter in letters):
             raise ValueError(f"letters of other peers than {peer_id!r}")
         name = to_text(peer_id)
-        rows = [letter_row(letter) for letter in letters]
+        alike = None if not fold else in_stream_order(letters)
+        rows = [letter_row(letter) for letter in letters] if alike is None else []
+        most = INTEGER_MAX if keep_bytes is None else keep_bytes
         cursors = [] if cursor is None else [cursor_row(peer_id, cursor)]
         now = max((letter.at_ms for letter in letters), default=0)
 
         def work(db: sqlite3.Connection) -> int:
+            before = db.execute(_LETTERS_HELD, (name,)).fetchone()
             db.executemany(_ADD_LETTER, rows)
+            for letter in alike or ():
+                _fold_letter(db, letter)
             db.executemany(_SET_CURSOR, cursors)
-            dropped = db.execute(_TRIM_LETTERS, {"peer": name, "keep": to_limit(keep)}).rowcount
+            if not may_drop:
+                check_room(before, db.execute(_LETTERS_HELD, (name,)).fetchone(), keep, most)
+                return 0
+            dropped = _trim_letters(db, name, to_limit(keep), most)
             if dropped and not db.execute(_MORE_DROPPED, (dropped, name)).rowcount:
                 _add_gap(db, dropped_letters(peer_id, now, dropped))
             return dropped
@@ -392,6 +426,34 @@ class SqliteCursorStore:
         return f"<SqliteCursorStore {self.path!r} {state}>"
 
 
+def _fold_letter(db: sqlite3.Connection, letter: DeadLetter) -> None:
+    """Store a letter, as one with an earlier one of its key and reason where there is one."""
+    row = letter_row(letter)
+    name, alike = row[0], row[-1]
+    if alike is not None and db.execute(_HAS_LETTER, row[:2]).fetchone() is None:
+        which = (name, alike, to_text(letter.reason), int(letter.foreign))
+        found = db.execute(_LETTER_ALIKE, which).fetchone()
+        held = None if found is None else letter_of(found)
+        made = None if held is None else fold(held, letter)
+        if held is not None and made is held:
+            return
+        if held is not None and made is not None:
+            db.execute(_DELETE_LETTER, (held.id,))
+            row = letter_row(made)
+    db.execute(_ADD_LETTER, row)
+
+
+def _trim_letters(db: sqlite3.Connection, name: str | bytes, keep: int, keep_bytes: int) -> int:
+    """Remove a peer's oldest letters over its bounds; returns how many entries they stood for."""
+    count, held = db.execute(_LETTERS_HELD, (name,)).fetchone()
+    if count <= keep and (held <= keep_bytes or count <= 1):
+        return 0
+    sizes = db.execute(_LETTER_SIZES, (name,)).fetchall()
+    stay = letters_that_stay([size for _, size, _ in sizes], keep, keep_bytes)
+    db.execute(_TRIM_LETTERS, (name, sizes[stay][0]))
+    return sum(entries for _, _, entries in sizes[stay:])
+
+
 def _add_gap(db: sqlite3.Connection, gap: GapRow) -> None:
     db.execute(_ADD_GAP, gap_row(gap))
     db.execute(_TRIM_GAPS, {"peer": to_text(gap.peer_id), "keep": GAPS_KEPT})
@@ -442,6 +504,7 @@ def _load(db: sqlite3.Connection, peer_id: str | bytes) -> PeerRecord:
         " WHERE peer_id = ?",
         one,
     ).fetchone()
+    count, held = db.execute(_LETTERS_HELD, one).fetchone()
     return PeerRecord(
         cursor=None
         if stream_id is None
@@ -451,6 +514,7 @@ def _load(db: sqlite3.Connection, peer_id: str | bytes) -> PeerRecord:
         operator_pause=bool(paused),
         agreement=_agreement(db, peer_id),
         gaps=tuple(gap_of(row) for row in db.execute(_GAPS_OPEN, one)),
-        dead_letters=one_number(db, "SELECT count(*) FROM dead_letters WHERE peer_id = ?", peer_id),
+        dead_letters=count,
+        letter_bytes=held,
         interlock=interlock and interlock_of(interlock),
     )

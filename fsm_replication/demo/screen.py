@@ -21,6 +21,7 @@ from fsm_replication.demo.outage import Outage
 from fsm_replication.demo.replay import Progress, Verdict, replay
 from fsm_replication.errors import UsageError
 from fsm_replication.health import PeerHealth
+from fsm_replication.printable import printable
 from fsm_replication.tables import PeerState
 
 __all__ = ("run_demo",)
@@ -47,7 +48,8 @@ async def run_demo(
     progress = Progress()
     errors = Console(stderr=True)
     if not as_json and isinstance(history, DirectoryHistory):
-        errors.print(f"{path}: {history.reason}; the files of the directory are replayed instead")
+        why = f"{path}: {history.reason}; the files of the directory are replayed instead"
+        errors.print(Text(printable(why)))
     async with Mesh(nodes, topology) as mesh:
         if as_json or not errors.is_terminal:
             verdict = await replay(mesh, history, str(topology), progress, planned)
@@ -114,9 +116,9 @@ def _screen(mesh: Mesh, progress: Progress, topology: Topology, rates: _Rates) -
         first = True
         for peer in health.peers:
             table.add_row(
-                node.node_id if first else "",
+                Text(printable(node.node_id) if first else ""),
                 str(health.state) if first else "",
-                peer.node_id,
+                Text(printable(peer.node_id)),
                 Text(str(peer.state), style=_COLOURS.get(peer.state, "red")),
                 f"{peer.events_read:,}",
                 f"{peer.events_applied:,}",
@@ -125,7 +127,7 @@ def _screen(mesh: Mesh, progress: Progress, topology: Topology, rates: _Rates) -
             )
             first = False
         if not health.peers:
-            table.add_row(node.node_id, str(health.state), "nobody")
+            table.add_row(Text(printable(node.node_id)), str(health.state), "nobody")
         table.add_section()
     seconds = time.perf_counter() - progress.began if progress.began else 0.0
     rate = progress.changes / seconds if seconds else 0.0
@@ -137,8 +139,8 @@ def _screen(mesh: Mesh, progress: Progress, topology: Topology, rates: _Rates) -
     # A bar alone ends without a new line.
     line = Table.grid()
     line.add_row(bar)
-    notes = [Text(note, style="dim") for note in progress.notes]
-    return Group(table, Text(said), line, *notes)
+    notes = [Text(printable(note), style="dim") for note in progress.notes]
+    return Group(table, Text(printable(said)), line, *notes)
 
 
 def lag_text(lag_ms: int | None) -> str:
@@ -177,7 +179,7 @@ def _verdict(verdict: Verdict) -> RenderableType:
     if verdict.skipped:
         rows.append(("left out", f"{verdict.skipped:,} files that cannot be items"))
     for name, text in rows:
-        table.add_row(Text(name, style="dim"), text)
+        table.add_row(Text(name, style="dim"), Text(printable(text)))
     if verdict.agreed:
         end = Text(
             f"All {verdict.nodes} nodes hold exactly the {verdict.files:,} files of the last"
@@ -185,6 +187,8 @@ def _verdict(verdict: Verdict) -> RenderableType:
             style="bold green",
         )
     else:
-        wrong = ", ".join(f"{node}: {count:,}" for node, count in verdict.differing.items())
+        wrong = ", ".join(
+            f"{printable(node)}: {count:,}" for node, count in verdict.differing.items()
+        )
         end = Text(f"The nodes do not agree. Files that differ: {wrong}.", style="bold red")
     return Group(table, end)

@@ -182,6 +182,7 @@ class MemorySyncEngine(SyncEngine):
         :raises TypeError: if the content is not bytes.
         :raises ValueError: if the content type is neither binary nor json, if it is json and the
             content is not, or if the held item's time or version is the largest there can be.
+        :raises StampAheadError: if the held item is stamped more than a day ahead of the clock.
         """
         check_key(key)
         content = check_content(key, content, content_type)
@@ -206,6 +207,7 @@ class MemorySyncEngine(SyncEngine):
 
         :raises InvalidKeyError: if the key is not one.
         :raises ValueError: if the held item's time or version is the largest there can be.
+        :raises StampAheadError: if the held item is stamped more than a day ahead of the clock.
         """
         check_key(key)
         held = self._items.get(key)
@@ -218,10 +220,33 @@ class MemorySyncEngine(SyncEngine):
         await self.apply_many([tombstone])
         return True
 
+    async def now_ms(self) -> int:
+        """Return the time by which it stamps, in milliseconds since the epoch."""
+        return self._wall_clock.now_ms()
+
+    async def replace(self, item: SyncItem, held: Stamp) -> bool:
+        """Put an item in the place of exactly what ``held`` names, even if it is older.
+
+        It is a person's way out where a wrong clock has stamped a key far ahead. False, and nothing has
+        changed, if something else is held by now.
+
+        :raises InvalidKeyError: if the key is not one.
+        """
+        check_key(item.key)
+        known = self._items.get(item.key)
+        if known is None or known.stamp != held:
+            return False
+        if item.deleted:
+            self._remember(item, self._wall_clock.now_ms())
+        self._live += (not item.deleted) - (not known.deleted)
+        self._items[item.key] = item
+        self._tree.touch([item])
+        return True
+
     def _next(self, key: str) -> tuple[int, int]:
         held = self._items.get(key)
         now = self._wall_clock.now_ms()
-        updated_at, version = next_stamp(None if held is None else held.stamp, now)
+        updated_at, version = next_stamp(None if held is None else held.stamp, now, key=key)
         if updated_at > NUMBER_MAX or version > NUMBER_MAX:
             raise ValueError(f"{key!r}: version or updated_at would go over 2**53-1")
         return updated_at, version

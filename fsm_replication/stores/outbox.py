@@ -30,6 +30,7 @@ from fsm_replication.errors import (
 )
 from fsm_replication.items import (
     CONTENT_TYPES,
+    DAY_MS,
     NUMBER_MAX,
     Resolver,
     SyncItem,
@@ -335,6 +336,29 @@ class OutboxPublisher:
         for index, (item, outcome) in enumerate(zip(fine, result.outcomes, strict=True)):
             if outcome is Outcome.REFUSED:
                 self._refuse(item, result.reasons[index])
+        if Outcome.SUPERSEDED in result.outcomes:
+            last = {item.key: item for item in fine}
+            outcomes = zip(fine, result.outcomes, strict=True)
+            keys = {item.key for item, outcome in outcomes if outcome is Outcome.SUPERSEDED}
+            await self._step_back([last[key] for key in sorted(keys)])
+
+    async def _step_back(self, items: Sequence[SyncItem]) -> None:
+        """Follow the store where it gave up what a wrong clock had stamped far ahead.
+
+        By its order tuple what was published before would win for as long as the clock was wrong by.
+        """
+        held = await self._redis.stamps([item.key for item in items])
+        ahead = [
+            (item, stamp)
+            for item, stamp in zip(items, held, strict=True)
+            if stamp is not None and stamp.updated_at > item.updated_at + DAY_MS
+        ]
+        if not ahead:
+            return
+        latest = await self._redis.now_ms() + DAY_MS
+        for item, stamp in ahead:
+            if item.updated_at <= latest < stamp.updated_at:
+                await self._redis.replace(item, stamp)
 
     def _is_publishable(self, item: SyncItem) -> bool:
         """Whether every reader will take it; a row that nobody can read must not stop the others."""

@@ -36,9 +36,9 @@ from fsm_replication.errors import (
     MergeError,
     PeerReplyError,
     ReplicationError,
+    StampAheadError,
     StoreError,
     StoreReopenedError,
-    redact,
 )
 from fsm_replication.foreign import DOTTED, reserved
 from fsm_replication.items import (
@@ -77,6 +77,7 @@ from fsm_replication.ports import (
     SystemClock,
     Transport,
 )
+from fsm_replication.redaction import Secrets, mask_url
 from fsm_replication.redis_tree import RedisTree
 from fsm_replication.stores import dotted_scripts
 from fsm_replication.stores import redis_scripts as scripts
@@ -98,6 +99,7 @@ STAMPS_PER_FLIGHT: Final = 1000
 TREE_LANE: Final = "\0tree"
 REPAIR_LANE: Final = "\0repair"
 _REFUSALS: Final = re.compile(r"\b(?:OOM|READONLY|MISCONF|NOREPLICAS)\b")
+_AHEAD: Final = re.compile(r"AHEAD (\d+) ((?:[0-9a-f]{2})+)")
 _OUTCOMES: Final = {
     ord("0"): Outcome.APPLIED,
     ord("1"): Outcome.SUPERSEDED,
@@ -163,7 +165,8 @@ class RedisSyncEngine(SyncEngine):
         self._tree = RedisTree(self._call_many, self.keys, self._sweep, layouts=self._layouts)
         self._tree_key = self.keys.tree if OWN in layouts else ""
         self._dirty_key = self.keys.dirty if DOTTED in layouts else ""
-        self._where = redact(url)
+        self._where = mask_url(url)
+        self._secrets = Secrets.of(url)
         self._maxlen = stream_maxlen
         self._ttl_ms = round(tombstone_ttl_sec * 1000)
         self._grace_ms = round(tombstone_grace_sec * 1000)
@@ -187,23 +190,9 @@ class RedisSyncEngine(SyncEngine):
         self._incarnation: str | None = None
         self._refused_until = 0.0
         self._opening = asyncio.Lock()
-        try:
-            pool = BlockingConnectionPool.from_url(
-                url,
-                decode_responses=False,
-                protocol=2,
-                socket_timeout=timeout_sec,
-                socket_connect_timeout=timeout_sec,
-                max_connections=connections_max,
-                timeout=timeout_sec,
-                retry=Retry(NoBackoff(), 0),
-                health_check_interval=0,
-            )
-        except ValueError:
-            # What it says quotes the part it could not read, which may be a part of the password.
-            raise ConfigError(
-                ["the store's URL is not a redis://, rediss:// or unix:// URL"]
-            ) from None
+        pool = _new_pool(url, timeout_sec, connections_max)
+        if pool is None:
+            raise ConfigError(["the store's URL is not a redis://, rediss:// or unix:// URL"])
         self._redis = Redis.from_pool(pool)
         self._scripts = {
             text: self._redis.register_script(text)
@@ -686,6 +675,8 @@ class RedisSyncEngine(SyncEngine):
         :raises TypeError: if the content is not bytes.
         :raises ValueError: if the content is too large, its type is neither binary nor json, or it is
             json and the content is not.
+        :raises StampAheadError: if the key is held with a stamp more than a day ahead of the server's
+            clock: peers would refuse whatever is written over it.
         :raises StoreError: if Redis fails, and the write may then have happened or not; or if the
             key in Redis holds something that is no item.
         """
@@ -702,6 +693,7 @@ class RedisSyncEngine(SyncEngine):
         :raises TypeError: if a content is not bytes; then nothing was written.
         :raises ValueError: if a content is too large or not of the type, and then nothing was
             written; or if an item's version cannot go up, and then some may have been.
+        :raises StampAheadError: if a key is held with a stamp more than a day ahead; likewise.
         :raises StoreError: if Redis fails; some of the writes may then have happened.
         """
         given = items.items() if isinstance(items, Mapping) else items
@@ -760,9 +752,8 @@ class RedisSyncEngine(SyncEngine):
     async def _put_merging(self, key: str, content: bytes, content_type: str) -> SyncItem:
         """Write what a resolver makes of the content and what is held."""
         held = (await self._fetch([key]))[0]
-        seconds, micros = await self._call("TIME")
-        now = int(seconds) * 1000 + int(micros) // 1000
-        updated_at, version = next_stamp(None if held is None else held.stamp, now)
+        now = await self.now_ms()
+        updated_at, version = next_stamp(None if held is None else held.stamp, now, key=key)
         if updated_at > NUMBER_MAX or version > NUMBER_MAX:
             raise ValueError(f"{key!r}: version or updated_at would go over 2**53-1")
         digest = content_hash(content)
@@ -792,6 +783,7 @@ class RedisSyncEngine(SyncEngine):
         """Delete an item and publish that; False, and no event, if there was no live one.
 
         :raises InvalidKeyError: if the key is not one.
+        :raises StampAheadError: if the key is held with a stamp more than a day ahead.
         :raises StoreError: if Redis fails; the delete may then have happened or not.
         """
         self._check_key(key)
@@ -802,6 +794,37 @@ class RedisSyncEngine(SyncEngine):
         ]  # fmt: skip
         keys = [self.keys.stream, self.keys.marker, self.keys.live]
         return bool(await self._run(scripts.DELETE, keys, args))
+
+    async def now_ms(self) -> int:
+        """Return the time by which it stamps: the server's, in milliseconds since the epoch.
+
+        :raises StoreError: if Redis fails.
+        """
+        seconds, micros = await self._call("TIME")
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    async def replace(self, item: SyncItem, held: Stamp) -> bool:
+        """Put an item in the place of exactly what ``held`` names, even if it is older, and publish it.
+
+        Item, tree and stream entry change together, as ever. It is a person's way out where a wrong
+        clock has stamped a key far ahead; peers that hold what was replaced keep that. False, and
+        nothing has changed, if something else is held by now.
+
+        :raises InvalidKeyError: if the key is not one.
+        :raises StoreError: if Redis fails, and it may then have happened or not; or if the key in
+            Redis holds something that is no item.
+        """
+        self._check_key(item.key)
+        form = self._wire_form(item)
+        key, value, bucket = encode_item(item, form.data)
+        digest = "" if item.deleted else item.content_hash.hex()
+        args = pack_arguments((key, value, digest, form.meta, bucket, encode_stamp(held)))
+        async with self._locks.setdefault("", asyncio.Lock()):
+            lane = await self._lane("")
+            codes, _, _ = await self._apply(lane, scripts.MERGE, "", "", args, "")
+        if _OUTCOMES.get(codes[0]) is Outcome.REFUSED:
+            raise StoreError(f"{self._where}: {item.key!r}: {_NO_ITEM}")
+        return _OUTCOMES.get(codes[0]) is Outcome.APPLIED
 
     async def scan(self, prefix: str = "") -> AsyncIterator[SyncItem]:
         """Yield live items whose keys start with ``prefix``, in no order.
@@ -868,6 +891,11 @@ class RedisSyncEngine(SyncEngine):
             await self.open()
             return await self._eval(text, keys, args)
         except (RedisError, OSError) as error:
+            ahead = _AHEAD.fullmatch(str(error))
+            self._secrets.scrub_error(error)
+            if ahead is not None and isinstance(error, ResponseError):
+                key = bytes.fromhex(ahead[2]).decode("utf-8", "replace")
+                raise StampAheadError(key, int(ahead[1])) from None
             if isinstance(error, ResponseError) and str(error).startswith("RANGE "):
                 raise ValueError(
                     f"{str(error)[6:]!r}: version or updated_at would go over 2**53-1"
@@ -883,6 +911,8 @@ class RedisSyncEngine(SyncEngine):
             return await self._redis.eval(text, len(keys), *keys, *args)
 
     def _store_error(self, error: Exception) -> StoreError:
+        # The client's errors quote the server, and hang on to ours as their context.
+        self._secrets.scrub_error(error)
         text = (str(error) or type(error).__name__).removeprefix(f"{self._where}: ")
         # redis-py has a class for some of these, and then takes the word out of the text.
         if isinstance(error, ReadOnlyError | OutOfMemoryError) or _REFUSALS.search(text):
@@ -891,6 +921,25 @@ class RedisSyncEngine(SyncEngine):
 
     def __repr__(self) -> str:
         return f"<RedisSyncEngine {self.node_id!r} at {self._where}>"
+
+
+def _new_pool(url: str, timeout_sec: float, connections_max: int) -> BlockingConnectionPool | None:
+    try:
+        return BlockingConnectionPool.from_url(
+            url,
+            decode_responses=False,
+            protocol=2,
+            socket_timeout=timeout_sec,
+            socket_connect_timeout=timeout_sec,
+            max_connections=connections_max,
+            timeout=timeout_sec,
+            retry=Retry(NoBackoff(), 0),
+            health_check_interval=0,
+        )
+    except ValueError:
+        # What it says quotes the part it could not read, which may be a part of the password: so
+        # nothing is raised in here, that would hang on to it as its context.
+        return None
 
 
 def _position_args(received: Received | None) -> tuple[str, str]:

@@ -300,12 +300,18 @@ local function held_head(item_key)
   if held ~= '' and #held < 58 then return false end
   return held
 end
+-- The third value tells that what is held lies so far ahead that peers would refuse a write over it.
 local function next_stamp(held, now)
   if held == '' then return now, 1 end
   local at, version = unpack_bytes('>I8I8', held)
+  if at > now + 86400000 then return at, version, string.format('AHEAD %.0f ', at) end
   return math.max(now, at + 1), version + 1
 end
 local LIMIT = 9007199254740991
+-- In an error a line's end would become a space.
+local function hex(text)
+  return (string.gsub(text, '.', function(one) return string.format('%02x', byte(one)) end))
+end
 """
 
 # KEYS: stream, marker, live. ARGV: maxlen, item prefix, tree, dirty keys, then for each item: key, hash and type as bytes,
@@ -326,8 +332,12 @@ for i = 5, #ARGV, 7 do
   local refusal = not held and 'NOITEM '
   local at, version
   if held then
-    at, version = next_stamp(held, now)
-    if at > LIMIT or version > LIMIT then refusal = 'RANGE ' end
+    at, version, refusal = next_stamp(held, now)
+    if refusal then
+      key = hex(key)
+    elseif at > LIMIT or version > LIMIT then
+      refusal = 'RANGE '
+    end
   end
   if refusal then
     fold(tree)
@@ -361,7 +371,8 @@ local item_key = ARGV[2] .. key
 local held = held_head(item_key)
 if not held then return redis.error_reply('NOITEM ' .. key) end
 if held == '' or byte(held, 17) == 1 then return 0 end
-local at, version = next_stamp(held, now)
+local at, version, refusal = next_stamp(held, now)
+if refusal then return redis.error_reply(refusal .. hex(key)) end
 if at > LIMIT or version > LIMIT then return redis.error_reply('RANGE ' .. key) end
 local stamp = pack('>I8I8B', at, version, 1) .. ARGV[6]
 local value = stamp .. digest_of(key, stamp) .. ARGV[7]

@@ -6,12 +6,14 @@ Content belongs to the object and outlives closing, so an engine that is started
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Final
 
 from fsm_replication.errors import AlreadyRunningError, CursorStoreError
+from fsm_replication.letter_folding import check_room, in_stream_order, letters_that_stay, same_as
+from fsm_replication.letter_folding import fold as fold_letters
 from fsm_replication.ports import (
     LETTERS_BYTES,
     Agreement,
@@ -119,6 +121,7 @@ class MemoryCursorStore:
             tables.peers.get(peer_id, PeerRecord()),
             gaps=tuple(gap for gap in tables.gaps.values() if _is_open(gap, peer_id)),
             dead_letters=len(tables.letters.get(peer_id, ())),
+            letter_bytes=_held(tables.letters.get(peer_id, {}))[1],
         )
         await asyncio.sleep(0)
         return record
@@ -131,37 +134,76 @@ class MemoryCursorStore:
         await asyncio.sleep(0)
 
     async def settle(
-        self, peer_id: str, cursor: Cursor | None, letters: Sequence[DeadLetter], *, keep: int
+        self,
+        peer_id: str,
+        cursor: Cursor | None,
+        letters: Sequence[DeadLetter],
+        *,
+        keep: int,
+        keep_bytes: int | None = None,
+        fold: bool = False,
+        may_drop: bool = True,
     ) -> int:
         """Store dead letters and the cursor that passes them (G1).
 
-        At most ``keep`` letters of this peer stay, the newest; returns how many were dropped, and
-        counts them in the ledger. An entry that is read again does not become a second letter.
+        At most ``keep`` letters of this peer stay, the newest, and as many as hold ``keep_bytes``
+        together, but one at least; returns how many entries were dropped with the others, and counts
+        them in the ledger. Where none ``may_drop``, nothing is stored once there are ``keep``, or as
+        they would hold more than ``keep_bytes`` with those that are there. With ``fold``, letters of
+        one key and reason become one. An entry that is read again does not become a second letter.
 
+        :raises LettersFullError: if none may be dropped and there is no room.
         :raises ValueError: if a letter is another peer's: its bound would not hold.
         """
         if any(letter.peer_id != peer_id for letter in letters):
             raise ValueError(f"letters of other peers than {peer_id!r}")
         tables = self._use()
-        held = tables.letters.setdefault(peer_id, {})
-        for letter in letters:
-            known = held.get(letter.stream_id)
-            if known is None:
-                tables.last_letter += 1
-                held[letter.stream_id] = replace(letter, id=tables.last_letter)
-            else:
-                # It is the same letter: it keeps its id and its time.
-                held[letter.stream_id] = replace(letter, id=known.id, at_ms=known.at_ms)
+        before = tables.letters.get(peer_id, {})
+        held, last = dict(before), tables.last_letter
+        for letter in in_stream_order(letters) if fold else letters:
+            last += self._add_letter(held, letter, last + 1, fold=fold)
+        keep, most = max(0, keep), INTEGER_MAX if keep_bytes is None else keep_bytes
+        if not may_drop:
+            check_room(_held(before), _held(held), keep, most)
+        tables.letters[peer_id], tables.last_letter = held, last
         if cursor is not None:
             self._set_cursor(peer_id, cursor)
-        surplus = list(held)[: max(0, len(held) - max(0, keep))]
-        for stream_id in surplus:
-            del held[stream_id]
+        newest = sorted(held.values(), key=lambda letter: -letter.id)
+        stay = letters_that_stay([letter.held_bytes for letter in newest], keep, most)
+        surplus = newest[stay:] if may_drop else []
+        for letter in surplus:
+            del held[letter.stream_id]
+        dropped = sum(letter.count for letter in surplus)
         if surplus:
             now = max((letter.at_ms for letter in letters), default=0)
-            self._count_dropped(peer_id, now, len(surplus))
+            self._count_dropped(peer_id, now, dropped)
         await asyncio.sleep(0)
-        return len(surplus)
+        return dropped
+
+    @staticmethod
+    def _add_letter(
+        held: dict[str, DeadLetter], letter: DeadLetter, number: int, *, fold: bool
+    ) -> bool:
+        """Add a letter to those of a peer; returns whether it got a new id."""
+        known = held.get(letter.stream_id)
+        if known is not None:
+            # It is the same letter: it keeps its id and its time, and what it stands for.
+            held[letter.stream_id] = replace(
+                letter,
+                id=known.id,
+                at_ms=known.at_ms,
+                count=known.count,
+                first_stream_id=known.first_stream_id,
+            )
+            return False
+        alike = _alike(held, letter) if fold else None
+        made = None if alike is None else fold_letters(alike, letter)
+        if made is not None and alike is not None:
+            if made is alike:
+                return False
+            del held[alike.stream_id]
+        held[letter.stream_id] = replace(made or letter, id=number)
+        return True
 
     async def begin_bootstrap(self, peer_id: str, row: BootstrapRow, gap: GapRow | None) -> None:
         """Note that copying starts, with the gap that made it necessary.
@@ -361,6 +403,23 @@ class MemoryCursorStore:
 
 def _is_open(gap: GapRow, peer_id: str) -> bool:
     return gap.peer_id == peer_id and gap.healed_at_ms is None
+
+
+def _held(letters: Mapping[str, DeadLetter]) -> tuple[int, int]:
+    return len(letters), sum(letter.held_bytes for letter in letters.values())
+
+
+def _alike(held: Mapping[str, DeadLetter], letter: DeadLetter) -> DeadLetter | None:
+    """Return the newest letter of the same key and reason."""
+    wanted = same_as(letter)
+    found = [
+        one
+        for one in held.values()
+        if wanted is not None
+        and (one.reason, one.foreign) == (letter.reason, letter.foreign)
+        and same_as(one) == wanted
+    ]
+    return max(found, key=lambda one: one.id, default=None)
 
 
 def _number(value: int | None) -> int | None:

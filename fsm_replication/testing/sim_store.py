@@ -239,11 +239,14 @@ class SimStore(SyncEngine):
         return ApplyResult(outcomes, live_deleted=live_deleted, live_added=live_added)
 
     def put(self, key: str, content: bytes, content_type: str = "binary") -> SyncItem:
-        """Write locally, at once."""
+        """Write locally, at once.
+
+        :raises StampAheadError: if what is held is stamped more than a day ahead of the clock.
+        """
         check_key(key)
         self.open_if_empty()
         held = self.held(key)
-        updated_at, version = next_stamp(None if held is None else held.stamp, self._now())
+        updated_at, version = next_stamp(None if held is None else held.stamp, self._now(), key=key)
         item = SyncItem(
             key, content, content_type, content_hash(content), version, updated_at, False,
             self.node_id,
@@ -254,15 +257,26 @@ class SimStore(SyncEngine):
         return made
 
     def delete(self, key: str) -> bool:
-        """Delete locally, at once; returns whether there was a live item."""
+        """Delete locally, at once; returns whether there was a live item.
+
+        :raises StampAheadError: if what is held is stamped more than a day ahead of the clock.
+        """
         self.open_if_empty()
         held = self.held(key)
         if held is None or held.deleted:
             return False
-        updated_at, version = next_stamp(held.stamp, self._now())
+        updated_at, version = next_stamp(held.stamp, self._now(), key=key)
         self._keep(
             SyncItem(key, b"", "binary", EMPTY_HASH, version, updated_at, True, self.node_id), held
         )
+        return True
+
+    def replace(self, item: SyncItem, held: Stamp) -> bool:
+        """Put an item in the place of exactly what ``held`` names, at once, even if it is older."""
+        known = self.held(item.key)
+        if known is None or known.stamp != held:
+            return False
+        self._keep(item, known)
         return True
 
     def _now(self) -> int:

@@ -18,6 +18,7 @@ from fsm_replication.errors import (
     BadEntryError,
     CircuitOpenError,
     CursorStoreError,
+    LettersFullError,
     StoreError,
 )
 from fsm_replication.items import Stamp, SyncItem
@@ -34,7 +35,6 @@ __all__ = ("Applier", "Blocked", "Chunk", "Prepared", "Unsettled")
 CHECK_FIRST_SHARE: Final = 0.2
 RETRY_FIRST_SEC: Final = 0.05
 RETRY_MAX_SEC: Final = 1.0
-NO_LIMIT: Final = 2**31
 # On these paths what comes later relies on what came before; a repair compares anew each time.
 _ORDERED: Final = frozenset({"stream", "bootstrap"})
 _T = TypeVar("_T")
@@ -462,24 +462,34 @@ class Applier:
 
     async def _keep_letters(self, cursor: Cursor, letters: Sequence[DeadLetter]) -> None:
         context = self._context
-        limit = context.settings.limits.dead_letters
+        limits = context.settings.limits
         store, progress = context.ports.cursor_store, context.progress
         wait = RETRY_FIRST_SEC
         while True:
             try:
-                keep = limit
-                if context.settings.dead_letters.when_full == "pause":
-                    await self._check_room(len(letters), limit)
-                    # One batch may go over the limit; none is dropped.
-                    keep = NO_LIMIT
-                dropped = await store.settle(context.peer_id, cursor, letters, keep=keep)
+                dropped = await store.settle(
+                    context.peer_id,
+                    cursor,
+                    letters,
+                    keep=limits.dead_letters,
+                    keep_bytes=limits.dead_letter_bytes,
+                    # Of what a resolver merges the newest entry does not supersede the others.
+                    fold=context.store.resolver.by_stamp,
+                    may_drop=context.settings.dead_letters.when_full != "pause",
+                )
                 if dropped:
                     context.metrics.dead_letters("dropped", dropped)
-                    context.log.warning("dead_letters_dropped", count=dropped, limit=limit)
+                    context.log.warning("dead_letters_dropped", count=dropped)
                 record = await store.load(context.peer_id)
                 progress.dead_letters = record.dead_letters
                 progress.gaps_open = len(record.gaps)
                 break
+            except LettersFullError as error:
+                progress.dead_letters = error.letters
+                progress.letter_bytes_needed = error.needed_bytes
+                raise Blocked(
+                    PauseReason.DEAD_LETTERS_FULL, f"{error}: retry or purge them"
+                ) from None
             except CursorStoreError as error:
                 # Without the letters on disk the cursor must not pass them.
                 if not error.may_pass:
@@ -498,18 +508,6 @@ class Applier:
         for reason, count in reasons.items():
             context.metrics.dead_letters(reason, count)
         context.log.warning("dead_letters", count=len(letters), reasons=reasons)
-
-    async def _check_room(self, more: int, limit: int) -> None:
-        context = self._context
-        if context.progress.dead_letters + more <= limit:
-            return
-        held = (await context.ports.cursor_store.load(context.peer_id)).dead_letters
-        context.progress.dead_letters = held
-        if held >= limit:
-            raise Blocked(
-                PauseReason.DEAD_LETTERS_FULL,
-                f"{held} dead letters are kept, the limit is {limit}: retry or purge them",
-            )
 
     def oversize_letter(self, position: Position, size: int) -> DeadLetter:
         """Return the dead letter of an entry too large to be read."""

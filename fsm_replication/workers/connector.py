@@ -19,6 +19,7 @@ from fsm_replication.foreign import DOTTED
 from fsm_replication.layout import FORMAT, Keys
 from fsm_replication.merkle import OWN, PARTITIONS
 from fsm_replication.ports import Connection, Transport
+from fsm_replication.redaction import Secrets
 from fsm_replication.replies import count, table
 from fsm_replication.reports import LinkFact, Reporter
 from fsm_replication.workers.context import LinkContext
@@ -216,8 +217,11 @@ def _check_marker(
         # tell before its first change: there is nobody here yet, and no need to guess who comes.
         raise PeerReplyError("no node has written here yet", peer=where)
 
+    secrets = Secrets.of(peer.redis_url)
+
     def field(name: str) -> str:
-        return shorten(marker.get(name.encode(), b"").decode("utf-8", "replace"), FIELD_CHARS_MAX)
+        text = secrets.scrub(marker.get(name.encode(), b"").decode("utf-8", "replace"))
+        return shorten(text, FIELD_CHARS_MAX)
 
     node_id, form = field("node_id"), field("format")
     if node_id == local_node_id:

@@ -14,7 +14,7 @@ from fsm_replication.current import Current
 from fsm_replication.errors import CursorStoreError, ReplicationError, shorten
 from fsm_replication.limiter import PrioritySlot, RateLimiter
 from fsm_replication.metrics import PeerMetrics
-from fsm_replication.ports import BEFORE_ALL, Agreement, Ports, Position, StreamId
+from fsm_replication.ports import BEFORE_ALL, Agreement, PeerRecord, Ports, Position, StreamId
 from fsm_replication.stores.protocol import SyncEngine
 from fsm_replication.workers.arrivals import Arrivals
 from fsm_replication.workers.changes import ChangeFeed, Doubts
@@ -35,8 +35,10 @@ class LinkProgress:
 
     Times of the monotonic clock are in seconds, stream times in milliseconds. ``advances`` grows
     with each entry settled for the first time and each item fetched: nothing else is progress (G12).
-    ``furthest`` is the id up to which entries were settled since the last copy. ``incarnation`` is
-    that of the local store when the link decided for the last time, "" before the first.
+    ``furthest`` is the id up to which entries were settled since the last copy,
+    ``letter_bytes_needed`` what the dead letters hold for which there was no room last.
+    ``incarnation`` is that of the local store when the link decided for the last time, "" before the
+    first.
 
     ``wanted_since`` is when the link first tried to connect, ``head_reached_at`` when the last read
     that left nothing behind was answered, and until ``head_watched_until`` a read that waits at the
@@ -60,6 +62,7 @@ class LinkProgress:
     last_error: str = ""
     failures: int = 0
     dead_letters: int = 0
+    letter_bytes_needed: int = 0
     gaps_open: int = 0
     clock_ahead: int = 0
     bootstrap: str = ""
@@ -190,6 +193,15 @@ class LinkContext:
         self.crashes.add(error)
         self.progress.failures += 1
         self.progress.last_error = f"{type(error).__name__}: {shorten(str(error))}"
+
+    def letters_fit(self, record: PeerRecord) -> bool:
+        """Say whether there is room for the dead letters for which there was none."""
+        if self.settings.dead_letters.when_full != "pause" or not record.dead_letters:
+            return True
+        limits = self.settings.limits
+        held_bytes = record.letter_bytes + self.progress.letter_bytes_needed
+        fits = held_bytes <= limits.dead_letter_bytes
+        return fits and record.dead_letters < limits.dead_letters
 
     async def agree(self, agreement: Agreement) -> None:
         """Note that everything the peer held is held here, but for a few keys: gaps are healed.

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
-from fsm_replication.batch import DAY_MS, TURN_BYTES, Part
+from fsm_replication.batch import TURN_BYTES, Part
 from fsm_replication.errors import BadEntryError, InvalidKeyError, PeerReplyError
-from fsm_replication.items import SyncItem
+from fsm_replication.items import DAY_MS, SyncItem
 from fsm_replication.ports import Connection
 from fsm_replication.replies import count
 from fsm_replication.stores.protocol import ApplyResult, Outcome

@@ -17,8 +17,8 @@ from typing import Final
 
 from structlog.stdlib import BoundLogger
 
-from fsm_replication.batch import DAY_MS
 from fsm_replication.errors import ConnectionLostError, PeerReplyError, ProtocolError
+from fsm_replication.items import DAY_MS
 from fsm_replication.ports import Clock, Connection, WallClock
 
 __all__ = ("ASK_TIME", "WARN_FROM_SEC", "PeerClock")

@@ -894,8 +894,8 @@ class Tailer:
         settings = context.settings
         if settings.dead_letters.when_full != "pause":
             return True
-        held = (await context.ports.cursor_store.load(context.peer_id)).dead_letters
-        return held < settings.limits.dead_letters
+        record = await context.ports.cursor_store.load(context.peer_id)
+        return context.letters_fit(record)
 
     # The end.
 
