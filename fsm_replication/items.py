@@ -177,8 +177,8 @@ def next_stamp(known: Stamp | None, now_ms: int) -> tuple[int, int]:
 
     Together they are a hybrid logical clock per key (Kulkarni et al., "Logical Physical Clocks",
     2014): a write that has seen another is always stamped later, even where the clock has gone
-    back in between.
+    back in between. The time decides first, so a version that cannot go up any more stays.
     """
     if known is None:
         return now_ms, 1
-    return max(now_ms, known.updated_at + 1), known.version + 1
+    return max(now_ms, known.updated_at + 1), min(known.version + 1, NUMBER_MAX)

@@ -179,7 +179,7 @@ class MemorySyncEngine(SyncEngine):
 
         :raises InvalidKeyError: if the key is not one.
         :raises ValueError: if the content type is neither binary nor json, or if the held item's
-            time or version is the largest there can be.
+            time is the largest there can be.
         """
         check_key(key)
         if content_type not in CONTENT_TYPES:
@@ -196,7 +196,7 @@ class MemorySyncEngine(SyncEngine):
         """Delete locally; returns whether there was a live item.
 
         :raises InvalidKeyError: if the key is not one.
-        :raises ValueError: if the held item's time or version is the largest there can be.
+        :raises ValueError: if the held item's time is the largest there can be.
         """
         check_key(key)
         held = self._items.get(key)
@@ -213,8 +213,8 @@ class MemorySyncEngine(SyncEngine):
         held = self._items.get(key)
         now = self._wall_clock.now_ms()
         updated_at, version = next_stamp(None if held is None else held.stamp, now)
-        if updated_at > NUMBER_MAX or version > NUMBER_MAX:
-            raise ValueError(f"{key!r}: version or updated_at would go over 2**53-1")
+        if updated_at > NUMBER_MAX:
+            raise ValueError(f"{key!r}: updated_at would go over 2**53-1")
         return updated_at, version
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ kept: what they are absent here for may be a delete that everybody has forgotten
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from fsm_replication.config import Settings
@@ -80,9 +80,15 @@ class Interlock:
 class StaleGuard:
     """Holds back old items of a peer we have not agreed with for longer than the ttl."""
 
-    def __init__(self, ttl_ms: int, wall_clock: WallClock) -> None:
+    def __init__(
+        self,
+        ttl_ms: int,
+        wall_clock: WallClock,
+        deletes_known_ms: Callable[[int], int | None] = lambda _now_ms: None,
+    ) -> None:
         self._ttl_ms = ttl_ms
         self._wall_clock = wall_clock
+        self._deletes_known_ms = deletes_known_ms
         self._agreed_at_ms: int | None = None
         self._held_back: OrderedDict[str, Stamp] = OrderedDict()
         self.count = 0
@@ -107,7 +113,10 @@ class StaleGuard:
     @property
     def floor_ms(self) -> int:
         """Items older than this may have been deleted by a tombstone nobody keeps any more."""
-        return self._wall_clock.now_ms() - self._ttl_ms
+        now = self._wall_clock.now_ms()
+        known = self._deletes_known_ms(now)
+        # A raised ttl brings back no tombstone that was forgotten by the old one.
+        return now - (self._ttl_ms if known is None else min(known, self._ttl_ms))
 
     @property
     def active(self) -> bool:
@@ -125,7 +134,8 @@ class StaleGuard:
 
     def is_spent(self, theirs: Stamp, ours: Stamp | None) -> bool:
         """Say whether this is a tombstone that expired, of a key that is absent here."""
-        return ours is None and theirs.deleted and theirs.updated_at <= self.floor_ms
+        expired = theirs.updated_at <= self._wall_clock.now_ms() - self._ttl_ms
+        return ours is None and theirs.deleted and expired
 
     def note(self, key: str, stamp: Stamp) -> None:
         """Remember an item that was held back, to be listed; the oldest of many are forgotten."""
