@@ -105,7 +105,7 @@ end
 local ttl = math.max(tonumber(announced_ttl or next_ttl), tonumber(next_ttl or announced_ttl))
 """
 
-# prepare() comes before the first change. swap_leaf() puts a leaf in the place of another, false for none,
+# prepare() comes before the first change, and takes out of the tree some of what has expired. swap_leaf() puts a leaf in the place of another, false for none,
 # put_back() undoes that, and count() notes what it means for the digests; sweep() takes out what has
 # expired; fold() brings branches, root and the number of live items up to date. Branches count from 1
 # here, so that the root's digest lies at 0 and a branch's at 8 times its number.
@@ -114,21 +114,6 @@ local WORD = 4294967296
 local root_high, root_low, live = 0, 0, 0
 local highs, lows, touched = {}, {}, 0
 local live_held, prepared = false, false
-local function prepare()
-  if prepared then return end
-  live_held = call('GET', live_key)
-  if live_held and not tonumber(live_held) then error('ERR ' .. live_key .. ' is no number', 0) end
-  -- This one comes first: what needs memory is refused only as long as nothing was written.
-  call('SET', live_key, '0', live_held and 'NX' or 'XX')
-  if tree ~= '' then
-    call('SETRANGE', tree, 0, '')
-    call('ZADD', deleted, 'XX', 0, '')
-    call('ZREM', deleted, '')
-    call('HDEL', tree .. ':0', '')
-  end
-  if dirty ~= '' then call('ZADD', dirty, 'XX', 0, '') end
-  prepared = true
-end
 local function bump(at, high, low)
   local old = call('GETRANGE', tree, at, at + 7)
   if #old == 8 then
@@ -203,6 +188,22 @@ local function sweep(now, most)
   end
   return #due
 end
+local function prepare(now)
+  if prepared then return end
+  live_held = call('GET', live_key)
+  if live_held and not tonumber(live_held) then error('ERR ' .. live_key .. ' is no number', 0) end
+  -- This one comes first: what needs memory is refused only as long as nothing was written.
+  call('SET', live_key, '0', live_held and 'NX' or 'XX')
+  if tree ~= '' then
+    call('SETRANGE', tree, 0, '')
+    call('ZADD', deleted, 'XX', 0, '')
+    call('ZREM', deleted, '')
+    call('HDEL', tree .. ':0', '')
+  end
+  if dirty ~= '' then call('ZADD', dirty, 'XX', 0, '') end
+  if tree ~= '' then sweep(now, 16) end
+  prepared = true
+end
 local function fold()
   if live ~= 0 then
     call('SET', live_key, string.format('%.0f', (tonumber(live_held) or 0) + live))
@@ -244,7 +245,7 @@ local function publish(leaves, key, old, ...)
   end
 end
 local function keep(bucket, item_key, key, value, held, digest, meta, expiry, now)
-  prepare()
+  prepare(now)
   local leaves, stamp, old, old_digest = nil, false, false, false
   if tree ~= '' then
     leaves = tree .. ':' .. bucket
@@ -399,7 +400,7 @@ end
 -- The position comes first, because it can be put back.
 local before, is_placed
 local function place()
-  prepare()
+  prepare(now)
   before = call('HGET', positions, peer)
   if not before then call('HDEL', positions, peer) end
   call('HSET', positions, peer, position)
@@ -416,7 +417,6 @@ while fine and at <= #ARGV do
     at = at + STRIDE
   end
 end
-if fine and prepared and tree ~= '' then fine, why = pcall(sweep, now, 16) end
 fold()
 if not fine then
   if is_placed then put_back(positions, peer, before) end
@@ -512,7 +512,6 @@ local function delete()
   local meta = '{"version":' .. string.format('%.0f', version)
     .. ',"updated_at":' .. string.format('%.0f', at) .. ARGV[11]
   keep(ARGV[12], item_key, key, value, held, '', meta, at + ttl, now)
-  if tree ~= '' then sweep(now, 16) end
   return 1
 end
 local fine, result = pcall(delete)
@@ -542,7 +541,7 @@ local function adopt(bucket, key, held, now)
   local stamp, leaves = sub(held, 1, 50), tree .. ':' .. bucket
   local at = byte(stamp, 17) == 1 and unpack_bytes('>I8', stamp)
   if at and at + ttl <= now then return end
-  prepare()
+  prepare(now)
   if call('HSETNX', leaves, key, stamp) == 1 then
     local digest = digest_of(key, stamp)
     count(bucket, digest)

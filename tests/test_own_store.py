@@ -1,0 +1,281 @@
+"""The node's own Redis: writes that fail half way, a changed ttl, who else has it open, and its settings."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import redis
+from conftest import until, until_async
+
+from fsm_replication.errors import ConfigError, StoreError
+from fsm_replication.items import EMPTY_HASH, NUMBER_MAX, SyncItem, content_hash
+from fsm_replication.layout import decode_item, encode_stamp
+from fsm_replication.merkle import OWN, MerkleTree, bucket_of
+from fsm_replication.ports import Position, StreamId
+from fsm_replication.resolvers import GrowOnlySet
+from fsm_replication.servers import RedisServer
+from fsm_replication.stores import MemorySyncEngine, Received, RedisSyncEngine
+from fsm_replication.stream import DataDecoder
+
+pytestmark = pytest.mark.usefixtures("no_tasks_left")
+
+MIB = 1024 * 1024
+AT = Position(StreamId(1_700_000_000_000, 7), 42)
+BOTH = ("own", "dotted")
+# What the scripts of the store use, and a user may therefore not be allowed to.
+COMMANDS = (
+    "set", "get", "getrange", "setrange", "hset", "hsetnx", "hget", "hdel", "hmget", "xadd", "zadd", "zrem",
+    "zrangebyscore", "time", "incrby",
+)  # fmt: skip
+LAST_ID = "18446744073709551615-18446744073709551615"
+
+
+def now_ms() -> int:
+    """Return the time of day, which is Redis's too."""
+    return int(time.time() * 1000)
+
+
+def put_of(key: str, at: int, content: bytes = b"content", version: int = 1) -> SyncItem:
+    """Return a live item of another node."""
+    return SyncItem(key, content, "binary", content_hash(content), version, at, False, "far")
+
+
+def delete_of(key: str, at: int, version: int = 1) -> SyncItem:
+    """Return a tombstone of another node."""
+    return SyncItem(key, b"", "binary", EMPTY_HASH, version, at, True, "far")
+
+
+def raw(server: RedisServer) -> redis.Redis:
+    """Return a plain client, to look at what the store does not show."""
+    return redis.Redis(port=server.port)
+
+
+def everything(client: Any) -> dict[bytes, Any]:
+    """Return all that Redis holds, save for who has the store open, and counts of zero."""
+    found: dict[bytes, Any] = {}
+    for name in client.scan_iter(count=1000):
+        kind = client.type(name)
+        if kind == b"string":
+            found[name] = client.get(name)
+        elif kind == b"hash":
+            found[name] = client.hgetall(name)
+        elif kind == b"zset" and not name.endswith(b"fsm:processes"):
+            found[name] = client.zrange(name, 0, -1, withscores=True)
+        elif kind == b"stream":
+            found[name] = client.xrange(name)
+        elif kind == b"list":
+            found[name] = client.lrange(name, 0, -1)
+    return found
+
+
+def items_in(client: Any, prefix: bytes = b"item:") -> dict[str, SyncItem]:
+    """Return every item that lies in Redis."""
+    decoder, found = DataDecoder(MIB), {}
+    for name in client.scan_iter(match=prefix + b"*", count=1000):
+        key = name.removeprefix(prefix).decode()
+        found[key] = decode_item(key, client.get(name), decoder)
+    return found
+
+
+def root_of(client: Any) -> bytes:
+    """Return the root of the tree as readers find it."""
+    found: bytes = client.getrange("fsm:tree", 0, 7)
+    return found or bytes(8)
+
+
+def assert_is_whole(client: Any) -> None:
+    """Items, tree, stream and the number of live items must tell of the same."""
+    items, tree = items_in(client), MerkleTree()
+    for key, item in items.items():
+        tree.set(key, encode_stamp(item))
+    assert root_of(client) == tree.root()
+    assert int(client.get("fsm:live") or 0) == sum(not item.deleted for item in items.values())
+    told = {fields[b"key"].decode() for _, fields in client.xrange("cdc")}
+    assert items.keys() <= told
+
+
+Write = Callable[[RedisSyncEngine], Awaitable[object]]
+
+
+def writes() -> dict[str, Write]:
+    """Return every way to write, over nothing and over what is held."""
+    later = now_ms() + 1000
+    from_peer = Received("far", AT)
+    return {
+        "a put of a new key": lambda store: store.put("new", b"x"),
+        "a put over an item": lambda store: store.put("held", b"y"),
+        "a put over a tombstone": lambda store: store.put("gone", b"y"),
+        "a delete": lambda store: store.delete("held3"),
+        "an item of a peer": lambda store: store.apply_many([put_of("new3", later)], from_peer),
+        "a newer item of a peer": lambda store: store.apply_many([put_of("held4", later)], from_peer),
+        "a delete of a peer": lambda store: store.apply_many([delete_of("held5", later)], from_peer),
+        "a delete of what is not here": lambda store: store.apply_many([delete_of("new4", later)]),
+    }  # fmt: skip
+
+
+@asynccontextmanager
+async def prepared(server: RedisServer, **options: Any) -> AsyncIterator[RedisSyncEngine]:
+    """Open a store that holds something, for a user whose rights may be taken away."""
+    with raw(server) as client:
+        client.execute_command("ACL", "SETUSER", "writer", "on", "nopass", "~*", "+@all")
+    url = f"redis://writer:none@127.0.0.1:{server.port}"
+    async with RedisSyncEngine(url, node_id="here", **options) as store:
+        await store.put_many({"held": b"0", **{f"held{n}": b"0" for n in range(2, 6)}, "gone": b""})
+        await store.delete("gone")
+        yield store
+
+
+async def each_write_is_whole_or_not_at_all(
+    store: RedisSyncEngine, client: Any, broken: str = ""
+) -> int:
+    """Try every write; returns how many were refused, each of which must have changed nothing."""
+    refused = 0
+    for name, write in writes().items():
+        before = everything(client)
+        try:
+            await write(store)
+        except StoreError:
+            refused += 1
+            assert everything(client) == before, f"{name} was refused and changed something: {broken}"
+    return refused
+
+
+# A write that fails half way.
+
+
+async def test_a_user_who_lacks_a_command_writes_whole_or_not_at_all(
+    any_redis_server: RedisServer,
+) -> None:
+    """If this fails an item is held that the stream never tells of, or the tree is wrong (G1)."""
+    refused: dict[str, int] = {}
+    async with prepared(any_redis_server) as store:
+        with raw(any_redis_server) as client:
+            for command in COMMANDS:
+                client.execute_command("ACL", "SETUSER", "writer", f"-{command}")
+                refused[command] = await each_write_is_whole_or_not_at_all(store, client, command)
+                client.execute_command("ACL", "SETUSER", "writer", f"+{command}")
+                await store.put("held3", b"again")
+            assert await each_write_is_whole_or_not_at_all(store, client) == 0
+            assert_is_whole(client)
+    assert refused["xadd"] == refused["set"] == len(writes())
+    assert refused["incrby"] == 0
+
+
+async def test_a_key_of_another_type_spoils_no_write_half_way(
+    any_redis_server: RedisServer,
+) -> None:
+    """If this fails a stream or tree that somebody has overwritten leaves items nobody hears of."""
+    async with prepared(any_redis_server, layouts=BOTH) as store:
+        await store._publisher.stop()  # type: ignore[union-attr]
+        with raw(any_redis_server) as client:
+            names = [b"cdc", b"fsm:live", b"fsm:positions", b"fsm:dotted:dirty", b"fsm:tree:deleted"]
+            names.append(b"fsm:tree")
+            names += [b"fsm:tree:%d" % bucket_of(key) for key in (b"held", b"gone", b"new", b"new4")]
+            for name in names:
+                await store.put("held3", b"again")
+                there = client.exists(name)
+                if there:
+                    client.rename(name, "saved")
+                client.rpush(name, "a list")
+                broken = await each_write_is_whole_or_not_at_all(store, client, name.decode())
+                client.delete(name)
+                if there:
+                    client.rename("saved", name)
+                assert broken, name
+            assert await each_write_is_whole_or_not_at_all(store, client) == 0
+
+
+@pytest.mark.parametrize("left", [0, 1])
+async def test_a_stream_without_ids_left_takes_no_item(
+    any_redis_server: RedisServer, left: int
+) -> None:
+    """If this fails a stream at its end keeps taking items that no reader hears of."""
+    async with prepared(any_redis_server) as store:
+        with raw(any_redis_server) as client:
+            client.execute_command(
+                "XADD", "cdc", f"{LAST_ID[:-1]}{5 - left}", "op", "PUT", "key", "held"
+            )
+            position = await store.applied_position("far")
+            batch = [put_of(f"b{n}", now_ms()) for n in range(4)]
+            with pytest.raises(StoreError, match="exhausted"):
+                await store.apply_many(batch, Received("far", AT))
+            assert await store.applied_position("far") == position
+            assert [key for key in sorted(items_in(client)) if key < "c"] == ["b0"][:left]
+            assert await each_write_is_whole_or_not_at_all(store, client) == len(writes())
+            assert_is_whole(client)
+
+
+@pytest.mark.parametrize("layouts", [("own",), ()])
+async def test_a_merged_write_that_is_refused_changes_nothing(
+    redis_server: RedisServer, layouts: tuple[str, ...]
+) -> None:
+    """If this fails a resolver's items escape the rule, or those of a node without a tree."""
+    with raw(redis_server) as client:
+        client.execute_command("ACL", "SETUSER", "writer", "on", "nopass", "~*", "+@all")
+        url = f"redis://writer:none@127.0.0.1:{redis_server.port}"
+        async with RedisSyncEngine(
+            url, node_id="here", layouts=layouts, resolver=GrowOnlySet()
+        ) as store:
+            await store.put_json("held", ["a"])
+            for command in COMMANDS:
+                client.execute_command("ACL", "SETUSER", "writer", f"-{command}")
+                before = everything(client)
+                for write in (store.put_json("held", ["b"]), store.put_json("new", ["b"])):
+                    try:
+                        await write
+                    except StoreError:
+                        assert everything(client) == before, command
+                    else:
+                        before = everything(client)
+                client.execute_command("ACL", "SETUSER", "writer", f"+{command}")
+                client.delete("item:new")
+        client.execute_command("ACL", "DELUSER", "writer")
+
+
+async def test_memory_that_ends_within_a_batch_leaves_whole_items(
+    new_redis_server: Callable[..., RedisServer],
+) -> None:
+    """If this fails a Redis that gets full in the middle of a batch keeps a part of it."""
+    server = new_redis_server(config=[("maxmemory", "4mb"), ("maxmemory-policy", "noeviction")])
+    async with RedisSyncEngine(server.url, node_id="here") as store:
+        with raw(server) as client:
+            with pytest.raises(StoreError, match=r"(?i)memory|OOM"):
+                for number in range(1000):
+                    batch = [put_of(f"k{number}.{n}", now_ms(), os.urandom(4000)) for n in range(50)]
+                    await store.apply_many(batch, Received("far", AT))
+            assert client.dbsize() > 50
+            assert_is_whole(client)
+
+
+async def test_dotted_nodes_stay_marked_where_folding_fails(redis_server: RedisServer) -> None:
+    """If this fails a hash of the dotted tree is never computed again after one refused command."""
+    async with prepared(redis_server, layouts=BOTH) as store:
+        publisher = store._publisher
+        assert publisher is not None
+
+        async def published() -> bool:
+            return await store._tree.is_branch_clean("dotted", "")
+
+        await until_async(published)
+        await publisher.stop()
+        with raw(redis_server) as client:
+            before = client.get("merkle:hash:")
+            await store.put_many({f"uk.{n}.x": b"1" for n in range(3)})
+            assert await publisher._lease()
+            await publisher._publish(await publisher._dirty())
+            client.execute_command("ACL", "SETUSER", "writer", "-set")
+            with pytest.raises(StoreError):
+                await publisher._fold()
+            client.execute_command("ACL", "SETUSER", "writer", "+set")
+            publisher.start()
+            await until_async(published)
+            names = {b"merkle:hash:" + path for path in (b"uk", b"uk.0", b"uk.1", b"uk.2")}
+            assert names <= set(client.keys("merkle:hash:*"))
+            assert client.get("merkle:hash:") != before
+            client.execute_command("ACL", "DELUSER", "writer")
