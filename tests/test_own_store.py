@@ -142,7 +142,9 @@ async def each_write_is_whole_or_not_at_all(
             await write(store)
         except StoreError:
             refused += 1
-            assert everything(client) == before, f"{name} was refused and changed something: {broken}"
+            assert everything(client) == before, (
+                f"{name} was refused and changed something: {broken}"
+            )
     return refused
 
 
@@ -174,9 +176,17 @@ async def test_a_key_of_another_type_spoils_no_write_half_way(
     async with prepared(any_redis_server, layouts=BOTH) as store:
         await store._publisher.stop()  # type: ignore[union-attr]
         with raw(any_redis_server) as client:
-            names = [b"cdc", b"fsm:live", b"fsm:positions", b"fsm:dotted:dirty", b"fsm:tree:deleted"]
+            names = [
+                b"cdc",
+                b"fsm:live",
+                b"fsm:positions",
+                b"fsm:dotted:dirty",
+                b"fsm:tree:deleted",
+            ]
             names.append(b"fsm:tree")
-            names += [b"fsm:tree:%d" % bucket_of(key) for key in (b"held", b"gone", b"new", b"new4")]
+            names += [
+                b"fsm:tree:%d" % bucket_of(key) for key in (b"held", b"gone", b"new", b"new4")
+            ]
             for name in names:
                 await store.put("held3", b"again")
                 there = client.exists(name)
@@ -247,7 +257,9 @@ async def test_memory_that_ends_within_a_batch_leaves_whole_items(
         with raw(server) as client:
             with pytest.raises(StoreError, match=r"(?i)memory|OOM"):
                 for number in range(1000):
-                    batch = [put_of(f"k{number}.{n}", now_ms(), os.urandom(4000)) for n in range(50)]
+                    batch = [
+                        put_of(f"k{number}.{n}", now_ms(), os.urandom(4000)) for n in range(50)
+                    ]
                     await store.apply_many(batch, Received("far", AT))
             assert client.dbsize() > 50
             assert_is_whole(client)

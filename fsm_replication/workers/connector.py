@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any
 
 from fsm_replication.abilities import TOO_OLD, Abilities, is_too_old, question_of_age
@@ -127,9 +128,9 @@ async def open_lines(
     try:
         asking = await transport.connect(peer.redis_url, timeout_sec=timeout, name=name)
         try:
-            marker, has_stream = await _read_marker(asking, peer, settings.timeouts.command)
-            if marker or not has_stream:
-                _check_marker(marker, peer, settings, local_node_id, resolver)
+            marker, found = await _read_marker(asking, peer, settings.timeouts.command)
+            if marker or found is not _Found.FOREIGN:
+                _check_marker(marker, found, peer, settings, local_node_id, resolver)
             else:
                 _check_one_way(peer, publishes_dotted=publishes_dotted)
         except BaseException:
@@ -141,14 +142,31 @@ async def open_lines(
     return Lines(reading, asking, foreign=not marker, marker=marker)
 
 
+class _Found(Enum):
+    """Whose Redis it is where there is no marker key, as its other keys tell."""
+
+    NOBODY = auto()
+    OURS = auto()
+    FOREIGN = auto()
+
+
 async def _read_marker(
     connection: Connection, peer: PeerConfig, timeout_sec: float
-) -> tuple[dict[bytes, bytes], bool]:
+) -> tuple[dict[bytes, bytes], _Found]:
     keys = Keys(peer.redis_prefix)
     replies: list[Any] = await connection.pipeline(
-        [["HGETALL", keys.marker], ["EXISTS", keys.stream], question_of_age(keys.stream)],
+        [
+            ["HGETALL", keys.marker],
+            ["EXISTS", keys.stream],
+            # Only nodes of ours write these, and each of ours has one of them from its first item on.
+            ["EXISTS", keys.tree, keys.live, keys.processes],
+            question_of_age(keys.stream),
+        ],
         timeout_sec=timeout_sec,
     )
+    if isinstance(replies[2], PeerReplyError) and replies[2].code == "NOPERM":
+        # Who reads a foreign node needs no right to keys that it does not have.
+        replies[2] = 0
     for reply in replies:
         if isinstance(reply, PeerReplyError):
             if reply is replies[-1] and is_too_old(str(reply)):
@@ -158,14 +176,17 @@ async def _read_marker(
                     f"{peer.display_url}: the user may not read: {reply}", credentials=True
                 )
             raise PeerReplyError(str(reply), peer=peer.display_url)
-    flat, has_stream, _ = replies
+    flat, has_stream, has_our_keys, _ = replies
     if not isinstance(flat, list) or not all(isinstance(part, bytes) for part in flat):
         raise ProtocolError(f"{peer.display_url}: the marker key cannot be read")
-    return dict(zip(flat[::2], flat[1::2], strict=True)), bool(has_stream)
+    found = _Found.FOREIGN if has_stream else _Found.NOBODY
+    marker = dict(zip(flat[::2], flat[1::2], strict=True))
+    return marker, _Found.OURS if has_our_keys else found
 
 
 def _check_marker(
     marker: Mapping[bytes, bytes],
+    found: _Found,
     peer: PeerConfig,
     settings: Settings,
     local_node_id: str,
@@ -177,6 +198,11 @@ def _check_marker(
     :raises PeerReplyError: if there is no node here yet.
     """
     where = f"peer {peer.node_id!r} at {peer.display_url}"
+    if not marker and found is _Found.OURS:
+        raise PeerReplyError(
+            "it is a node of ours that has lost its marker key, and writes it again by itself",
+            peer=where,
+        )
     if not marker:
         # A node of ours writes its marker before anything else, and a foreign one has nothing to
         # tell before its first change: there is nobody here yet, and no need to guess who comes.
