@@ -20,8 +20,16 @@ from fsm_replication.merkle import OWN, MerkleTree, bucket_of
 from fsm_replication.ports import Position, StreamId
 from fsm_replication.resolvers import GrowOnlySet
 from fsm_replication.servers import RedisServer
-from fsm_replication.stores import MemorySyncEngine, Received, RedisSyncEngine
+from fsm_replication.stores import (
+    MemorySyncEngine,
+    Received,
+    RedisSyncEngine,
+    redis_scripts,
+    redis_upkeep,
+)
+from fsm_replication.stores.redis_upkeep import TtlMemory
 from fsm_replication.stream import DataDecoder
+from fsm_replication.workers.guards import StaleGuard
 
 pytestmark = pytest.mark.usefixtures("no_tasks_left")
 
@@ -291,3 +299,182 @@ async def test_dotted_nodes_stay_marked_where_folding_fails(redis_server: RedisS
             assert names <= set(client.keys("merkle:hash:*"))
             assert client.get("merkle:hash:") != before
             client.execute_command("ACL", "DELUSER", "writer")
+
+
+# A changed ttl.
+
+HOUR_MS = 3_600_000
+HOUR_SEC = 3600.0
+
+
+def marker(client: Any) -> dict[str, str]:
+    """Return the marker key."""
+    return {name.decode(): value.decode() for name, value in client.hgetall("fsm:node").items()}
+
+
+def leaves(client: Any) -> set[str]:
+    """Return the keys whose leaves are in the tree."""
+    return {
+        key.decode()
+        for name in client.scan_iter("fsm:tree:*", count=1000)
+        if client.type(name) == b"hash"
+        for key in client.hkeys(name)
+    }
+
+
+def aged(server: RedisServer, ttl_hours: float) -> RedisSyncEngine:
+    """Return a store whose tombstones count for so many hours, and are kept for one more."""
+    return RedisSyncEngine(
+        server.url, node_id="here", tombstone_ttl_sec=ttl_hours * HOUR_SEC,
+        tombstone_grace_sec=HOUR_SEC,
+    )  # fmt: skip
+
+
+async def announced(client: Any, ttl_hours: float) -> None:
+    """Wait until the marker names a ttl, and none that is still to come."""
+    wanted = str(round(ttl_hours * HOUR_MS))
+
+    def is_announced() -> bool:
+        fields = marker(client)
+        return fields["tombstone_ttl_ms"] == wanted and "tombstone_ttl_next_ms" not in fields
+
+    await until(is_announced, f"a ttl of {ttl_hours} h")
+
+
+async def delete_at(store: RedisSyncEngine, key: str, at: int) -> None:
+    """Have a store hold an item, and then its delete of long ago."""
+    await store.apply_many([put_of(key, at - 1), delete_of(key, at)])
+
+
+async def assert_tree_is_right(store: RedisSyncEngine, client: Any, *keys: str) -> None:
+    """The tree must hold these keys and no others, and its root must be theirs."""
+    tree, items = MerkleTree(), items_in(client)
+    for key in keys:
+        tree.set(key, encode_stamp(items[key]))
+    assert store.tree is not None
+    assert await store.tree.root(OWN) == tree.root()
+    assert leaves(client) == set(keys)
+
+
+async def test_a_raised_ttl_holds_for_tombstones_that_exist(any_redis_server: RedisServer) -> None:
+    """If this fails old tombstones still vanish by the old ttl, or the root is wrong for ever (G4, G5)."""
+    now = now_ms()
+    with raw(any_redis_server) as client:
+        async with aged(any_redis_server, 1) as store:
+            await delete_at(store, "young", now - HOUR_MS // 2)
+            await delete_at(store, "expired", now - 3 * HOUR_MS // 2)
+            await store.put("live", b"x")
+            await assert_tree_is_right(store, client, "young", "live")
+        async with aged(any_redis_server, 3) as store:
+            await announced(client, 3)
+            await assert_tree_is_right(store, client, "young", "expired", "live")
+            for key, at in (("young", now - HOUR_MS // 2), ("expired", now - 3 * HOUR_MS // 2)):
+                assert client.pttl(f"item:{key}") + now_ms() >= at + 4 * HOUR_MS - 1000
+            older = [put_of("young", now - HOUR_MS), put_of("expired", now - 2 * HOUR_MS)]
+            assert (await store.apply_many(older)).superseded == 2
+        async with aged(any_redis_server, 1) as store:
+            await announced(client, 1)
+            await assert_tree_is_right(store, client, "young", "live")
+            assert client.pttl("item:young") + now_ms() < now + 2 * HOUR_MS
+
+
+async def test_a_ttl_is_announced_when_all_is_in_line_and_not_before(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails readers compare a tree that is half by one ttl and half by another."""
+    now, reached, change = now_ms(), asyncio.Event(), RedisSyncEngine._change
+    monkeypatch.setattr(redis_upkeep, "KEYS_PER_SLICE", 5)
+
+    async def stuck(self: Any, text: str, args: Any) -> Any:
+        # As a process that is killed after some of the slices.
+        if text == redis_scripts.REALIGN and reached.is_set():
+            await asyncio.Event().wait()
+        if text == redis_scripts.REALIGN:
+            reached.set()
+        return await change(self, text, args)
+
+    keys = [f"k{n}" for n in range(40)]
+    with raw(redis_server) as client:
+        async with aged(redis_server, 1) as store:
+            for key in keys:
+                await delete_at(store, key, now - 3 * HOUR_MS // 2)
+        for ttl in (3, 2, 1):
+            # The last goes back to what is announced, over slices that were done by another.
+            reached.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(RedisSyncEngine, "_change", stuck)
+                async with aged(redis_server, ttl) as store:
+                    await reached.wait()
+                    assert marker(client)["tombstone_ttl_ms"] == str(HOUR_MS)
+                    assert store.deletes_known_ms(now_ms()) == HOUR_MS
+                    await store.put("live", b"x")
+        async with aged(redis_server, 3) as store:
+            await announced(client, 3)
+            await assert_tree_is_right(store, client, *keys, "live")
+            known = store.deletes_known_ms(now_ms() + 1000)
+            assert known is not None
+            assert HOUR_MS + 1000 <= known < HOUR_MS + 20_000
+            assert store.deletes_known_ms(now_ms() + 10 * HOUR_MS) == 3 * HOUR_MS
+        async with aged(redis_server, 3) as again:
+            known = again.deletes_known_ms(now_ms() + 1000)
+            assert known is not None
+            assert HOUR_MS + 1000 <= known < HOUR_MS + 20_000
+            assert "tombstone_ttl_next_ms" not in marker(client)
+
+
+async def test_writes_while_a_ttl_changes_are_kept_by_the_longer_one(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails a tombstone written during the walk expires by a ttl that is no more in force."""
+    now, reached, go_on = now_ms(), asyncio.Event(), asyncio.Event()
+    change = RedisSyncEngine._change
+
+    async def slow(self: Any, text: str, args: Any) -> Any:
+        if text == redis_scripts.ANNOUNCE:
+            reached.set()
+            await go_on.wait()
+        return await change(self, text, args)
+
+    with raw(redis_server) as client:
+        async with aged(redis_server, 1) as store:
+            await store.put("live", b"x")
+        for ttl, longest in ((3, 3), (1, 3)):
+            reached.clear()
+            go_on.clear()
+            key, at = f"k{ttl}", now - 3 * HOUR_MS // 2
+            with monkeypatch.context() as patch:
+                patch.setattr(RedisSyncEngine, "_change", slow)
+                async with aged(redis_server, ttl) as store:
+                    await reached.wait()
+                    await delete_at(store, key, at)
+                    assert client.pttl(f"item:{key}") + now_ms() >= at + longest * HOUR_MS
+                    assert key in leaves(client)
+                    go_on.set()
+                    await announced(client, ttl)
+                    await assert_tree_is_right(store, client, "live", *([key] if ttl == 3 else []))
+
+
+class FixedWallClock:
+    """A time of day that a test sets."""
+
+    def __init__(self, ms: int) -> None:
+        self.ms = ms
+
+    def now_ms(self) -> int:
+        """Return the time that was set."""
+        return self.ms
+
+
+def test_an_old_agreement_stays_old_when_the_ttl_is_raised() -> None:
+    """If this fails an item is revived whose delete was forgotten by the old ttl (G5)."""
+    now = 10 * HOUR_MS
+    wall = FixedWallClock(now)
+    guard = StaleGuard(7 * HOUR_MS, wall, TtlMemory(HOUR_MS, now - HOUR_MS // 2).known_at)
+    guard.agreed(now - 2 * HOUR_MS)
+    old = put_of("k", now - 3 * HOUR_MS).stamp
+    assert guard.holds_back(old, None)
+    # What expired is asked of the new ttl, by which tombstones are kept from now on.
+    assert not guard.is_spent(delete_of("k", now - 3 * HOUR_MS).stamp, None)
+    wall.ms = now + 7 * HOUR_MS
+    guard.agreed(wall.ms - HOUR_MS)
+    assert not guard.holds_back(old, None)
