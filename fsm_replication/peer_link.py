@@ -298,9 +298,9 @@ class PeerLink:
         )
 
     def wait_for_mending(self, move: Move) -> None:
-        """Start the timer that tries rejected credentials again."""
+        """Start the timer that tries again what may be mended at the peer."""
         error = move.payload
-        if isinstance(error, PeerRefusedError) and error.credentials:
+        if isinstance(error, PeerRefusedError) and error.mendable:
             work = partial(wait_for_mending, self.context)
             self.driver.start_worker("timer", str(PeerState.FAILED), work)
 

@@ -7,13 +7,18 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 from conftest import until, until_async
+from rich.console import Console
 
-from fsm_replication.errors import ConfigError, StoreError
+from fsm_replication.cli.node import check_node
+from fsm_replication.config import CursorConfig, ReplicationConfig, StoreConfig
+from fsm_replication.engine import ReplicationEngine
+from fsm_replication.errors import ConfigError, StoreError, StoreReopenedError
 from fsm_replication.items import EMPTY_HASH, NUMBER_MAX, SyncItem, content_hash
 from fsm_replication.layout import decode_item, encode_stamp
 from fsm_replication.merkle import OWN, MerkleTree, bucket_of
@@ -29,6 +34,10 @@ from fsm_replication.stores import (
 )
 from fsm_replication.stores.redis_upkeep import TtlMemory
 from fsm_replication.stream import DataDecoder
+from fsm_replication.tables import PeerState
+from fsm_replication.testing import LocalMesh
+from fsm_replication.testing.local_mesh import COLD_INTERVAL_SEC, GRACE_SEC, TTL_SEC, topology
+from fsm_replication.testing.virtual_time import run
 from fsm_replication.workers.guards import StaleGuard
 
 pytestmark = pytest.mark.usefixtures("no_tasks_left")
@@ -478,3 +487,281 @@ def test_an_old_agreement_stays_old_when_the_ttl_is_raised() -> None:
     wall.ms = now + 7 * HOUR_MS
     guard.agreed(wall.ms - HOUR_MS)
     assert not guard.holds_back(old, None)
+
+
+def test_a_raised_ttl_revives_no_item_whose_delete_was_forgotten() -> None:
+    """If this fails two days away and a ttl of seven days bring back what was deleted (G5)."""
+
+    async def scenario() -> None:
+        mesh = LocalMesh("ab", topology("mesh", "ab"))
+        for name in "ab":
+            await mesh.start(name)
+        mesh.nodes["b"].store.put("doomed", b"x")
+        await mesh.settle()
+        mesh.cut("a", "b")
+        mesh.cut("b", "a")
+        mesh.nodes["a"].store.delete("doomed")
+        await asyncio.sleep(TTL_SEC + 2 * GRACE_SEC)
+        assert mesh.nodes["a"].store.held("doomed") is None
+        for name in "ab":
+            await mesh.change_ttl(name, 100 * TTL_SEC)
+        mesh.heal("a", "b")
+        mesh.nodes["b"].store.put("other", b"y")
+        await asyncio.sleep(10 * COLD_INTERVAL_SEC)
+        a = mesh.nodes["a"]
+        assert a.store.held("other") is not None
+        assert a.store.held("doomed") is None
+        assert a.engine is not None
+        assert a.engine.health_check().peers[0].stale_held_back == 1
+        await mesh.close()
+
+    run(scenario)
+
+
+def test_the_ttl_of_a_whole_mesh_changes_node_by_node() -> None:
+    """If this fails what docs/tombstones.md says breaks the mesh, or brings back deleted items."""
+
+    async def scenario() -> None:
+        mesh = LocalMesh("abc", topology("mesh", "abc"))
+        for name in "abc":
+            await mesh.start(name)
+        deleted = [f"gone{n}" for n in range(20)]
+        for ttl_sec in (3 * TTL_SEC, TTL_SEC):
+            store = mesh.nodes["a"].store
+            for key in [*deleted, "live"]:
+                store.put(key, b"x")
+            await mesh.settle()
+            for key in deleted[:10]:
+                store.delete(key)
+            await asyncio.sleep(TTL_SEC + GRACE_SEC / 2)
+            for key in deleted[10:]:
+                store.delete(key)
+            await mesh.settle()
+            for name in "abc":
+                await mesh.change_ttl(name, ttl_sec)
+                await asyncio.sleep(2 * COLD_INTERVAL_SEC)
+                # The others have noticed, and do not read this one before they are changed too.
+                states = [node.engine.peers for node in mesh.nodes.values() if node.engine]
+                assert name == "c" or PeerState.FAILED in states[2].values()
+            await mesh.settle()
+            for node in mesh.nodes.values():
+                live = [key for key, item in node.store.items().items() if not item.deleted]
+                assert live == ["live"]
+            assert len(await mesh.roots()) == 1
+            assert len({str(items) for items in map(sorted, mesh.holdings())}) == 1
+        await mesh.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("field", ["tombstone_ttl_ms", "resolver"])
+def test_a_reader_notices_what_its_peer_has_changed(field: str) -> None:
+    """If this fails a link goes on comparing trees that are kept by two different rules."""
+
+    async def scenario() -> None:
+        mesh = LocalMesh("ab", topology("mesh", "ab"))
+        for name in "ab":
+            await mesh.start(name)
+        await mesh.settle()
+        b = mesh.nodes["b"].engine
+        assert b is not None
+        server = mesh.servers["a"]
+        before = server.execute("HGET", "fsm:node", field)
+        server.execute("HSET", "fsm:node", field, "5")
+        await b.wait_for_state(PeerState.FAILED, peer_id="a", timeout=3 * COLD_INTERVAL_SEC)
+        assert field in b.health_check().peers[0].last_error
+        server.execute("HSET", "fsm:node", field, before)
+        await b.wait_for_state(PeerState.TAILING, peer_id="a", timeout=600)
+        await mesh.close()
+
+    run(scenario)
+
+
+# Whose Redis it is.
+
+
+def test_a_node_that_lost_its_marker_is_no_foreign_one() -> None:
+    """If this fails its stream is read as a foreign one's, and its items get new times (G3)."""
+
+    async def scenario() -> None:
+        mesh = LocalMesh("ab", topology("mesh", "ab"))
+        for name in "ab":
+            await mesh.start(name)
+        mesh.nodes["a"].store.put("k", b"x")
+        await mesh.settle()
+        await mesh.stop("a")
+        b = mesh.nodes["b"].engine
+        assert b is not None
+        mesh.servers["a"].execute("DEL", "fsm:node")
+        await b.wait_for_state(PeerState.BACKOFF, peer_id="a", timeout=3 * COLD_INTERVAL_SEC)
+        await asyncio.sleep(60)
+        assert b.peers["a"] in (PeerState.BACKOFF, PeerState.CONNECTING)
+        assert "lost its marker" in b.health_check().peers[0].last_error
+        await mesh.start("a")
+        await mesh.settle()
+        assert b.peers["a"] is PeerState.TAILING
+        await mesh.close()
+
+    run(scenario)
+
+
+async def test_a_lost_marker_is_written_again_without_any_write(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails a node at rest is not to be read any more, and nobody knows why."""
+    monkeypatch.setattr(redis_upkeep, "BEAT_SEC", 0.01)
+    with raw(redis_server) as client:
+        async with RedisSyncEngine(redis_server.url, node_id="here") as store:
+            await store.put("k", b"x")
+            client.delete("fsm:node")
+            await until(lambda: client.hget("fsm:node", "layouts") == b"own")
+            assert_is_whole(client)
+            assert await store.incarnation() == marker(client)["incarnation"]
+
+
+async def test_an_engine_refuses_the_store_of_another_node(redis_server: RedisServer) -> None:
+    """If this fails a node's changes travel under the name of another."""
+    store = RedisSyncEngine(redis_server.url, node_id="here")
+    config = ReplicationConfig(local_node_id="there")
+    with pytest.raises(ConfigError, match=r"local_node_id.*'here'.*'there'"):
+        ReplicationEngine(config, store)
+    engine = ReplicationEngine(ReplicationConfig(local_node_id="here"), store)
+    with pytest.raises(ConfigError, match="local_node_id"):
+        await engine.update_config(config)
+    ReplicationEngine(config, MemorySyncEngine())
+    await store.close()
+
+
+async def test_a_process_cannot_change_what_others_run_with(any_redis_server: RedisServer) -> None:
+    """If this fails a script with a default of its own makes every link of the node fail."""
+    url = any_redis_server.url
+    with raw(any_redis_server) as client:
+        async with aged(any_redis_server, 1):
+            before = marker(client)
+            with pytest.raises(StoreError, match=r"another process.*tombstone_ttl_ms.*stop all"):
+                await aged(any_redis_server, 2).__aenter__()
+            with pytest.raises(StoreError, match=r"another process.*resolver"):
+                await RedisSyncEngine(
+                    url, node_id="here", tombstone_ttl_sec=HOUR_SEC, resolver=GrowOnlySet()
+                ).__aenter__()
+            assert marker(client) == before
+            async with aged(any_redis_server, 1) as other:
+                await other.put("k", b"x")
+        # Each has told that it is gone.
+        async with aged(any_redis_server, 2):
+            await announced(client, 2)
+
+
+async def test_a_killed_process_counts_for_a_while_only(redis_server: RedisServer) -> None:
+    """If this fails a node whose process was killed can never be started with another ttl."""
+    killed = aged(redis_server, 1)
+    killed._token = "killed"
+    with raw(redis_server) as client:
+        async with aged(redis_server, 1):
+            client.zadd("fsm:processes", {"killed": now_ms() + 20_000})
+        with pytest.raises(StoreError, match="another process"):
+            await aged(redis_server, 2).__aenter__()
+        client.zadd("fsm:processes", {"killed": now_ms() - 1})
+        async with aged(redis_server, 2):
+            await announced(client, 2)
+            assert client.zscore("fsm:processes", "killed") is None
+
+
+@pytest.mark.parametrize("how", ["put", "delete", "apply", "root"])
+async def test_a_process_that_comes_back_late_writes_nothing_by_old_rules(
+    redis_server: RedisServer, how: str
+) -> None:
+    """If this fails a process that was suspended expires tombstones by a ttl that is no more."""
+    late = aged(redis_server, 1)
+    with raw(redis_server) as client:
+        async with late:
+            await late.put("k", b"x")
+            # As when nothing was heard of it for longer than it counts.
+            client.delete("fsm:processes")
+            async with aged(redis_server, 2):
+                await announced(client, 2)
+                before = everything(client)
+
+                async def write() -> None:
+                    if how == "put":
+                        await late.put("k", b"y")
+                    elif how == "delete":
+                        await late.delete("k")
+                    elif how == "apply":
+                        await late.apply_many([put_of("k", now_ms() + 1000)], Received("far", AT))
+                    else:
+                        assert late.tree is not None
+                        await late.tree.root(OWN)
+
+                with pytest.raises(StoreError, match="another process"):
+                    await write()
+                assert everything(client) == before
+            # It is alone again, and what it was configured with holds.
+            if how == "apply":
+                with pytest.raises(StoreReopenedError):
+                    await write()
+            await write()
+            await announced(client, 1)
+
+
+# What its Redis is configured to do.
+
+
+async def test_an_evicting_redis_is_refused_unless_that_is_allowed(
+    new_redis_server: Callable[..., RedisServer],
+) -> None:
+    """If this fails tombstones are thrown away when Redis is full, and deletes are undone (G5)."""
+    server = new_redis_server(config=[("maxmemory-policy", "volatile-lru")])
+    why = r"maxmemory-policy is volatile-lru.*tombstones.*store\.allow_eviction"
+    with raw(server) as client:
+        with pytest.raises(StoreError, match=why):
+            await RedisSyncEngine(server.url, node_id="here").__aenter__()
+        assert client.dbsize() == 0
+        async with RedisSyncEngine(server.url, node_id="here", allow_eviction=True) as store:
+            assert "volatile-lru" in store.warnings[0]
+        for forbidden in ("-config", "-info"):
+            client.execute_command(
+                "ACL", "SETUSER", "writer", "on", "nopass", "~*", "+@all", "-config", forbidden
+            )
+            url = f"redis://writer:none@127.0.0.1:{server.port}"
+            if forbidden == "-config":
+                with pytest.raises(StoreError, match=why):
+                    await RedisSyncEngine(url, node_id="here").__aenter__()
+                continue
+            async with RedisSyncEngine(url, node_id="here") as store:
+                assert "cannot be asked" in store.warnings[0]
+
+
+async def test_a_redis_without_persistence_is_told_of(
+    new_redis_server: Callable[..., RedisServer],
+) -> None:
+    """If this fails nobody knows that a restart of Redis loses what no peer had read."""
+    for options, wanted in (({}, 1), ({"persist": "everysec"}, 0)):
+        server = new_redis_server(**options)
+        async with RedisSyncEngine(server.url, node_id="here") as store:
+            told = [text for text in store.warnings if "nothing on disk" in text]
+            assert len(told) == wanted
+
+
+async def test_check_tells_what_the_store_may_lose(
+    redis_server: RedisServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If this fails an operator learns of eviction when deleted items are back."""
+    with raw(redis_server) as client:
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        try:
+            for allowed in (False, True):
+                config = ReplicationConfig(
+                    local_node_id="here",
+                    cursor=CursorConfig(sqlite_path=str(tmp_path / "c.db")),
+                    store=StoreConfig(
+                        kind="redis", redis_url=redis_server.url, allow_eviction=allowed
+                    ),
+                )
+                assert await check_node(config, Console(width=400)) is allowed
+                told = capsys.readouterr().out
+                assert "allkeys-lru" in told
+                assert ("store.allow_eviction" in told) is not allowed
+                assert ("nothing on disk" in told) is allowed
+        finally:
+            client.config_set("maxmemory-policy", "noeviction")

@@ -79,13 +79,16 @@ class Upkeep:
         self._task: asyncio.Task[None] | None = None
         # A client of Redis may turn a cancellation into an error of its own.
         self._asked_to_stop = asyncio.Event()
+        self._woken = asyncio.Event()
         # Counts the openings that asked for a walk, and up to which of them one was finished.
         self._asked = self._walked = 0
         self._next_beat = 0.0
 
     def start(self, *, must_realign: bool) -> None:
         """Begin, or go on; with ``must_realign`` after a walk over all items."""
-        self._asked += must_realign
+        if must_realign:
+            self._asked += 1
+            self._woken.set()
         self._next_beat = self._clock.monotonic() + BEAT_SEC
         if self._task is None or self._task.done():
             self._asked_to_stop.clear()
@@ -102,7 +105,7 @@ class Upkeep:
     async def _run(self) -> None:
         while not self._asked_to_stop.is_set():
             try:
-                if self._walked < self._asked:
+                while self._walked < self._asked:
                     await self._realign()
                 await self._rest()
                 await self._beat()
@@ -112,8 +115,14 @@ class Upkeep:
                 await self._rest()
 
     async def _rest(self) -> None:
-        if not self._asked_to_stop.is_set():
-            await self._clock.sleep(BEAT_SEC)
+        self._woken.clear()
+        if self._asked_to_stop.is_set():
+            return
+        try:
+            async with self._clock.timeout(BEAT_SEC):
+                await self._woken.wait()
+        except TimeoutError:
+            return
 
     async def _beat(self) -> None:
         await self._change(scripts.BEAT, [self._token, round(LEASE_SEC * 1000)])

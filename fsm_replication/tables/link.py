@@ -164,8 +164,8 @@ LINK: Final = Table(
             "give_up",
             (_S.CONNECTING, _S.BACKOFF),
             _S.FAILED,
-            "an unusable URL, rejected credentials (tried again every ``reconnect.rejected`` s), our"
-            " own node id, a newer format, another tombstone ttl or resolver",
+            "rejected credentials, another tombstone ttl or resolver (both tried again every"
+            " ``reconnect.rejected`` s); an unusable URL, our own node id, a newer format",
             effects=("wait_for_mending",),
         ),
         Row(

@@ -221,7 +221,10 @@ def _check_marker(
     ours = {"tombstone_ttl_ms": str(round(settings.tombstones.ttl * 1000)), "resolver": resolver}
     for name, mine in ours.items():
         if field(name) != mine:
-            raise PeerRefusedError(f"{where} has {name} {field(name)!r}, this node {mine!r}")
+            # Where the configuration of a whole mesh changes, one node is the first.
+            raise PeerRefusedError(
+                f"{where} has {name} {field(name)!r}, this node {mine!r}", mendable=True
+            )
 
 
 def _check_one_way(peer: PeerConfig, *, publishes_dotted: bool) -> None:
@@ -246,7 +249,7 @@ async def wait_to_retry(context: LinkContext, delay_sec: float, report: Reporter
 
 
 async def wait_for_mending(context: LinkContext, report: Reporter) -> None:
-    """Wait long and try again: credentials may be mended at the peer."""
+    """Wait long and try again: credentials, a ttl or a resolver may be mended at the peer."""
     wait = max(context.settings.reconnect.rejected, context.peer_circuit.probe_in_sec)
     await context.ports.clock.sleep(wait)
-    report(LinkFact.DUE, f"rejected credentials are tried again after {wait:g} s")
+    report(LinkFact.DUE, f"what was refused is tried again after {wait:g} s")
