@@ -431,6 +431,21 @@ async def test_a_ttl_is_announced_when_all_is_in_line_and_not_before(
             assert "tombstone_ttl_next_ms" not in marker(client)
 
 
+async def test_a_longer_ttl_keeps_no_leaf_whose_item_is_gone(redis_server: RedisServer) -> None:
+    """If this fails a node's tree names tombstones that nobody can fetch, until the new ttl is over."""
+    now = now_ms()
+    with raw(redis_server) as client:
+        async with aged(redis_server, 1) as store:
+            await delete_at(store, "gone", now - HOUR_MS // 2)
+            await store.put("live", b"x")
+        # As where the item went after its grace, and nobody has compared since the leaf was due.
+        client.delete("item:gone")
+        client.hset("fsm:node", "tombstone_ttl_ms", HOUR_MS // 4)
+        async with aged(redis_server, 1) as store:
+            await announced(client, 1)
+            await assert_tree_is_right(store, client, "live")
+
+
 async def test_writes_while_a_ttl_changes_are_kept_by_the_longer_one(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -332,7 +332,7 @@ class RedisSyncEngine(SyncEngine):
 
     async def _sweep(self) -> None:
         """Take expired tombstones out of the tree, so that it is as every other node's."""
-        while await self._change(scripts.SWEEP, [ITEMS_PER_CALL]) >= ITEMS_PER_CALL:
+        while await self._change(scripts.SWEEP, [ITEMS_PER_CALL, ""]) >= ITEMS_PER_CALL:
             pass
 
     @property

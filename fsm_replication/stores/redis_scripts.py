@@ -521,13 +521,14 @@ return result
 """
 )
 
-# ARGV after the head: how many at most. Takes expired tombstones out of the tree; returns how many it
-# looked at.
+# ARGV after the head: how many at most, and '' or 'announced' for the ttl that is announced, where another
+# is to come. Takes expired tombstones out of the tree; returns how many it looked at.
 SWEEP: Final = (
     _COMMON
     + _HEAD
     + _TREE
     + """
+if ARGV[9] ~= '' then ttl = tonumber(announced_ttl or next_ttl) end
 local fine, swept = pcall(sweep, now_ms(), tonumber(ARGV[8]))
 fold()
 if not fine then return redis.error_reply(told(swept)) end

@@ -130,6 +130,11 @@ class Upkeep:
 
     async def _realign(self) -> None:
         asked, tombstones = self._asked, 0
+        # Where nobody has compared for long, leaves are overdue whose items are gone: a longer ttl must
+        # not keep them. Those whose items are still there come back below.
+        slice_of = [KEYS_PER_SLICE, "announced"]
+        while await self._change(scripts.SWEEP, slice_of) >= KEYS_PER_SLICE:
+            pass
         async for keys in self._scan_keys():
             for begin in range(0, len(keys), KEYS_PER_SLICE):
                 args: list[str | int] = []

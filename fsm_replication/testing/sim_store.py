@@ -116,6 +116,7 @@ class SimStore(SyncEngine):
 
     def _realign(self, announced_ms: int) -> None:
         now = self._now()
+        self._sweep_by(announced_ms)
         for key, item in self.items().items():
             if item.deleted:
                 expiry = item.updated_at + self._ttl_ms
@@ -338,13 +339,16 @@ class SimStore(SyncEngine):
             self._do("SETRANGE", tree, begin, b"".join(word.to_bytes(4) for word in words))
 
     async def _sweep(self) -> None:
+        self._sweep_by(self._ttl_ms)
+
+    def _sweep_by(self, ttl_ms: int) -> None:
         deleted = f"{self.keys.tree}:deleted"
-        for member in self._do("ZRANGEBYSCORE", deleted, "-inf", self._now() - self._ttl_ms):
+        for member in self._do("ZRANGEBYSCORE", deleted, "-inf", self._now() - ttl_ms):
             bucket, _, key = member.decode().partition(":")
             stamp = self._do("HGET", f"{self.keys.tree}:{bucket}", key)
             if stamp is not None:
                 leaf = decode_stamp(stamp)
-                if leaf.deleted and leaf.updated_at + self._ttl_ms <= self._now():
+                if leaf.deleted and leaf.updated_at + ttl_ms <= self._now():
                     self._plant(key, None)
             self._do("ZREM", deleted, member)
 
