@@ -352,7 +352,7 @@ MUTANTS: Final = (
     Mutant(
         "another store behind a living connection passes for the peer",
         "workers/peer_tree.py",
-        "if marker != [known.get(_INCARNATION), known.get(_LAYOUTS)]:",
+        "if marker != [self._lines.marker.get(name) for name in names]:",
         "if False:",
         "tests/test_repair.py",
     ),
@@ -366,7 +366,7 @@ MUTANTS: Final = (
     Mutant(
         "a running engine takes what it cannot change",
         "engine.py",
-        "            if not created:\n                refuse_what_is_fixed(change)\n",
+        "            else:\n                refuse_what_is_fixed(change)\n",
         "",
         "tests/test_reconfigure.py",
     ),
