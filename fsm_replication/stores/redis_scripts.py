@@ -113,7 +113,7 @@ _TREE: Final = """
 local WORD = 4294967296
 local root_high, root_low, live = 0, 0, 0
 local highs, lows, touched = {}, {}, 0
-local live_held, prepared = false, false
+local live_held, prepared, deletes = false, false, true
 local function bump(at, high, low)
   local old = call('GETRANGE', tree, at, at + 7)
   if #old == 8 then
@@ -194,14 +194,15 @@ local function prepare(now)
   if live_held and not tonumber(live_held) then error('ERR ' .. live_key .. ' is no number', 0) end
   -- This one comes first: what needs memory is refused only as long as nothing was written.
   call('SET', live_key, '0', live_held and 'NX' or 'XX')
+  if dirty ~= '' then call('ZADD', dirty, 'XX', 0, '') end
   if tree ~= '' then
     call('SETRANGE', tree, 0, '')
-    call('ZADD', deleted, 'XX', 0, '')
-    call('ZREM', deleted, '')
     call('HDEL', tree .. ':0', '')
+    if deletes then
+      call('ZADD', deleted, 'XX', 0, '')
+      sweep(now, 16)
+    end
   end
-  if dirty ~= '' then call('ZADD', dirty, 'XX', 0, '') end
-  if tree ~= '' then sweep(now, 16) end
   prepared = true
 end
 local function fold()
@@ -466,6 +467,7 @@ PUT: Final = (
     + _NEXT
     + """
 local out, now = {}, now_ms()
+deletes = false
 local function put(i)
   local key = ARGV[i]
   local item_key = prefix .. key
