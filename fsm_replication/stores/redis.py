@@ -328,7 +328,9 @@ class RedisSyncEngine(SyncEngine):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What an operator should know of this Redis, as sentences; empty before it was opened."""
-        return () if self._facts is None else self._facts.warnings
+        if self._facts is None:
+            return ()
+        return tuple(filter(None, (self._facts.eviction, self._facts.volatility)))
 
     async def _sweep(self) -> None:
         """Take expired tombstones out of the tree, so that it is as every other node's."""
@@ -374,8 +376,10 @@ class RedisSyncEngine(SyncEngine):
                 " in Redis's own configuration), or store.allow_eviction here if that may happen"
             )
         if self._facts != before:
-            for sentence in self._facts.warnings:
-                self._log.warning("store_at_risk", store=self._where, why=sentence)
+            if self._facts.eviction:
+                self._log.warning("store_may_evict", store=self._where, why=self._facts.eviction)
+            if self._facts.volatility:
+                self._log.info("store_is_volatile", store=self._where, why=self._facts.volatility)
 
     async def _ask_freely(self, *args: str) -> Any:
         """Send a command that the user may not be allowed to use; None if it is refused."""

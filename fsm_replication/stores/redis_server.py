@@ -40,23 +40,18 @@ class ServerFacts:
 
     @property
     def eviction(self) -> str:
-        """What eviction means, as a sentence."""
+        """What eviction may do here, as a sentence; "" where there is none."""
+        if not self.evicts:
+            return "" if self.policy else _UNKNOWN
         return (
             f"its maxmemory-policy is {self.policy}: when Redis is full it may throw away tombstones, and"
             " deleted items come back"
         )
 
     @property
-    def warnings(self) -> tuple[str, ...]:
-        """What an operator should know, as sentences."""
-        told: list[str] = []
-        if self.evicts:
-            told.append(self.eviction)
-        elif not self.policy:
-            told.append(_UNKNOWN)
-        if self.persists is False:
-            told.append(_VOLATILE)
-        return tuple(told)
+    def volatility(self) -> str:
+        """What a restart of Redis loses, as a sentence; "" where it persists, or that is not known."""
+        return _VOLATILE if self.persists is False else ""
 
 
 async def ask_server_facts(ask: Ask) -> ServerFacts:
