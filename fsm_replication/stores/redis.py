@@ -184,9 +184,11 @@ class RedisSyncEngine(SyncEngine):
         self._log = get_logger("store", node_id=node_id)
         self._token = f"{self._rng.getrandbits(128):032x}"
         self._upkeep = Upkeep(
-            self._change, self._scan_keys, self._note_ttl, self._token, self._clock, self._log
+            self._change, self._scan_items, self._ttl_announced, self._token, self._clock, self._log
         )
         self._ttl_memory: TtlMemory | None = None
+        # The shortest ttl that has counted until the one of this store is announced.
+        self._least_ttl_ms = self._ttl_ms
         self._facts: ServerFacts | None = None
         self._publisher: DottedPublisher | None = None
         if DOTTED in layouts:
@@ -291,10 +293,8 @@ class RedisSyncEngine(SyncEngine):
             raise self._refusal(problem, found)
         incarnation, layouts, must_realign, least, *earlier = found
         self._incarnation = incarnation.decode()
-        if must_realign:
-            self._ttl_memory = TtlMemory(int(least), None)
-        else:
-            self._note_ttl(earlier)
+        self._note_ttl(earlier)
+        self._least_ttl_ms = int(least)
         await self._keeper.keep({name for name in layouts.decode().split(",") if name})
         self._upkeep.start(must_realign=bool(must_realign))
         if self._publisher is not None:
@@ -315,15 +315,22 @@ class RedisSyncEngine(SyncEngine):
             f" (one that was killed counts for {LEASE_SEC:g} s)"
         )
 
+    def _ttl_announced(self, earlier: Sequence[bytes]) -> None:
+        self._least_ttl_ms = self._ttl_ms
+        self._note_ttl(earlier)
+
     def _note_ttl(self, earlier: Sequence[bytes]) -> None:
         """Take in what the marker says of an earlier ttl: nothing, or what was known and when."""
         known, changed = earlier
-        self._ttl_memory = TtlMemory(int(known), int(changed)) if known and changed else None
+        if known.isdigit() and changed.isdigit():
+            self._ttl_memory = TtlMemory(int(known), int(changed))
+        else:
+            self._ttl_memory = None
 
-    def deletes_known_ms(self, now_ms: int) -> int | None:
-        """Return for how long before ``now_ms`` every delete is known, None for the whole ttl."""
-        memory = self._ttl_memory
-        return None if memory is None else min(self._ttl_ms, memory.known_at(now_ms))
+    def deletes_known_ms(self, now_ms: int) -> int:
+        """Return for how long before ``now_ms`` every delete is known."""
+        known, memory = min(self._ttl_ms, self._least_ttl_ms), self._ttl_memory
+        return known if memory is None else min(known, memory.known_at(now_ms))
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -885,11 +892,15 @@ class RedisSyncEngine(SyncEngine):
                     if item is not None and not item.deleted:
                         yield item
 
-    async def _scan_keys(self, prefix: str = "") -> AsyncIterator[list[str]]:
+    async def _scan_items(self, prefix: str = "") -> AsyncIterator[list[bytes]]:
         cut = len(self.keys.item_prefix.encode())
         async for raws in self._scan_raw(glob_escape(self.keys.item(prefix)) + "*"):
+            yield [raw[cut:] for raw in raws]
+
+    async def _scan_keys(self, prefix: str = "") -> AsyncIterator[list[str]]:
+        async for raws in self._scan_items(prefix):
             try:
-                yield [raw[cut:].decode() for raw in raws]
+                yield [raw.decode() for raw in raws]
             except UnicodeDecodeError as error:
                 raise StoreError(f"{self._where}: a key is not UTF-8: {error.object!r}") from None
 

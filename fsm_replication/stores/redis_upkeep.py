@@ -39,23 +39,21 @@ LEASE_SEC: Final = 20.0
 KEYS_PER_SLICE: Final = 200
 
 Change = Callable[[str, Sequence[Any]], Awaitable[Any]]
-ScanKeys = Callable[[], AsyncIterator[list[str]]]
+ScanItems = Callable[[], AsyncIterator[list[bytes]]]
 
 
 @dataclass(frozen=True, slots=True)
 class TtlMemory:
     """From how far back deletes were known at ``changed_ms``, when another ttl was announced.
 
-    ``changed_ms`` is None while that is still to come. Both are in milliseconds.
+    Both are in milliseconds.
     """
 
     known_ms: int
-    changed_ms: int | None
+    changed_ms: int
 
     def known_at(self, now_ms: int) -> int:
         """Return for how long before ``now_ms`` every delete is known."""
-        if self.changed_ms is None:
-            return self.known_ms
         return self.known_ms + max(0, now_ms - self.changed_ms)
 
 
@@ -63,21 +61,22 @@ class Upkeep:
     """Beats for this process, and brings expiries in line with a changed ttl.
 
     ``change`` runs one of the scripts that begin with the common head, and opens the store again where
-    its marker is gone. ``announced`` takes what the marker says once the new ttl is announced.
+    its marker is gone. ``scan_items`` yields the keys of all items, whatever bytes they are.
+    ``announced`` takes what the marker says once the new ttl is announced.
     """
 
     def __init__(
-        self, change: Change, scan_keys: ScanKeys, announced: Callable[[Sequence[bytes]], None],
+        self, change: Change, scan_items: ScanItems, announced: Callable[[Sequence[bytes]], None],
         token: str, clock: Clock, log: BoundLogger,
     ) -> None:  # fmt: skip
         self._change = change
-        self._scan_keys = scan_keys
+        self._scan_items = scan_items
         self._announced = announced
         self._token = token
         self._clock = clock
         self._log = log
         self._task: asyncio.Task[None] | None = None
-        # A client of Redis may turn a cancellation into an error of its own.
+        # A client of Redis may swallow a cancellation that comes together with a reply.
         self._asked_to_stop = asyncio.Event()
         self._woken = asyncio.Event()
         # Counts the openings that asked for a walk, and up to which of them one was finished.
@@ -114,6 +113,11 @@ class Upkeep:
                     self._log.warning("store_upkeep_failed", error=error, again_in_sec=BEAT_SEC)
                 await self._rest()
 
+    async def _step(self, text: str, args: Sequence[Any]) -> Any:
+        if self._asked_to_stop.is_set():
+            raise asyncio.CancelledError
+        return await self._change(text, args)
+
     async def _rest(self) -> None:
         self._woken.clear()
         if self._asked_to_stop.is_set():
@@ -125,7 +129,7 @@ class Upkeep:
             return
 
     async def _beat(self) -> None:
-        await self._change(scripts.BEAT, [self._token, round(LEASE_SEC * 1000)])
+        await self._step(scripts.BEAT, [self._token, round(LEASE_SEC * 1000)])
         self._next_beat = self._clock.monotonic() + BEAT_SEC
 
     async def _realign(self) -> None:
@@ -133,16 +137,16 @@ class Upkeep:
         # Where nobody has compared for long, leaves are overdue whose items are gone: a longer ttl must
         # not keep them. Those whose items are still there come back below.
         slice_of = [KEYS_PER_SLICE, "announced"]
-        while await self._change(scripts.SWEEP, slice_of) >= KEYS_PER_SLICE:
+        while await self._step(scripts.SWEEP, slice_of) >= KEYS_PER_SLICE:
             pass
-        async for keys in self._scan_keys():
+        async for keys in self._scan_items():
             for begin in range(0, len(keys), KEYS_PER_SLICE):
-                args: list[str | int] = []
+                args: list[bytes | int] = []
                 for key in keys[begin : begin + KEYS_PER_SLICE]:
-                    args += (key, bucket_of(key.encode()))
-                tombstones += await self._change(scripts.REALIGN, args)
+                    args += (key, bucket_of(key))
+                tombstones += await self._step(scripts.REALIGN, args)
             if self._clock.monotonic() >= self._next_beat:
                 await self._beat()
-        self._announced(await self._change(scripts.ANNOUNCE, []))
+        self._announced(await self._step(scripts.ANNOUNCE, []))
         self._walked = asked
         self._log.info("tombstone_ttl_announced", tombstones=tombstones)
