@@ -224,8 +224,6 @@ class SqliteStore(SyncEngine):
                 return None
             known = None if held is None else held.stamp
             updated_at, version = next_stamp(known, _now_ms(), key=key)
-            if max(updated_at, version) > NUMBER_MAX:
-                raise ValueError(f"{key!r}: version or updated_at would go over 2**53-1")
             digest = EMPTY_HASH if content is None else content_hash(content)
             item = SyncItem(
                 key, content or b"", content_type, digest, version, updated_at, content is None,

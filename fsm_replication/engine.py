@@ -26,6 +26,7 @@ from fsm_replication.dead_letters import DeadLetters, RetryStats
 from fsm_replication.drain import DRAINER, Drainer
 from fsm_replication.driver import Driver, Observer
 from fsm_replication.errors import (
+    ConfigError,
     ConnectionLostError,
     CursorStoreError,
     EngineStoppedError,
@@ -100,6 +101,8 @@ class ReplicationEngine(Observer):
 
     ``ports`` replaces the world outside (time, wall clock, randomness, Redis transport, cursor
     store); ``registry`` is where metrics are registered, by default a registry of its own.
+
+    :raises ConfigError: if ``sync_engine`` was opened for another node.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class ReplicationEngine(Observer):
         self._config = config
         self._settings = Current(config.settings)
         self._store = sync_engine if sync_engine is not None else NoOpSyncEngine()
+        _refuse_other_node(config, self._store)
         self._given_ports = ports
         self.metrics = Metrics(config.local_node_id, registry)
         self._ports = ports if ports is not None else _system_ports(config, self.metrics)
@@ -294,7 +298,9 @@ class ReplicationEngine(Observer):
             progress=progress,
             interlock=interlock,
             stale=StaleGuard(
-                round(self._config.settings.tombstones.ttl * 1000), self._ports.wall_clock
+                round(self._config.settings.tombstones.ttl * 1000),
+                self._ports.wall_clock,
+                self._store.deletes_known_ms,
             ),
             unfetchable=KeyMemory(clock),
             settled=SettledHashes(),
@@ -608,7 +614,9 @@ class ReplicationEngine(Observer):
         while True:
             self._check_not_over("update_config")
             created = self.state is EngineState.CREATED
-            if not created:
+            if created:
+                _refuse_other_node(config, self._store)
+            else:
                 refuse_what_is_fixed(change)
             await self._links.wait_gone(change.peers_added)
             records = {} if created else await self._load_records(change.peers_added)
@@ -1132,6 +1140,19 @@ def startup_verdict(states: Sequence[PeerState]) -> bool | None:
     if any(state.is_running for state in states):
         return True
     return False if all(state is PeerState.FAILED for state in states) else None
+
+
+def _refuse_other_node(config: ReplicationConfig, store: SyncEngine) -> None:
+    """Refuse a store of another node: its stream would tell of writes of that one.
+
+    :raises ConfigError: if it is one.
+    """
+    if store.node_id not in ("", config.local_node_id):
+        raise ConfigError(
+            [
+                f"local_node_id: the sync engine was made for {store.node_id!r}, not {config.local_node_id!r}"
+            ]
+        )
 
 
 def _system_ports(config: ReplicationConfig, metrics: Metrics) -> Ports:

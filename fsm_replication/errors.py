@@ -199,12 +199,13 @@ class PeerRefusedError(PeerError):
     """Waiting cannot mend this link.
 
     An unusable URL, rejected credentials, our own node id, a newer format, another tombstone ttl
-    or resolver. ``credentials`` is true where the peer rejected who we say we are: that may be
-    mended at the peer, so the link tries again after ``reconnect.rejected``.
+    or resolver. ``credentials`` is true where the peer rejected who we say we are. ``mendable`` says
+    that it may be mended at the peer, so that the link tries again after ``reconnect.rejected``.
     """
 
-    def __init__(self, message: str, *, credentials: bool = False) -> None:
+    def __init__(self, message: str, *, credentials: bool = False, mendable: bool = False) -> None:
         self.credentials = credentials
+        self.mendable = mendable or credentials
         super().__init__(message)
 
 

@@ -228,7 +228,7 @@ def next_stamp(known: Stamp | None, now_ms: int, *, key: str) -> tuple[int, int]
 
     Together they are a hybrid logical clock per key (Kulkarni et al., "Logical Physical Clocks",
     2014): a write that has seen another is always stamped later, even where the clock has gone
-    back in between.
+    back in between. The time decides first, so a version that cannot go up any more stays.
 
     :raises StampAheadError: if ``known`` is stamped more than a day ahead of ``now_ms``: peers would
         refuse what is written over it.
@@ -237,4 +237,4 @@ def next_stamp(known: Stamp | None, now_ms: int, *, key: str) -> tuple[int, int]
         return now_ms, 1
     if known.updated_at > now_ms + DAY_MS:
         raise StampAheadError(key, known.updated_at)
-    return max(now_ms, known.updated_at + 1), known.version + 1
+    return max(now_ms, known.updated_at + 1), min(known.version + 1, NUMBER_MAX)

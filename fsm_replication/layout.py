@@ -83,6 +83,11 @@ class Keys:
         return f"{self.prefix}fsm:tree"
 
     @property
+    def processes(self) -> str:
+        """The processes of the node that have the store open, by when they count as gone."""
+        return f"{self.prefix}fsm:processes"
+
+    @property
     def live(self) -> str:
         """How many live items there are."""
         return f"{self.prefix}fsm:live"

@@ -379,7 +379,7 @@ class PeerLink:
         """Start the timer that tries again what may be mended without a word to this node."""
         error = move.payload
         if isinstance(error, WorkerCrashedError) or (
-            isinstance(error, PeerRefusedError) and error.credentials
+            isinstance(error, PeerRefusedError) and error.mendable
         ):
             wait = self._plan_attempt(mending_wait_sec(self.context))
             work = partial(wait_for_mending, self.context, wait)

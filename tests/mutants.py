@@ -159,8 +159,8 @@ MUTANTS: Final = (
     Mutant(
         "tombstones are not in the tree in Redis",
         "stores/redis_scripts.py",
-        "      if expiry > now then\n        plant(",
-        "      if false then\n        plant(",
+        "    if not (expiry and expiry <= now) then stamp =",
+        "    if not expiry then stamp =",
         "tests/test_repair.py tests/test_merkle.py",
     ),
     Mutant(
@@ -231,15 +231,15 @@ MUTANTS: Final = (
     Mutant(
         "a local write ignores the time of what it replaces",
         "items.py",
-        "    return max(now_ms, known.updated_at + 1), known.version + 1",
-        "    return now_ms, known.version + 1",
+        "    return max(now_ms, known.updated_at + 1), min(known.version + 1, NUMBER_MAX)",
+        "    return now_ms, min(known.version + 1, NUMBER_MAX)",
         "tests/test_stores.py tests/test_convergence.py",
     ),
     Mutant(
         "a local write in Redis ignores the time of what it replaces",
         "stores/redis_scripts.py",
-        "  return math.max(now, at + 1), version + 1",
-        "  return now, version + 1",
+        "  return math.max(now, at + 1), math.min(version + 1, LIMIT)",
+        "  return now, math.min(version + 1, LIMIT)",
         "tests/test_redis_store.py",
     ),
     Mutant(
@@ -316,15 +316,15 @@ MUTANTS: Final = (
     Mutant(
         "a leaf leaves the tree in Redis, but not its digest",
         "stores/redis_scripts.py",
-        "    note(tree, bucket, -high, -low)",
-        "    note(tree, bucket, 0, 0)",
+        "        count(bucket, nil, digest_of(key, stamp))\n",
+        "",
         "tests/test_merkle.py tests/test_repair.py",
     ),
     Mutant(
         "the peer's position is not kept with the batch",
         "stores/redis_scripts.py",
-        "if ARGV[6] ~= '' then call('HSET', KEYS[2], ARGV[5], ARGV[6]) end",
-        "if ARGV[6] ~= '' then call('HSET', KEYS[2], ARGV[5], '0-0 0') end",
+        "  call('HSET', positions, peer, position)\n",
+        "  call('HSET', positions, peer, '0-0 0')\n",
         "tests/test_redis_store.py tests/test_stores.py tests/test_withstands.py",
     ),
     Mutant(
@@ -399,7 +399,7 @@ MUTANTS: Final = (
     Mutant(
         "another store behind a living connection passes for the peer",
         "workers/peer_tree.py",
-        "if marker != [known.get(_INCARNATION), known.get(_LAYOUTS)]:",
+        "if marker != [self._lines.marker.get(name) for name in names]:",
         "if False:",
         "tests/test_repair.py",
     ),
@@ -413,7 +413,7 @@ MUTANTS: Final = (
     Mutant(
         "a running engine takes what it cannot change",
         "engine.py",
-        "            if not created:\n                refuse_what_is_fixed(change)\n",
+        "            else:\n                refuse_what_is_fixed(change)\n",
         "",
         "tests/test_reconfigure.py",
     ),
@@ -449,8 +449,8 @@ MUTANTS: Final = (
     Mutant(
         "a batch is applied to a store that has become another",
         "stores/redis_scripts.py",
-        "if ARGV[9] ~= '' and redis.call",
-        "if false and redis.call",
+        "if meant ~= '' and incarnation ~= meant then",
+        "if false then",
         "tests/test_faults.py",
     ),
     Mutant(

@@ -87,6 +87,7 @@ TABLE: dict[str, Any] = {
     "store.redis_prefix": "",
     "store.stream_maxlen": 100_000,
     "store.layouts": ("own",),
+    "store.allow_eviction": False,
     "settings.startup.timeout": 30,
     "settings.startup.when_no_peer": "fail",
     "settings.reconnect.first": 1,

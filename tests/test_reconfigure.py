@@ -927,7 +927,7 @@ def test_before_the_start_anything_may_change(tmp_path: Path) -> None:
     """If this fails an engine must be made anew to correct its configuration."""
     registry = CollectorRegistry()
     first = config_of(A, C, cursor={"sqlite_path": str(tmp_path / "missing" / "c.db")})
-    engine = ReplicationEngine(first, MemorySyncEngine(node_id="n"), registry=registry)
+    engine = ReplicationEngine(first, MemorySyncEngine(), registry=registry)
     second = ReplicationConfig(
         local_node_id="n",
         peers=[C.model_copy(update={"redis_url": "redis://127.0.0.1:1"}), D],

@@ -106,5 +106,5 @@ def test_a_format_that_is_no_number_is_refused(form: str) -> None:
     peer = PeerConfig(node_id="a", redis_url="redis://a")
     marker = {b"node_id": b"a", b"format": form.encode()}
     with pytest.raises(PeerRefusedError, match="has format") as raised:
-        connector._check_marker(marker, peer, Settings(), "b", "lww")
+        connector._check_marker(marker, connector._Found.OURS, peer, Settings(), "b", "lww")
     assert len(str(raised.value)) < 500

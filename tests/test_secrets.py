@@ -35,7 +35,7 @@ from fsm_replication.config import CursorConfig, ReconnectConfig, Settings, Star
 from fsm_replication.errors import ConfigError, PeerRefusedError, ReplicationError
 from fsm_replication.redaction import Secrets, mask_url, redact
 from fsm_replication.transport import RedisTransport
-from fsm_replication.workers.connector import _check_marker
+from fsm_replication.workers.connector import _check_marker, _Found
 
 USER, PASSWORD = 'al"ice b/€', "s3cr%t'\\p@ss\nwörd"
 QUICK = Settings(
@@ -300,5 +300,5 @@ def test_a_peer_that_names_itself_by_our_password_is_not_quoted() -> None:
     peer = PeerConfig(node_id="a", redis_url=url_of(USER, PASSWORD))
     marker = {b"node_id": f"x {PASSWORD} {USER}".encode(), b"format": b"1"}
     with pytest.raises(PeerRefusedError) as refused:
-        _check_marker(marker, peer, Settings(), "b", "last-writer-wins")
+        _check_marker(marker, _Found.OURS, peer, Settings(), "b", "last-writer-wins")
     assert not shows(str(refused.value))

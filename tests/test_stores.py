@@ -539,9 +539,10 @@ async def test_numbers_do_not_overflow(redis_store: RedisSyncEngine) -> None:
     """If this fails a version beyond 2**53 is rounded in Lua."""
     edge = SyncItem("k", b"", "binary", EMPTY_HASH, NUMBER_MAX, NOW, False, "")
     await redis_store.submit(edge)
-    with pytest.raises(ValueError, match="2\\*\\*53"):
-        await redis_store.put("k", b"1")
-    assert await redis_store.get("k") == edge
+    item = await redis_store.put("k", b"1")
+    assert item.version == NUMBER_MAX
+    assert item.updated_at > NOW
+    assert await redis_store.get("k") == item
 
 
 # What else holds for every store -----------------------------------------------------------------
@@ -579,20 +580,13 @@ async def test_a_delete_that_changes_nothing_leaves_no_trace(store: Store) -> No
     assert await store.stamps(["k"]) == before
 
 
-@pytest.mark.parametrize(
-    ("at", "version", "why"),
-    [(NUMBER_MAX, 5, "a day ahead"), (5, NUMBER_MAX, r"2\*\*53")],
-    ids=["time", "version"],
-)
-async def test_no_local_write_goes_over_what_is_exact(
-    store: Store, at: int, version: int, why: str
-) -> None:
+async def test_no_local_write_goes_over_what_is_exact(store: Store) -> None:
     """If this fails a stamp is written that readers refuse, or take for another one."""
-    edge = SyncItem("k", b"v", "binary", content_hash(b"v"), version, at, False, "")
+    edge = SyncItem("k", b"v", "binary", content_hash(b"v"), 5, NUMBER_MAX, False, "")
     await store.submit(edge)
-    with pytest.raises(ValueError, match=why):
+    with pytest.raises(ValueError, match="a day ahead"):
         await store.put("k", b"x")
-    with pytest.raises(ValueError, match=why):
+    with pytest.raises(ValueError, match="a day ahead"):
         await store.delete("k")
     assert await store.get("k") == edge
 

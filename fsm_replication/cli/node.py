@@ -61,6 +61,7 @@ async def open_store(config: ReplicationConfig) -> AsyncIterator[SyncEngine]:
             tombstone_grace_sec=tombstones.grace,
             payload_bytes=config.settings.limits.payload_bytes,
             timeout_sec=config.settings.timeouts.store_call,
+            allow_eviction=store.allow_eviction,
         ) as engine:
             yield engine
     elif store.kind == "memory":
@@ -156,9 +157,11 @@ async def check_node(config: ReplicationConfig, console: Console) -> bool:
     for warning in config.warnings:
         _doubt(console, warning)
     try:
-        async with open_store(config):
+        async with open_store(config) as store:
             kind = config.store.kind if config.store is not None else "none"
             _fine(console, f"store: {kind} is ready")
+            for warning in store.warnings if isinstance(store, RedisSyncEngine) else ():
+                _doubt(console, f"store: {warning}")
     except ReplicationError as error:
         well = False
         _wrong(console, f"store: {error}")

@@ -90,6 +90,9 @@ class StoreConfig(_HasUrl):
     of a reader, or that reader copies everything anew."""
     layouts: tuple[Literal["own", "dotted"], ...] = ("own",)
     """The trees the node publishes: "own" always, "dotted" for foreign readers."""
+    allow_eviction: Flag = False
+    """True: use a Redis whose ``maxmemory-policy`` is not ``noeviction``. When it is full it may
+    throw away tombstones, and deleted items come back."""
 
     @classmethod
     def _together(cls, data: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:

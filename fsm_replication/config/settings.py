@@ -191,8 +191,9 @@ class ReconnectConfig(Model):
     longest: PositiveDuration = 30.0
     """Seconds; no wait is longer. How long a peer may be back without being read."""
     rejected: PositiveDuration = 300.0
-    """Seconds until rejected credentials are tried again, over 0. Minutes, so that a server that
-    locks users out after some failures does not."""
+    """Seconds until a peer is tried again that rejected the credentials, or has another tombstone
+    ttl or resolver, over 0. Minutes, so that a server that locks users out after some failures does
+    not."""
 
     @classmethod
     def _together(cls, data: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:

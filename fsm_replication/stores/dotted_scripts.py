@@ -57,8 +57,10 @@ local function keep_out(path)
   local deleted = redis.pcall('GETRANGE', prefix .. 'item:' .. path, 16, 16)
   if deleted == '\\0' then call('SADD', out, path) end
 end
+-- What is left to be done is noted before anything is done, so that it is not lost if the script fails.
 local function replace(path, old, new)
   local parent, segment = split(path)
+  unfold(parent)
   if old then call('ZREM', children .. parent, segment .. ':' .. old) end
   if new then
     call('ZADD', children .. parent, 0, segment .. ':' .. new)
@@ -66,7 +68,6 @@ local function replace(path, old, new)
   else
     call('DEL', hashes .. path)
   end
-  unfold(parent)
 end
 """
 
@@ -112,7 +113,6 @@ FOLD: Final = (
     + """
 for i = 3, #ARGV, 2 do
   local path, digest = ARGV[i], ARGV[i + 1]
-  call('ZREM', unfolded, path)
   local old = call('GET', hashes .. path)
   if path == '' then
     call('SET', hashes, digest)
@@ -126,6 +126,7 @@ for i = 3, #ARGV, 2 do
     if above ~= '' and call('ZCARD', children .. above) == 0 then keep_out(above) end
     replace(path, old, digest)
   end
+  call('ZREM', unfolded, path)
 end
 return 1
 """

@@ -12,7 +12,6 @@ from typing import Any, Final
 from fsm_replication.errors import MergeError
 from fsm_replication.items import (
     EMPTY_HASH,
-    NUMBER_MAX,
     LastWriterWins,
     Resolver,
     Stamp,
@@ -180,8 +179,8 @@ class MemorySyncEngine(SyncEngine):
 
         :raises InvalidKeyError: if the key is not one.
         :raises TypeError: if the content is not bytes.
-        :raises ValueError: if the content type is neither binary nor json, if it is json and the
-            content is not, or if the held item's time or version is the largest there can be.
+        :raises ValueError: if the content type is neither binary nor json, or if it is json and the
+            content is not.
         :raises StampAheadError: if the held item is stamped more than a day ahead of the clock.
         """
         check_key(key)
@@ -206,7 +205,6 @@ class MemorySyncEngine(SyncEngine):
         """Delete locally; returns whether there was a live item.
 
         :raises InvalidKeyError: if the key is not one.
-        :raises ValueError: if the held item's time or version is the largest there can be.
         :raises StampAheadError: if the held item is stamped more than a day ahead of the clock.
         """
         check_key(key)
@@ -246,10 +244,7 @@ class MemorySyncEngine(SyncEngine):
     def _next(self, key: str) -> tuple[int, int]:
         held = self._items.get(key)
         now = self._wall_clock.now_ms()
-        updated_at, version = next_stamp(None if held is None else held.stamp, now, key=key)
-        if updated_at > NUMBER_MAX or version > NUMBER_MAX:
-            raise ValueError(f"{key!r}: version or updated_at would go over 2**53-1")
-        return updated_at, version
+        return next_stamp(None if held is None else held.stamp, now, key=key)
 
     def __len__(self) -> int:
         return self._live

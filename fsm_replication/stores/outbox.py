@@ -105,8 +105,8 @@ class OutboxPublisher:
     offer the publisher's ``tree`` as its own, since after a restored backup it would tell of items
     the store has lost, and they would never be repaired.
 
-    ``url``, ``redis_prefix``, ``stream_maxlen``, ``layouts`` and the times of tombstones (seconds, the
-    same as the store's) mean what they mean for ``RedisSyncEngine``. One batch is ``batch_items``
+    ``url``, ``redis_prefix``, ``stream_maxlen``, ``layouts``, ``allow_eviction`` and the times of
+    tombstones (seconds, the same as the store's) mean what they mean for ``RedisSyncEngine``. One batch is ``batch_items``
     rows at most, 1 or more; memory for as many items is needed. ``poll_sec``, over 0, is how often
     it looks by itself for rows that nobody called ``wake`` for, as those of other processes.
     ``timeout_sec``, over 0, bounds each call to Redis and to the outbox. ``retries`` must have no end.
@@ -129,6 +129,7 @@ class OutboxPublisher:
         batch_items: int = 200,
         poll_sec: float = 1.0,
         timeout_sec: float = 10.0,
+        allow_eviction: bool = False,
         retries: RetryProfile = RETRIES,
         clock: Clock | None = None,
         transport: Transport | None = None,
@@ -156,6 +157,7 @@ class OutboxPublisher:
             tombstone_ttl_sec=tombstone_ttl_sec,
             tombstone_grace_sec=tombstone_grace_sec,
             timeout_sec=timeout_sec,
+            allow_eviction=allow_eviction,
             clock=self._clock,
             transport=transport,
             rng=self._rng,

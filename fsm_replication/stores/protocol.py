@@ -97,6 +97,9 @@ class ApplyResult:
 class SyncEngine(ABC):
     """A node's own store, as replication sees it."""
 
+    node_id: str = ""
+    """The node it was opened for; an engine of another node refuses it. "" fits any."""
+
     @property
     def resolver(self) -> Resolver:
         """How two live items of one key become one; the same at every node of a mesh."""
@@ -167,6 +170,14 @@ class SyncEngine(ABC):
 
         The interlock allows a share of them to be deleted within an hour; where the number is not
         known, ``repair.interlock_min`` deletes are all that one peer is allowed.
+        """
+        return None
+
+    def deletes_known_ms(self, now_ms: int) -> int | None:
+        """Return for how long before ``now_ms`` the store knows every delete; None: for its whole ttl.
+
+        That is less for a while after ``tombstones.ttl`` was raised: what had been forgotten by then
+        stays forgotten, and old items of a peer are held back accordingly (G5). Without I/O.
         """
         return None
 

@@ -3,7 +3,8 @@
 An item, its stream entry and the peer's position change together in one script, so no crash can
 separate them, and any number of processes may write at once. Scripts are kept short (at most 200
 items and 4 MiB a call), because Redis serves nobody else meanwhile. All processes of a node open
-it with the same ``layouts``; the first that opens it with another set builds or drops the tree.
+it with the same ``layouts``; the first that opens it with another set builds or drops the tree. As
+long as one of them runs, none can open it with another tombstone ttl or resolver.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ from fsm_replication.errors import (
 from fsm_replication.foreign import DOTTED, reserved
 from fsm_replication.items import (
     EMPTY_HASH,
-    NUMBER_MAX,
     LastWriterWins,
     Resolver,
     Stamp,
@@ -84,6 +84,8 @@ from fsm_replication.stores import redis_scripts as scripts
 from fsm_replication.stores.dotted import DottedPublisher
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received, SyncEngine, WireForm
 from fsm_replication.stores.redis_layouts import LayoutKeeper
+from fsm_replication.stores.redis_server import ServerFacts, ask_server_facts
+from fsm_replication.stores.redis_upkeep import LEASE_SEC, TtlMemory, Upkeep
 from fsm_replication.stream import DataDecoder, Encoded, encode_data, encode_meta
 from fsm_replication.transport import RedisTransport, pack_arguments
 
@@ -106,7 +108,8 @@ _OUTCOMES: Final = {
     ord("2"): Outcome.REFUSED,
     ord("4"): Outcome.REFUSED,
 }
-_NO_MARKER: Final = "NOMARKER"
+# How long closing waits for Redis to hear of it.
+LEAVE_SEC: Final = 1.0
 _NO_ITEM: Final = "its key holds something that is no item"
 _RESERVED: Final = "the dotted layout keeps its own under names that begin so"
 _Args = list[bytes | str | int]
@@ -120,8 +123,12 @@ class RedisSyncEngine(SyncEngine):
     ``url`` is redis://, rediss:// or unix://. ``redis_prefix`` stands before every key and carries
     its own trailing colon. The stream is trimmed to about ``stream_maxlen`` entries. Tombstones
     are kept until max(expiry, arrival) + grace. Times are in seconds, sizes in bytes. More calls at
-    once than ``connections_max`` wait for each other. Use it as an async context manager, or call
-    ``open`` and ``close``.
+    once than ``connections_max`` wait for each other. A Redis that may evict keys is refused unless
+    ``allow_eviction`` is set. Use it as an async context manager, or call ``open`` and ``close``;
+    while it is open a task of its own keeps the marker key up to date.
+
+    A changed ``tombstone_ttl_sec`` is announced to readers when all that is kept was brought in line
+    with it, in the background.
 
     :raises ConfigError: if the URL cannot be used, or a layout cannot be kept.
     """
@@ -140,6 +147,7 @@ class RedisSyncEngine(SyncEngine):
         payload_bytes: int = 16 * 1024 * 1024,
         timeout_sec: float = 10.0,
         connections_max: int = 64,
+        allow_eviction: bool = False,
         clock: Clock | None = None,
         transport: Transport | None = None,
         rng: random.Random | None = None,
@@ -167,21 +175,38 @@ class RedisSyncEngine(SyncEngine):
         self._dirty_key = self.keys.dirty if DOTTED in layouts else ""
         self._where = mask_url(url)
         self._secrets = Secrets.of(url)
-        self._maxlen = stream_maxlen
         self._ttl_ms = round(tombstone_ttl_sec * 1000)
         self._grace_ms = round(tombstone_grace_sec * 1000)
+        self._allow_eviction = allow_eviction
         self._keeper = LayoutKeeper(
-            self.keys, self._layouts, self._ttl_ms, self._run, self._call,
+            self.keys, self._layouts, self._run, self._build, self._call,
             self._scan_keys, self._scan_raw,
         )  # fmt: skip
         self._clock = clock or SystemClock()
         self._log = get_logger("store", node_id=node_id)
+        self._token = f"{self._rng.getrandbits(128):032x}"
+        self._upkeep = Upkeep(
+            self._change, self._scan_items, self._ttl_announced, self._token, self._clock, self._log
+        )
+        self._ttl_memory: TtlMemory | None = None
+        # The shortest ttl that has counted until the one of this store is announced.
+        self._least_ttl_ms = self._ttl_ms
+        self._facts: ServerFacts | None = None
         self._publisher: DottedPublisher | None = None
         if DOTTED in layouts:
             self._publisher = DottedPublisher(
                 self.keys, self._run, self._call_many, self._fetch_stamped,
                 self._clock, self._rng, self._log,
             )  # fmt: skip
+        # What every script that changes items begins with.
+        self._head_keys = (
+            self.keys.stream, self.keys.positions, self.keys.marker, self.keys.live,
+            self.keys.processes,
+        )  # fmt: skip
+        self._head: tuple[str | int, ...] = (
+            stream_maxlen, self._ttl_ms, self._grace_ms, self._resolver.name, self.keys.item_prefix,
+            self._tree_key, self._dirty_key,
+        )  # fmt: skip
         self._payload_bytes = payload_bytes
         self._decoder = DataDecoder(payload_bytes)
         self._compressor = zstandard.ZstdCompressor(level=3)
@@ -198,6 +223,10 @@ class RedisSyncEngine(SyncEngine):
             text: self._redis.register_script(text)
             for text in (
                 scripts.OPEN,
+                scripts.BEAT,
+                scripts.LEAVE,
+                scripts.REALIGN,
+                scripts.ANNOUNCE,
                 scripts.APPLY,
                 scripts.MERGE,
                 scripts.PUT,
@@ -220,7 +249,8 @@ class RedisSyncEngine(SyncEngine):
     async def open(self) -> None:
         """Write the node's marker key, or check the one that is there.
 
-        :raises StoreError: if Redis cannot be reached, is too old, or belongs to another node.
+        :raises StoreError: if Redis cannot be reached, is too old, may evict keys, or belongs to another
+            node; or if another process of this node runs with another tombstone ttl or resolver.
         """
         self._closed = False
         # One after the other: a second one would announce a tree that the first still builds.
@@ -230,9 +260,9 @@ class RedisSyncEngine(SyncEngine):
     async def _open(self) -> None:
         await self._check_server()
         own = bool(self._tree_key)
-        problem, value, layouts = await self._run(
+        problem, *found = await self._run(
             scripts.OPEN,
-            [self.keys.marker],
+            [self.keys.marker, self.keys.processes],
             [
                 self.node_id,
                 FORMAT,
@@ -241,25 +271,66 @@ class RedisSyncEngine(SyncEngine):
                 f"{self._rng.getrandbits(128):032x}",
                 OWN if own else "",
                 PARTITIONS if own else 0,
+                self._token,
+                round(LEASE_SEC * 1000),
+                self.keys.tree,
+                self.keys.live,
             ],
         )
         if problem:
-            raise StoreError(
-                f"{self._where} belongs to another node: its {problem.decode()} is"
-                f" {value.decode('utf-8', 'replace')!r} (this is node {self.node_id!r}, format"
-                f" {FORMAT})"
-            )
-        self._incarnation = value.decode()
+            raise self._refusal(problem, found)
+        incarnation, layouts, must_realign, least, *earlier = found
+        self._incarnation = incarnation.decode()
+        self._note_ttl(earlier)
+        self._least_ttl_ms = int(least)
         await self._keeper.keep({name for name in layouts.decode().split(",") if name})
+        self._upkeep.start(must_realign=bool(must_realign))
         if self._publisher is not None:
             self._publisher.start()
 
+    def _refusal(self, problem: bytes, found: Sequence[bytes]) -> StoreError:
+        texts = [raw.decode("utf-8", "replace") for raw in found]
+        if problem != b"running":
+            return StoreError(
+                f"{self._where} belongs to another node: its {problem.decode()} is {texts[0]!r} (this is"
+                f" node {self.node_id!r}, format {FORMAT})"
+            )
+        name, value = texts
+        mine = {"tombstone_ttl_ms": str(self._ttl_ms), "resolver": self.resolver.name}[name]
+        return StoreError(
+            f"{self._where}: another process of node {self.node_id!r} runs with {name} {value!r}, this one"
+            f" is configured with {mine!r}: stop all processes of the node before one starts with another"
+            f" (one that was killed counts for {LEASE_SEC:g} s)"
+        )
+
+    def _ttl_announced(self, earlier: Sequence[bytes]) -> None:
+        self._least_ttl_ms = self._ttl_ms
+        self._note_ttl(earlier)
+
+    def _note_ttl(self, earlier: Sequence[bytes]) -> None:
+        """Take in what the marker says of an earlier ttl: nothing, or what was known and when."""
+        known, changed = earlier
+        if known.isdigit() and changed.isdigit():
+            self._ttl_memory = TtlMemory(int(known), int(changed))
+        else:
+            self._ttl_memory = None
+
+    def deletes_known_ms(self, now_ms: int) -> int:
+        """Return for how long before ``now_ms`` every delete is known."""
+        known, memory = min(self._ttl_ms, self._least_ttl_ms), self._ttl_memory
+        return known if memory is None else min(known, memory.known_at(now_ms))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What an operator should know of this Redis, as sentences; empty before it was opened."""
+        if self._facts is None:
+            return ()
+        return tuple(filter(None, (self._facts.eviction, self._facts.volatility)))
+
     async def _sweep(self) -> None:
         """Take expired tombstones out of the tree, so that it is as every other node's."""
-        while True:
-            args = [self._tree_key, self._ttl_ms, ITEMS_PER_CALL]
-            if await self._run(scripts.SWEEP, [], args) < ITEMS_PER_CALL:
-                return
+        while await self._change(scripts.SWEEP, [ITEMS_PER_CALL, ""]) >= ITEMS_PER_CALL:
+            pass
 
     @property
     def resolver(self) -> Resolver:
@@ -293,17 +364,48 @@ class RedisSyncEngine(SyncEngine):
             if is_too_old(str(error)):
                 raise StoreError(f"{self._where}: {TOO_OLD}") from None
             raise self._store_error(error) from None
+        before, self._facts = self._facts, await ask_server_facts(self._ask_freely)
+        if self._facts.evicts and not self._allow_eviction:
+            raise StoreError(
+                f"{self._where}: {self._facts.eviction}. Set maxmemory-policy to noeviction (CONFIG SET, and"
+                " in Redis's own configuration), or store.allow_eviction here if that may happen"
+            )
+        if self._facts != before:
+            if self._facts.eviction:
+                self._log.warning("store_may_evict", store=self._where, why=self._facts.eviction)
+            if self._facts.volatility:
+                self._log.info("store_is_volatile", store=self._where, why=self._facts.volatility)
+
+    async def _ask_freely(self, *args: str) -> Any:
+        """Send a command that the user may not be allowed to use; None if it is refused."""
+        try:
+            return await self._redis.execute_command(*args)  # type: ignore[no-untyped-call]
+        except ResponseError:
+            return None
+        except (RedisError, OSError) as error:
+            raise self._store_error(error) from None
 
     async def close(self) -> None:
         """Close all connections; calls under way and later ones fail; a second call does nothing."""
         if self._publisher is not None:
             await self._publisher.stop()
+        await self._upkeep.stop()
+        if self._incarnation is not None and not self._closed:
+            await self._leave()
         self._closed = True
         while self._lanes:
             _, lane = self._lanes.popitem()
             lane.close()
             await lane.wait_closed()
         await self._redis.aclose()
+
+    async def _leave(self) -> None:
+        """Tell other processes that this one is gone; where Redis is gone too they wait a while."""
+        try:
+            async with self._clock.timeout(LEAVE_SEC):
+                await self._run(scripts.LEAVE, [self.keys.processes], [self._token])
+        except (StoreError, TimeoutError) as error:
+            self._log.debug("leave_not_told", error=error)
 
     async def __aenter__(self) -> Self:
         try:
@@ -512,11 +614,8 @@ class RedisSyncEngine(SyncEngine):
         args: PackedArguments,
         meant: str,
     ) -> tuple[bytes, int, int]:
-        head = (
-            4, self.keys.stream, self.keys.positions, self.keys.marker, self.keys.live,
-            self._maxlen, self._ttl_ms, self._grace_ms, self.keys.item_prefix, peer_id, position,
-            self._tree_key, self._dirty_key, meant,
-        )  # fmt: skip
+        keys = self._head_keys
+        head = (len(keys), *keys, *self._head, peer_id, position, meant)
         timeout = self._timeout_sec
         try:
             try:
@@ -531,10 +630,17 @@ class RedisSyncEngine(SyncEngine):
                     "EVAL", text, *head, timeout_sec=timeout, tail=args
                 )
         except ReplicationError as error:
-            if isinstance(error, PeerReplyError) and error.code == _NO_MARKER:
+            code = error.code if isinstance(error, PeerReplyError) else ""
+            if code == scripts.NO_MARKER:
                 raise StoreReopenedError(f"{self._where} was emptied or replaced") from None
-            raise self._store_error(error) from None
-        return codes, deleted, added
+            if code != scripts.RECONFIGURED:
+                raise self._store_error(error) from None
+        else:
+            return codes, deleted, added
+        # Another process has changed it while this one was not heard of; unless that one still runs, this
+        # one changes it back.
+        await self.open()
+        raise StoreReopenedError(f"{self._where} was opened with another configuration meanwhile")
 
     def encode(self, changes: Sequence[SyncItem], wire: Sequence[WireForm | None]) -> object:
         """Return the arguments of each script call that these changes take."""
@@ -692,8 +798,9 @@ class RedisSyncEngine(SyncEngine):
         :raises InvalidKeyError: if a key is not one; then nothing was written.
         :raises TypeError: if a content is not bytes; then nothing was written.
         :raises ValueError: if a content is too large or not of the type, and then nothing was
-            written; or if an item's version cannot go up, and then some may have been.
-        :raises StampAheadError: if a key is held with a stamp more than a day ahead; likewise.
+            written.
+        :raises StampAheadError: if a key is held with a stamp more than a day ahead; then some may
+            have been.
         :raises StoreError: if Redis fails; some of the writes may then have happened.
         """
         given = items.items() if isinstance(items, Mapping) else items
@@ -730,11 +837,7 @@ class RedisSyncEngine(SyncEngine):
     async def _put_batch(
         self, batch: Sequence[tuple[str, bytes]], args: Sequence[Any], content_type: str
     ) -> list[SyncItem]:
-        reply = await self._run(
-            scripts.PUT,
-            [self.keys.stream, self.keys.marker, self.keys.live],
-            [self._maxlen, self.keys.item_prefix, self._tree_key, self._dirty_key, *args],
-        )
+        reply = await self._change(scripts.PUT, args)
         return [
             SyncItem(
                 key,
@@ -754,8 +857,6 @@ class RedisSyncEngine(SyncEngine):
         held = (await self._fetch([key]))[0]
         now = await self.now_ms()
         updated_at, version = next_stamp(None if held is None else held.stamp, now, key=key)
-        if updated_at > NUMBER_MAX or version > NUMBER_MAX:
-            raise ValueError(f"{key!r}: version or updated_at would go over 2**53-1")
         digest = content_hash(content)
         item = SyncItem(
             key, content, content_type, digest, version, updated_at, False, self.node_id
@@ -788,12 +889,8 @@ class RedisSyncEngine(SyncEngine):
         """
         self._check_key(key)
         kind = EMPTY_HASH + _TYPE_BYTE["binary"]
-        args = [
-            self._maxlen, self.keys.item_prefix, self._tree_key, self._dirty_key, key, kind, self._origin,
-            self._meta_tail, bucket_of(key.encode()), self._ttl_ms, self._grace_ms,
-        ]  # fmt: skip
-        keys = [self.keys.stream, self.keys.marker, self.keys.live]
-        return bool(await self._run(scripts.DELETE, keys, args))
+        args = [key, kind, self._origin, self._meta_tail, bucket_of(key.encode())]
+        return bool(await self._change(scripts.DELETE, args))
 
     async def now_ms(self) -> int:
         """Return the time by which it stamps: the server's, in milliseconds since the epoch.
@@ -842,11 +939,15 @@ class RedisSyncEngine(SyncEngine):
                     if item is not None and not item.deleted:
                         yield item
 
-    async def _scan_keys(self, prefix: str = "") -> AsyncIterator[list[str]]:
+    async def _scan_items(self, prefix: str = "") -> AsyncIterator[list[bytes]]:
         cut = len(self.keys.item_prefix.encode())
         async for raws in self._scan_raw(glob_escape(self.keys.item(prefix)) + "*"):
+            yield [raw[cut:] for raw in raws]
+
+    async def _scan_keys(self, prefix: str = "") -> AsyncIterator[list[str]]:
+        async for raws in self._scan_items(prefix):
             try:
-                yield [raw[cut:].decode() for raw in raws]
+                yield [raw.decode() for raw in raws]
             except UnicodeDecodeError as error:
                 raise StoreError(f"{self._where}: a key is not UTF-8: {error.object!r}") from None
 
@@ -879,29 +980,39 @@ class RedisSyncEngine(SyncEngine):
         except (RedisError, OSError) as error:
             raise self._store_error(error) from None
 
-    async def _run(self, text: str, keys: Sequence[str | bytes], args: Sequence[Any]) -> Any:
+    async def _change(self, text: str, args: Sequence[Any]) -> Any:
+        """Run a script that begins with the common head; where the marker is not ours, open it first."""
         self._check_open()
         try:
             try:
-                return await self._eval(text, keys, args)
+                return await self._eval(text, self._head_keys, [*self._head, *args])
             except ResponseError as error:
-                if not str(error).startswith(_NO_MARKER):
+                if not str(error).startswith((scripts.NO_MARKER, scripts.RECONFIGURED)):
                     raise
-            # Redis came back empty; it is this node's store anew before anything is written to it.
+            # Redis came back empty; it is this node's store anew before anything is written to it. Or
+            # another process has changed what the marker says: it is asked whether that still runs.
             await self.open()
-            return await self._eval(text, keys, args)
+            return await self._eval(text, self._head_keys, [*self._head, *args])
         except (RedisError, OSError) as error:
             ahead = _AHEAD.fullmatch(str(error))
+            code, _, key = str(error).partition(" ")
             self._secrets.scrub_error(error)
-            if ahead is not None and isinstance(error, ResponseError):
+            if ahead is not None:
                 key = bytes.fromhex(ahead[2]).decode("utf-8", "replace")
                 raise StampAheadError(key, int(ahead[1])) from None
-            if isinstance(error, ResponseError) and str(error).startswith("RANGE "):
-                raise ValueError(
-                    f"{str(error)[6:]!r}: version or updated_at would go over 2**53-1"
-                ) from None
-            if isinstance(error, ResponseError) and str(error).startswith("NOITEM "):
-                raise StoreError(f"{self._where}: {str(error)[7:]!r}: {_NO_ITEM}") from None
+            if code == scripts.NO_ITEM:
+                raise StoreError(f"{self._where}: {key!r}: {_NO_ITEM}") from None
+            raise self._store_error(error) from None
+
+    async def _build(self, args: Sequence[Any]) -> Any:
+        """Plant leaves while the store is being opened, when it must not be opened again."""
+        return await self._run(scripts.BUILD, self._head_keys, [*self._head, *args])
+
+    async def _run(self, text: str, keys: Sequence[str | bytes], args: Sequence[Any]) -> Any:
+        self._check_open()
+        try:
+            return await self._eval(text, keys, args)
+        except (RedisError, OSError) as error:
             raise self._store_error(error) from None
 
     async def _eval(self, text: str, keys: Sequence[str | bytes], args: Sequence[Any]) -> Any:

@@ -7,7 +7,7 @@ that was killed half way has left is finished by the next opening.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from typing import Any, Final
 
 from fsm_replication.foreign import DOTTED, reserved
@@ -21,6 +21,7 @@ __all__ = ("LayoutKeeper",)
 CLEAR_KEYS: Final = 2000
 
 Call = Callable[..., Awaitable[Any]]
+Build = Callable[[Sequence[Any]], Awaitable[Any]]
 ScanKeys = Callable[[], AsyncIterator[list[str]]]
 ScanRaw = Callable[[str], AsyncIterator[list[bytes]]]
 
@@ -28,18 +29,18 @@ ScanRaw = Callable[[str], AsyncIterator[list[bytes]]]
 class LayoutKeeper:
     """Builds the trees of ``wanted`` layouts that are missing, and removes all others.
 
-    ``run`` runs a script, ``call`` sends a command, ``scan_keys`` yields the keys of all items,
+    ``run`` runs a script, ``build`` the one that plants leaves, ``call`` sends a command, ``scan_keys`` yields the keys of all items,
     ``scan_raw`` the names in Redis that match a pattern. All of them raise StoreError.
     """
 
     def __init__(
-        self, keys: Keys, wanted: Collection[str], ttl_ms: int, run: Run, call: Call,
+        self, keys: Keys, wanted: Collection[str], run: Run, build: Build, call: Call,
         scan_keys: ScanKeys, scan_raw: ScanRaw,
     ) -> None:  # fmt: skip
         self._keys = keys
         self._wanted = frozenset(wanted)
-        self._ttl_ms = ttl_ms
         self._run = run
+        self._build = build
         self._call = call
         self._scan_keys = scan_keys
         self._scan_raw = scan_raw
@@ -75,13 +76,13 @@ class LayoutKeeper:
         if await self._call("EXISTS", self._keys.tree):
             for branch in range(BRANCHES):
                 await self._run(scripts.CLEAR_BRANCH, [], [self._keys.tree, branch])
+        await self._call("UNLINK", f"{self._keys.tree}:expiring")
         async for keys in self._scan_keys():
             args: list[str | int] = []
             for key in keys:
                 args += (key, bucket_of(key.encode()))
-            head = (self._keys.tree, self._keys.item_prefix, self._ttl_ms)
             if args:
-                await self._run(scripts.BUILD, [], [*head, *args])
+                await self._build(args)
 
     async def _mark_all(self) -> None:
         """Leave all keys to the publisher of the dotted layout."""
@@ -111,6 +112,6 @@ class LayoutKeeper:
             return
         buckets = [f"{tree}:{number}" for number in range(PARTITIONS)]
         # The digests go last: where they are not, there is no leaf either.
-        names = [*buckets, f"{tree}:expiring", tree]
+        names = [*buckets, f"{tree}:deleted", tree]
         for begin in range(0, len(names), CLEAR_KEYS):
             await self._run(scripts.CLEAR, names[begin : begin + CLEAR_KEYS], [])

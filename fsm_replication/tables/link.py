@@ -166,9 +166,9 @@ LINK: Final = Table(
             "give_up",
             (_S.CONNECTING, _S.BACKOFF),
             _S.FAILED,
-            "an unusable URL, our own node id, a newer format, another tombstone ttl or resolver;"
-            " rejected credentials, or more than five unexpected errors in a minute while working"
-            " with this peer (both tried again every ``reconnect.rejected`` s)",
+            "an unusable URL, our own node id, a newer format; rejected credentials, another tombstone"
+            " ttl or resolver, or more than five unexpected errors in a minute while working with this"
+            " peer (these are tried again every ``reconnect.rejected`` s)",
             effects=("wait_for_mending",),
         ),
         Row(

@@ -684,7 +684,11 @@ class _Run:
             if abs(node.wall_clock.skew_ms) >= DAY_MS:
                 node.wall_clock.skew_ms = 0
         for name in sorted(self._strangers):
-            self.mesh.nodes[name].store.open()
+            node = self.mesh.nodes[name]
+            # It kept its tombstones by the right one all the time.
+            ttl_ms = round(TTL_SEC * 1000)
+            node.server.execute("HSET", node.store.keys.marker, "tombstone_ttl_ms", ttl_ms)
+            node.store.open()
         self._strangers.clear()
         for node in self.mesh.nodes.values():
             node.store.failure = node.cursors.failure = None

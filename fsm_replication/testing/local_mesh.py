@@ -219,6 +219,16 @@ class LocalMesh:
         for name in self.nodes:
             await (self.kill(name) if spins else self.stop(name))
 
+    async def change_ttl(self, name: str, ttl_sec: float, grace_sec: float = GRACE_SEC) -> None:
+        """Stop a node, and start it with another ``tombstones.ttl``."""
+        await self.stop(name)
+        node = self.nodes[name]
+        tombstones = TombstonesConfig(ttl=ttl_sec, grace=grace_sec)
+        settings = node.config.settings.model_copy(update={"tombstones": tombstones})
+        node.config = node.config.model_copy(update={"settings": settings})
+        node.store.reopen(ttl_ms=round(ttl_sec * 1000), grace_ms=round(grace_sec * 1000))
+        await self.start(name)
+
     # Lines and servers
 
     def cut(self, reader: str, peer: str) -> None:

@@ -99,11 +99,48 @@ class SimStore(SyncEngine):
         """Write the node's marker key, unless it is there."""
         marker = self.keys.marker
         self._do("HSETNX", marker, "incarnation", f"{self._rng.getrandbits(64):016x}")
+        self._do("HSETNX", marker, "tombstone_ttl_ms", self._ttl_ms)
         self._do(
             "HSET", marker, "node_id", self.node_id, "format", FORMAT, "layouts", OWN,
-            "tombstone_ttl_ms", self._ttl_ms, "resolver", self._resolver.name,
-            "partitions", PARTITIONS,
+            "resolver", self._resolver.name, "partitions", PARTITIONS,
         )  # fmt: skip
+        announced = int(self._do("HGET", marker, "tombstone_ttl_ms"))
+        if announced != self._ttl_ms:
+            self._realign(announced)
+
+    def reopen(self, *, ttl_ms: int, grace_ms: int) -> None:
+        """Open with other times for tombstones, as a process that starts with another configuration.
+
+        What is kept is brought in line at once, for which the real store takes its time.
+        """
+        self._ttl_ms, self._grace_ms = ttl_ms, grace_ms
+        self.open()
+
+    def _realign(self, announced_ms: int) -> None:
+        now = self._now()
+        self._sweep_by(announced_ms)
+        for key, item in self.items().items():
+            if item.deleted:
+                expiry = item.updated_at + self._ttl_ms
+                name, until = self.keys.item(key), max(expiry, now) + self._grace_ms
+                self._do("SET", name, self._do("GET", name), "PXAT", until)
+                if expiry > now:
+                    self._plant(key, encode_stamp(item))
+                    self._remember(item)
+        known = self.deletes_known_ms(now)
+        known = announced_ms if known is None else min(known, announced_ms)
+        self._do(
+            "HSET", self.keys.marker, "tombstone_ttl_ms", self._ttl_ms,
+            "tombstone_ttl_was_ms", known, "tombstone_ttl_changed_ms", now,
+        )  # fmt: skip
+
+    def deletes_known_ms(self, now_ms: int) -> int | None:
+        """Return for how long before ``now_ms`` every delete is known, None for the whole ttl."""
+        names = ("tombstone_ttl_was_ms", "tombstone_ttl_changed_ms")
+        known, changed = self._do("HMGET", self.keys.marker, *names)
+        if known is None or changed is None:
+            return None
+        return min(self._ttl_ms, int(known) + max(0, now_ms - int(changed)))
 
     def crashed(self) -> None:
         """Note that the server was lost and is back, maybe without its last second."""
@@ -285,6 +322,9 @@ class SimStore(SyncEngine):
     def _keep(self, item: SyncItem, held: SyncItem | None) -> None:
         data = encode_data(item.content)
         value, name = encode_value(item, data), self.keys.item(item.key)
+        # First, as it is all that can be refused: a stream may have no ids left.
+        fields = encode_fields(item, data)
+        self._do("XADD", self.keys.stream, "MAXLEN", "~", self._maxlen, "*", *fields)
         stamp: bytes | None = encode_stamp(item)
         if item.deleted:
             expiry = item.updated_at + self._ttl_ms
@@ -292,8 +332,7 @@ class SimStore(SyncEngine):
             if expiry <= self._now():
                 stamp = None
             else:
-                member = f"{bucket_of(item.key.encode())}:{item.key}"
-                self._do("ZADD", f"{self.keys.tree}:expiring", expiry, member)
+                self._remember(item)
         else:
             self._do("SET", name, value)
         self._plant(item.key, stamp)
@@ -301,8 +340,10 @@ class SimStore(SyncEngine):
         if was_live == item.deleted:
             live = int(self._do("GET", self.keys.live) or 0)
             self._do("SET", self.keys.live, live + (1 if was_live is False else -1))
-        fields = encode_fields(item, data)
-        self._do("XADD", self.keys.stream, "MAXLEN", "~", self._maxlen, "*", *fields)
+
+    def _remember(self, tombstone: SyncItem) -> None:
+        member = f"{bucket_of(tombstone.key.encode())}:{tombstone.key}"
+        self._do("ZADD", f"{self.keys.tree}:deleted", tombstone.updated_at, member)
 
     # The tree
 
@@ -331,15 +372,18 @@ class SimStore(SyncEngine):
             self._do("SETRANGE", tree, begin, b"".join(word.to_bytes(4) for word in words))
 
     async def _sweep(self) -> None:
-        expiring = f"{self.keys.tree}:expiring"
-        for member in self._do("ZRANGEBYSCORE", expiring, "-inf", self._now()):
+        self._sweep_by(self._ttl_ms)
+
+    def _sweep_by(self, ttl_ms: int) -> None:
+        deleted = f"{self.keys.tree}:deleted"
+        for member in self._do("ZRANGEBYSCORE", deleted, "-inf", self._now() - ttl_ms):
             bucket, _, key = member.decode().partition(":")
             stamp = self._do("HGET", f"{self.keys.tree}:{bucket}", key)
             if stamp is not None:
                 leaf = decode_stamp(stamp)
-                if leaf.deleted and leaf.updated_at + self._ttl_ms <= self._now():
+                if leaf.deleted and leaf.updated_at + ttl_ms <= self._now():
                     self._plant(key, None)
-            self._do("ZREM", expiring, member)
+            self._do("ZREM", deleted, member)
 
     async def _ask(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
         await asyncio.sleep(0)

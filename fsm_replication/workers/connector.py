@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any, Final
 
 from fsm_replication.abilities import TOO_OLD, Abilities, is_too_old, question_of_age
@@ -152,9 +153,9 @@ async def open_lines(
         try:
             asking.limit_reply(MARKER_BYTES)
             began = 0.0 if peer_clock is None else peer_clock.now()
-            marker, has_stream, time = await _read_marker(asking, peer, settings.timeouts.command)
-            if marker or not has_stream:
-                _check_marker(marker, peer, settings, local_node_id, resolver)
+            marker, found, time = await _read_marker(asking, peer, settings.timeouts.command)
+            if marker or found is not _Found.FOREIGN:
+                _check_marker(marker, found, peer, settings, local_node_id, resolver)
             else:
                 _check_one_way(peer, publishes_dotted=publishes_dotted)
             if peer_clock is not None:
@@ -171,19 +172,32 @@ async def open_lines(
     return Lines(reading, asking, foreign=not marker, marker=marker)
 
 
+class _Found(Enum):
+    """Whose Redis it is where there is no marker key, as its other keys tell."""
+
+    NOBODY = auto()
+    OURS = auto()
+    FOREIGN = auto()
+
+
 async def _read_marker(
     connection: Connection, peer: PeerConfig, timeout_sec: float
-) -> tuple[dict[bytes, bytes], bool, object]:
-    """Return the marker, whether there is a stream, and the reply to TIME, be it an error."""
+) -> tuple[dict[bytes, bytes], _Found, object]:
+    """Return the marker, whose Redis it is without one, and the reply to TIME, be it an error."""
     keys = Keys(peer.redis_prefix)
     questions = (
         ["HGETALL", keys.marker],
         ["EXISTS", keys.stream],
+        # Only nodes of ours write these, and each of ours has one of them from its first item on.
+        ["EXISTS", keys.tree, keys.live, keys.processes],
         question_of_age(keys.stream),
         ASK_TIME,
     )
     replies: list[Any] = await connection.pipeline(questions, timeout_sec=timeout_sec)
     time = replies.pop()
+    if isinstance(replies[2], PeerReplyError) and replies[2].code == "NOPERM":
+        # Who reads a foreign node needs no right to keys that it does not have.
+        replies[2] = 0
     for reply in replies:
         if isinstance(reply, PeerReplyError):
             if reply is replies[-1] and is_too_old(str(reply)):
@@ -193,14 +207,17 @@ async def _read_marker(
                     f"{peer.display_url}: the user may not read: {reply}", credentials=True
                 )
             raise PeerReplyError(str(reply), peer=peer.display_url)
-    flat, has_stream, _ = replies
+    flat, has_stream, has_our_keys, _ = replies
     where = peer.display_url
-    present = bool(count(has_stream, f"{where}: EXISTS"))
-    return table(flat, f"{where}: HGETALL"), present, time
+    found = _Found.FOREIGN if count(has_stream, f"{where}: EXISTS") else _Found.NOBODY
+    if count(has_our_keys, f"{where}: EXISTS"):
+        found = _Found.OURS
+    return table(flat, f"{where}: HGETALL"), found, time
 
 
 def _check_marker(
     marker: Mapping[bytes, bytes],
+    found: _Found,
     peer: PeerConfig,
     settings: Settings,
     local_node_id: str,
@@ -212,6 +229,11 @@ def _check_marker(
     :raises PeerReplyError: if there is no node here yet.
     """
     where = f"peer {peer.node_id!r} at {peer.display_url}"
+    if not marker and found is _Found.OURS:
+        raise PeerReplyError(
+            "it is a node of ours that has lost its marker key, and writes it again by itself",
+            peer=where,
+        )
     if not marker:
         # A node of ours writes its marker before anything else, and a foreign one has nothing to
         # tell before its first change: there is nobody here yet, and no need to guess who comes.
@@ -233,7 +255,10 @@ def _check_marker(
     ours = {"tombstone_ttl_ms": str(round(settings.tombstones.ttl * 1000)), "resolver": resolver}
     for name, mine in ours.items():
         if field(name) != mine:
-            raise PeerRefusedError(f"{where} has {name} {field(name)!r}, this node {mine!r}")
+            # Where the configuration of a whole mesh changes, one node is the first.
+            raise PeerRefusedError(
+                f"{where} has {name} {field(name)!r}, this node {mine!r}", mendable=True
+            )
 
 
 def _check_one_way(peer: PeerConfig, *, publishes_dotted: bool) -> None:

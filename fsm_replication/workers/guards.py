@@ -8,7 +8,7 @@ tombstones are kept: what they are absent here for may be a delete that everybod
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -32,9 +32,15 @@ class StaleGuard:
     everything on a link that never agreed.
     """
 
-    def __init__(self, ttl_ms: int, wall_clock: WallClock) -> None:
+    def __init__(
+        self,
+        ttl_ms: int,
+        wall_clock: WallClock,
+        deletes_known_ms: Callable[[int], int | None] = lambda _now_ms: None,
+    ) -> None:
         self._ttl_ms = ttl_ms
         self._wall_clock = wall_clock
+        self._deletes_known_ms = deletes_known_ms
         self._agreement: Agreement | None = None
         # The oldest agreement that any key is judged by.
         self._oldest_ms: int | None = None
@@ -101,7 +107,10 @@ class StaleGuard:
     @property
     def floor_ms(self) -> int:
         """Items older than this may have been deleted by a tombstone nobody keeps any more."""
-        return self._wall_clock.now_ms() - self._ttl_ms
+        now = self._wall_clock.now_ms()
+        known = self._deletes_known_ms(now)
+        # A raised ttl brings back no tombstone that was forgotten by the old one.
+        return now - (self._ttl_ms if known is None else min(known, self._ttl_ms))
 
     def _is_old(self, agreed_at_ms: int | None) -> bool:
         return agreed_at_ms is not None and agreed_at_ms < self.floor_ms
@@ -129,7 +138,8 @@ class StaleGuard:
 
     def is_spent(self, theirs: Stamp, ours: Stamp | None) -> bool:
         """Say whether this is a tombstone that expired, of a key that is absent here."""
-        return ours is None and theirs.deleted and theirs.updated_at <= self.floor_ms
+        expired = theirs.updated_at <= self._wall_clock.now_ms() - self._ttl_ms
+        return ours is None and theirs.deleted and expired
 
     def note(self, key: str, stamp: Stamp) -> None:
         """Remember an item that was held back, to be listed; the oldest of many are forgotten."""

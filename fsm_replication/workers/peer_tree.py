@@ -3,7 +3,8 @@
 A peer's Redis may be emptied, restored from a backup, or lose its tree while a connection to it
 lives on. What is read then must not pass for a node that holds nothing, or for one that holds all
 that was agreed on: the root is read in one flight with the marker key, and where that tells of
-another store the link connects anew.
+another store, or of another tombstone ttl or resolver, the link connects anew, which tells it whether
+it may go on.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ __all__ = ("PeerTree", "look_for_tree")
 _INCARNATION = b"incarnation"
 _LAYOUTS = b"layouts"
 _PARTITIONS = b"partitions"
+# What a link is refused for when it differs from ours; it may change while a link stands.
+_AGREED_ON = (b"tombstone_ttl_ms", b"resolver")
 
 
 class PeerTree(RedisTree):
@@ -44,12 +47,12 @@ class PeerTree(RedisTree):
             keeps no tree any more.
         """
         assert layout == OWN
+        names = (_INCARNATION, _LAYOUTS, *_AGREED_ON)
         root, marker = await self._ask(
-            [root_command(self._key), ("HMGET", self._keys.marker, _INCARNATION, _LAYOUTS)]
+            [root_command(self._key), ("HMGET", self._keys.marker, *names)]
         )
-        known = self._lines.marker
-        marker = parts(marker, "HMGET", 2)
-        if marker != [known.get(_INCARNATION), known.get(_LAYOUTS)]:
+        marker = parts(marker, "HMGET", len(names))
+        if marker != [self._lines.marker.get(name) for name in names]:
             raise _replaced(self._context)
         return parse_root(root)
 
@@ -57,12 +60,12 @@ class PeerTree(RedisTree):
 async def look_for_tree(context: LinkContext, lines: Lines) -> None:
     """Look whether a node that had no tree when it was connected to keeps one by now.
 
-    :raises PeerReplacedError: if it is another store.
+    :raises PeerReplacedError: if it is another store, or has another tombstone ttl or resolver.
     :raises ReplicationError: if the peer cannot be asked.
     """
     if lines.layout:
         return
-    names = (_INCARNATION, _LAYOUTS, _PARTITIONS)
+    names = (_INCARNATION, _LAYOUTS, _PARTITIONS, *_AGREED_ON)
     reply: Any = await lines.asking.call(
         "HMGET",
         Keys(context.peer.redis_prefix).marker,
@@ -71,7 +74,8 @@ async def look_for_tree(context: LinkContext, lines: Lines) -> None:
     )
     values = parts(reply, "HMGET", len(names))
     found = {name: value for name, value in zip(names, values, strict=True) if value is not None}
-    if found.get(_INCARNATION) != lines.marker.get(_INCARNATION):
+    known = lines.marker
+    if any(found.get(name) != known.get(name) for name in (_INCARNATION, *_AGREED_ON)):
         raise _replaced(context)
     lines.marker = {**lines.marker, **found}
     context.progress.layout = lines.layout
@@ -79,6 +83,6 @@ async def look_for_tree(context: LinkContext, lines: Lines) -> None:
 
 def _replaced(context: LinkContext) -> PeerReplacedError:
     return PeerReplacedError(
-        f"{context.peer.display_url}: its marker key tells of another store or another layout than"
-        " when the link connected; the link connects anew"
+        f"{context.peer.display_url}: its marker key tells of another store, layout, tombstone ttl or"
+        " resolver than when the link connected; the link connects anew"
     )

@@ -10,7 +10,7 @@ from typing import Final
 
 from fsm_replication.batch import BatchBuilder, Part
 from fsm_replication.heavy import take_turns
-from fsm_replication.items import EMPTY_HASH, Stamp, SyncItem
+from fsm_replication.items import EMPTY_HASH, Stamp, SyncItem, next_stamp
 from fsm_replication.merkle import bucket_of, bucket_path
 from fsm_replication.workers.applier import Applier
 from fsm_replication.workers.comparer import Difference, Group
@@ -275,8 +275,7 @@ class _Pass:
         now = context.ports.wall_clock.now_ms()
         part = Part()
         for found in stale:
-            at = max(now, found.theirs.updated_at + 1)
-            version = found.theirs.version + 1
+            at, version = next_stamp(found.theirs, now, key=found.key)
             part.items.append(
                 SyncItem(
                     found.key, b"", "binary", EMPTY_HASH, version, at, True, context.local_node_id

@@ -129,14 +129,32 @@ class LocalWriteRules(StoreRules):
             with pytest.raises(ValueError, match="text"):
                 await writer.put("k", b"x", "text")
             assert list(await store.stamps(["k"])) == [None]
-            for number, edge in enumerate([(NUMBER_MAX, 5), (now_ms(), NUMBER_MAX)]):
-                item = live(f"edge{number}", b"[1]", *edge)
-                await store.submit(item)
-                with pytest.raises(ValueError, match="2"):
-                    await writer.put(item.key, b"[2]")
-                with pytest.raises(ValueError, match="2"):
-                    await writer.delete(item.key)
-                assert await store.get(item.key) == item
+            item = live("edge", b"[1]", NUMBER_MAX, 5)
+            await store.submit(item)
+            with pytest.raises(ValueError, match="2"):
+                await writer.put(item.key, b"[2]")
+            with pytest.raises(ValueError, match="2"):
+                await writer.delete(item.key)
+            assert await store.get(item.key) == item
+
+        self.with_store(scenario)
+
+    def test_the_largest_version_makes_no_key_unwritable(self) -> None:
+        """If this fails one odd entry of a peer ends all local writes of its key."""
+
+        async def scenario(store: SyncEngine) -> None:
+            writer = _writer(store)
+            await store.submit(live("k", b"[1]", now_ms() + HOUR_MS, version=NUMBER_MAX))
+            (before,) = await store.stamps(["k"])
+            assert before is not None
+            await writer.put("k", b"[2]")
+            (written,) = await store.stamps(["k"])
+            assert written is not None
+            assert (written.updated_at, written.version) == (before.updated_at + 1, NUMBER_MAX)
+            assert await writer.delete("k")
+            (gone,) = await store.stamps(["k"])
+            assert gone is not None
+            assert (gone.updated_at, gone.version) == (before.updated_at + 2, NUMBER_MAX)
 
         self.with_store(scenario)
 
