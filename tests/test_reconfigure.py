@@ -798,8 +798,8 @@ def test_links_that_wait_for_room_for_dead_letters_hear_that_none_is_needed() ->
         await stage.engine.update_config(stage.with_settings(limits={"dead_letters": 1}))
         await stage.bring_to(PeerState.TAILING)
         stream = stage.mesh.nodes["a"].store.keys.stream
-        for _ in range(2):
-            stage.mesh.servers["a"].execute("XADD", stream, "*", "op", "X", "key", "k")
+        for number in range(2):
+            stage.mesh.servers["a"].execute("XADD", stream, "*", "op", "X", "key", f"k{number}")
             await asyncio.sleep(1)
         await stage.reaches(PeerState.PAUSED)
         made = changed(stage.engine.config.settings)
