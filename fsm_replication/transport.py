@@ -56,10 +56,10 @@ BYTES_PER_ELEMENT: Final = 24
 """A flight may hold one element, or line of an uncompressed content, for each so many bytes."""
 ERRORS_MAX: Final = 1000
 """Error replies in one flight beyond one for each command; more are all the same object."""
-# The head of an array, map, set or push of ten million parts or more. The parser would make the list
+# The head of an array, map, set or push of a million parts or more. The parser would make the list
 # before a single part has come, and letting go of it again stops the event loop for seconds. A content
 # may hold such a line too; then its reply counts as too large, and its entry as one.
-_HUGE: Final = re.compile(rb"\r\n[*%~>|][0-9]{8,}\r\n")
+_HUGE: Final = re.compile(rb"\r\n[*%~>|][0-9]{7,}\r\n")
 _HEAD_BYTES: Final = 24
 _SMALL_BYTES: Final = 2048
 # Statuses, numbers, errors: nothing in these replies grows with what a server holds.
@@ -267,6 +267,8 @@ class RedisConnection(asyncio.Protocol):
             self._skim = None
         self._flights.clear()
         self._held_back.clear()
+        # It refers to this connection, and would keep half a reply until the collector comes round.
+        self._reader = hiredis.Reader()
         for future in waiting:
             if not future.done():
                 future.set_exception(self._error)

@@ -37,9 +37,9 @@ FLOODS = {
     "a string": (b"$1073741824\r\n", b"x"),
     "a status": (b"+", b"x"),
     "an error": (b"-ERR ", b"x"),
-    "errors": (b"*9999999\r\n", b"-E\r\n"),
-    "empty arrays": (b"*9999999\r\n", b"*0\r\n"),
-    "numbers": (b"*9999999\r\n", b":1000\r\n"),
+    "errors": (b"*999999\r\n", b"-E\r\n"),
+    "empty arrays": (b"*999999\r\n", b"*0\r\n"),
+    "numbers": (b"*999999\r\n", b":1000\r\n"),
     "nested arrays": (b"", b"*1\r\n"),
 }
 # By the command that is answered so: how much the process may grow. What a link holds by its limits
