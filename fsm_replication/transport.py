@@ -50,6 +50,8 @@ _ONE_OF_MANY: Final = PeerReplyError("ERR and so on: one of very many errors in 
 Command = Sequence[bytes | str | int]
 GREETING_BYTES: Final = 64 * 1024
 """What the replies to a greeting may take; a server that is none of ours may be chatty."""
+MARKER_FIELDS_BYTES: Final = 64 * 1024
+"""What some fields of a marker key may take; nothing else is read by HMGET."""
 UNCOUNTED_BYTES: Final = 1024 * 1024
 """A flight of no more is not looked at for its elements: counting them costs time."""
 BYTES_PER_ELEMENT: Final = 24
@@ -77,6 +79,8 @@ def _bound(command: Command) -> int | None:
     name = command[0]
     if name in _SMALL:
         return _SMALL_BYTES
+    if name == "HMGET":
+        return MARKER_FIELDS_BYTES
     if name == "GETRANGE":
         begin, end = int(command[2]), int(command[3])
         # Below zero they count from the end, wherever that is.
