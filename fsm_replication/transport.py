@@ -56,16 +56,18 @@ _ONE_OF_MANY: Final = PeerReplyError("ERR and so on: one of very many errors in 
 Command = Sequence[bytes | str | int]
 GREETING_BYTES: Final = 64 * 1024
 """What the replies to a greeting may take; a server that is none of ours may be chatty."""
+MARKER_FIELDS_BYTES: Final = 64 * 1024
+"""What some fields of a marker key may take; nothing else is read by HMGET."""
 UNCOUNTED_BYTES: Final = 1024 * 1024
 """A flight of no more is not looked at for its elements: counting them costs time."""
 BYTES_PER_ELEMENT: Final = 24
 """A flight may hold one element, or line of an uncompressed content, for each so many bytes."""
 ERRORS_MAX: Final = 1000
 """Error replies in one flight beyond one for each command; more are all the same object."""
-# The head of an array, map, set or push of ten million parts or more. The parser would make the list
+# The head of an array, map, set or push of a million parts or more. The parser would make the list
 # before a single part has come, and letting go of it again stops the event loop for seconds. A content
 # may hold such a line too; then its reply counts as too large, and its entry as one.
-_HUGE: Final = re.compile(rb"\r\n[*%~>|][0-9]{8,}\r\n")
+_HUGE: Final = re.compile(rb"\r\n[*%~>|][0-9]{7,}\r\n")
 _HEAD_BYTES: Final = 24
 _SMALL_BYTES: Final = 2048
 # Statuses, numbers, errors: nothing in these replies grows with what a server holds.
@@ -94,6 +96,8 @@ def _bound(command: Command) -> int | None:
     name = command[0]
     if name in _SMALL:
         return _SMALL_BYTES
+    if name == "HMGET":
+        return MARKER_FIELDS_BYTES
     if name == "GETRANGE":
         begin, end = int(command[2]), int(command[3])
         # Below zero they count from the end, wherever that is.
@@ -311,6 +315,8 @@ class RedisConnection(asyncio.Protocol):
             self._skim = None
         self._flights.clear()
         self._held_back.clear()
+        # It refers to this connection, and would keep half a reply until the collector comes round.
+        self._reader = hiredis.Reader()
         for future in waiting:
             if not future.done():
                 future.set_exception(self._error)

@@ -21,6 +21,20 @@ from fsm_replication.testing.memory_cursor import MemoryCursorStore
 from fsm_replication.transport import RedisTransport
 
 
+class Stalls:
+    """The longest time for which the event loop gave nobody a turn."""
+
+    longest_sec = 0.0
+
+    async def watch(self) -> None:
+        """Measure until cancelled."""
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(0.001)
+            now = time.monotonic()
+            self.longest_sec, last = max(self.longest_sec, now - last), now
+
+
 async def read(said: dict[str, Any]) -> dict[str, Any]:
     """Read both peers until the parent says, over standard input, that it is enough."""
     settings = Settings(
@@ -32,24 +46,23 @@ async def read(said: dict[str, Any]) -> dict[str, Any]:
     config = ReplicationConfig(local_node_id="reader", peers=peers, settings=settings)
     ports = Ports(transport=RedisTransport(), cursor_store=MemoryCursorStore())
     engine = ReplicationEngine(config, MemorySyncEngine(node_id="reader"), ports=ports)
-    loop = asyncio.get_running_loop()
+    before, stalls = in_ram("VmRSS"), Stalls()
+    watching = asyncio.create_task(stalls.watch())
+    left = []
     async with engine:
         await engine.wait_for_state(PeerState.TAILING, peer_id="honest", timeout=60)
-        before, longest, left = in_ram("VmRSS"), 0.0, []
         print("ready", flush=True)  # noqa: T201
-        enough = loop.run_in_executor(None, sys.stdin.readline)
-        last = time.monotonic()
+        enough = asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
         while not enough.done():
-            await asyncio.sleep(0.001)
-            now = time.monotonic()
-            longest, last = max(longest, now - last), now
+            await asyncio.sleep(0.01)
             if engine.peers["honest"] is not PeerState.TAILING:
                 left.append(str(engine.peers["honest"]))
         journal = sum(len(move.why) for move in engine.journal)
         error = engine.health_check().peers[1].last_error
+    watching.cancel()
     return {
         "grown": in_ram("VmHWM") - before,
-        "longest": longest,
+        "longest": stalls.longest_sec,
         "left": left,
         "journal": journal,
         "error": error,
