@@ -388,7 +388,7 @@ class CursorStore(Protocol):
         """
 
     async def forget_store(self, peer_id: str) -> None:
-        """Forget what was true of a local store that is another one now: agreement and ``synced``."""
+        """Forget what was true of a local store that is another one now: the agreement with it."""
 
     async def dead_letters(
         self,

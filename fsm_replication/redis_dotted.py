@@ -53,7 +53,8 @@ class DottedReader:
         (reply,) = await self._ask([("GET", hash_key(self._prefix, ""))])
         if reply is None:
             return None
-        digest = decode_hash(string(reply, "GET"))
+        is_other = isinstance(reply, PeerReplyError) and reply.code == "WRONGTYPE"
+        digest = None if is_other else decode_hash(string(reply, "GET"))
         if digest is None:
             raise ProtocolError("the root of the dotted tree is not 64 hexadecimal characters")
         return digest

@@ -42,25 +42,41 @@ SENTENCES: Final[Mapping[str, str | Callable[[Mapping[str, Any]], str]]] = {
     " second, {differing} keys known to differ",
     "bootstrap_resumed": "link {peer_id}: the bootstrap goes on, from the head {head}",
     "bootstrap_started": "link {peer_id}: a bootstrap by {by} begins at the head {head}: {why}",
+    "chunk_died": "link {peer_id}: working off entries died of a defect: {then}",
     "dead_letters": "link {peer_id}: {count} entries became dead letters, by reason: {reasons}",
     "dead_letters_dropped": "link {peer_id}: {count} dead letters were dropped, the oldest ones:"
-    " the limit is {limit}",
+    " there is room for {letters} of {held_bytes} bytes together",
     "dead_letters_not_kept": "link {peer_id}: dead letters cannot be written to {path}, and"
     " reading waits for that: {error}",
     "dead_letters_retried": "{tried} dead letters were tried again: {applied} applied,"
     " {superseded} superseded, {still_bad} still bad, {left} left",
+    "deletes_wait": "link {peer_id}: deletes wait, since they cannot be reserved in {path}: {error}",
+    "entry_died": "link {peer_id}: working off entry {stream_id} died of a defect; it becomes a dead"
+    " letter",
     "gap_not_healed": "link {peer_id}: {missed} entries are missing from the stream and were"
     " passed over, until trees are compared: {why}",
+    "interlock_not_kept": "link {peer_id}: what the interlock has seen could not be written to {path}:"
+    " {error}",
+    "interlock_tripped": "link {peer_id}: the interlock lets no delete through until a person says so:"
+    " {shrunk} live items less within an hour and {more} more to come, allowed are {allowed} of {live}",
     "item_skipped": 'link {peer_id}: the item "{key}" was skipped: {error}',
     "no_common_layout": "link {peer_id}: trees cannot be compared, since {why}; {then}",
     "no_tree_yet": "link {peer_id}: the peer has no tree yet; {then}",
+    "peer_clock_agrees": "link {peer_id}: the peer's clock agrees with ours again: {skew_sec} s ahead"
+    " of it, asked within {round_trip_sec} s",
+    "peer_clock_off": "link {peer_id}: the peer's clock is {skew_sec} s ahead of ours, asked within"
+    " {round_trip_sec} s: one of the two is wrong",
+    "peer_clock_unknown": "link {peer_id}: how the peer's clock stands to ours is unknown: {why}",
     "peer_clock_ahead": "link {peer_id}: {events} events are stamped more than a minute ahead of"
     " this node's clock",
+    "peer_came_back_older": "link {peer_id}: the peer's store came back as it was before ({why}): the"
+    " agreement of {agreed_at_ms} ms counts as one of {as_of_ms} ms",
     "rounds_in_vain": "link {peer_id}: rounds come to nothing, and wait {seconds:.1f} s now: {why}",
     "slo_violated": "link {peer_id}: {slo} was {seconds:g} s, the limit is {limit_sec:g} s"
     " (exceeded {more_since_last_warning} more times since the last warning)",
     "store_call_failed": "link {peer_id}: a call into the store failed (circuit {circuit}):"
     " {error}",
+    "too_many_exceptions": "link {peer_id}: too many keys cannot be taken: {then}",
     "tree_nodes_skipped": "link {peer_id}: {count} nodes of the peer's tree cannot be read and"
     " were skipped",
     "unsettled_dropped": "link {peer_id}: {events} events are not settled and will be read again:"
@@ -72,10 +88,14 @@ SENTENCES: Final[Mapping[str, str | Callable[[Mapping[str, Any]], str]]] = {
     " fetched, {deferred} deferred, {held_back} held back",
     "repair_failed": "the comparison with peer {peer_id} failed, next attempt in {rest_sec:.0f} s:"
     " {error}",
+    "words_not_kept": "a person's word could not be written to {path}, and holds until the engine stops:"
+    " {error}",
     # Stores
     "dotted_layout_not_up_to_date": "the dotted layout could not be brought up to date, and is"
     " tried again: {error}",
     "item_not_published": 'the item "{key}" cannot be read and is not published: {error}',
+    "leave_not_told": "that this process has left the node could not be written, and shows by itself:"
+    " {error}",
     "lease_not_released": "the lease of the dotted layout was not given back, and ends by itself:"
     " {error}",
     "noop_store": "no store was given: {meaning}",
@@ -85,7 +105,14 @@ SENTENCES: Final[Mapping[str, str | Callable[[Mapping[str, Any]], str]]] = {
     " {again_in_sec:.1f} s: {error}",
     "reserved_keys_not_published": "{count} keys with reserved names are kept out of the dotted"
     ' layout, "{first}" first',
+    "store_is_volatile": "{store} may lose what it was told: {why}",
+    "store_may_evict": "{store} may evict tombstones, and with them revive what was deleted: {why}",
+    "store_reachable": "the node's own store answers again",
+    "store_unreachable": "the node's own store does not answer: {error}",
+    "store_upkeep_failed": "the store's upkeep failed, next attempt in {again_in_sec:.0f} s: {error}",
     "thrown_away": "{changes} changes were thrown away",
+    "tombstone_ttl_announced": "the changed tombstone ttl is in force; {tombstones} tombstones were"
+    " brought in line",
     # The command line
     "configuration": "configuration: {problem}",
     "configuration_refused": "{path} was refused, and {in_force} stays in force: {error}",

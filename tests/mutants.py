@@ -378,7 +378,7 @@ MUTANTS: Final = (
     Mutant(
         "a server that quotes its client is believed",
         "transport.py",
-        "return PeerReplyError(secrets.scrub(text))",
+        "return PeerReplyError(self._secrets.scrub(text))",
         "return PeerReplyError(text)",
         "tests/test_secrets.py",
     ),

@@ -137,7 +137,7 @@ async def test_a_handshake_that_drips_is_given_up() -> None:
     server = await asyncio.start_server(drip, "127.0.0.1", 0)
     async with server:
         url = f"rediss://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        with pytest.raises(ConnectionLostError, match=r"within 0\.2 s"):
+        with pytest.raises(ConnectionLostError, match="does not answer in TLS"):
             await RedisTransport().connect(url, timeout_sec=0.2, name="test")
         over.set()
 

@@ -279,7 +279,7 @@ async def test_a_peers_value_is_taken_as_it_is(redis_servers: Servers, nodes: No
         RedisSyncEngine(b.url, node_id="b") as here,
     ):
         await here.apply_many([item("k"), item("gone")])
-        await there.put("k", b"theirs", "json")
+        await there.put("k", b'"theirs"', "json")
         await there.put("gone", b"")
         await there.delete("gone")
         config = config_of(nodes, b, peer_config(a))

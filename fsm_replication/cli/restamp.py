@@ -124,7 +124,6 @@ async def _taken(
         source = OwnItems(Keys(peer.redis_prefix), DataDecoder(limit))
     name = source.redis_key(key)
     timeout = config.settings.timeouts.command
-    lines.asking.limit_reply(config.settings.limits.batch_bytes)
     (reply,) = await source.read(lines.asking, [name], timeout)
     if isinstance(reply, PeerReplyError):
         raise reply

@@ -335,7 +335,7 @@ class SqliteCursorStore:
         await self._file.run(work)
 
     async def forget_store(self, peer_id: str) -> None:
-        """Forget what was true of a local store that is another one now: agreement and ``synced``."""
+        """Forget what was true of a local store that is another one now: the agreement with it."""
         one = (to_text(peer_id),)
 
         def work(db: sqlite3.Connection) -> None:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -90,6 +91,16 @@ def _quiet() -> None:
     logging.disable(logging.CRITICAL)
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    before = logging.root.manager.disable
+    _quiet()
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def run_campaign(first: int, runs: int, processes: int) -> Iterator[Campaign]:
     """Run ``runs`` seeds from ``first`` on in several processes; yields what it has come to so far."""
     began = time.perf_counter()
@@ -152,7 +163,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", action="store_true", help="print JSON")
     chosen = parser.parse_args(arguments)
-    _quiet()
     console = Console(highlight=False)
 
     def say(text: str) -> None:
@@ -170,7 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for failure in done.failures[told:]:
                 bar.console.print(f"FAILED seed {failure.seed}: {failure.error}", markup=False)
             told = failed
-    done.failures[:SHRUNK_MAX] = map(_shrunk, done.failures[:SHRUNK_MAX])
+    with _quietly():
+        done.failures[:SHRUNK_MAX] = map(_shrunk, done.failures[:SHRUNK_MAX])
     if chosen.json:
         say(json.dumps(_as_json(done), indent=2))
     else:

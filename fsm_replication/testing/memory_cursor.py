@@ -275,9 +275,9 @@ class MemoryCursorStore:
         await asyncio.sleep(0)
 
     async def forget_store(self, peer_id: str) -> None:
-        """Forget what was true of a local store that is another one now: agreement and ``synced``."""
+        """Forget what was true of a local store that is another one now: the agreement with it."""
         if peer_id in self._use().peers:
-            self._change(peer_id, agreement=None, synced=False)
+            self._change(peer_id, agreement=None)
         await asyncio.sleep(0)
 
     async def dead_letters(

@@ -375,7 +375,7 @@ def _as(node_id: str, layouts: bytes | None = None) -> Callable[[Command, Any], 
     """Return what tells the marker of a node by this name, and with these layouts if given."""
 
     def told(command: Command, reply: Any) -> Any:
-        if not isinstance(reply, list) or command[1] != b"fsm:node":
+        if not isinstance(reply, list) or command[1:2] != [b"fsm:node"]:
             return reply
         if command[0] == b"HGETALL":
             marker = dict(zip(reply[::2], reply[1::2], strict=True)) | {
@@ -395,7 +395,9 @@ def _as(node_id: str, layouts: bytes | None = None) -> Callable[[Command, Any], 
 
 
 def _foreign(command: Command, reply: Any) -> Any:
-    """Tell of a foreign node: it has no marker, and a dotted tree."""
+    """Tell of a foreign node: it has no marker nor other keys of ours, and a dotted tree."""
+    if command[0] == b"EXISTS" and command[1].startswith(b"fsm:"):
+        return 0
     return [] if command[0] == b"HGETALL" and command[1] == b"fsm:node" else reply
 
 

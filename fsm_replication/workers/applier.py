@@ -479,7 +479,12 @@ class Applier:
                 )
                 if dropped:
                     context.metrics.dead_letters("dropped", dropped)
-                    context.log.warning("dead_letters_dropped", count=dropped)
+                    context.log.warning(
+                        "dead_letters_dropped",
+                        count=dropped,
+                        letters=limits.dead_letters,
+                        held_bytes=limits.dead_letter_bytes,
+                    )
                 record = await store.load(context.peer_id)
                 progress.dead_letters = record.dead_letters
                 progress.gaps_open = len(record.gaps)

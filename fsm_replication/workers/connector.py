@@ -29,6 +29,7 @@ from fsm_replication.workers.slo import TimedConnection
 
 __all__ = (
     "Lines",
+    "asking_bytes",
     "connect",
     "mending_wait_sec",
     "open_lines",
@@ -40,6 +41,8 @@ __all__ = (
 
 MARKER_BYTES: Final = 64 * 1024
 """What the marker key and the questions beside it may take."""
+TREE_BYTES: Final = 16 * 1024 * 1024
+"""What a flight of a tree's leaves may take at least, however small ``limits.batch_bytes`` is."""
 FIELD_CHARS_MAX: Final = 200
 
 
@@ -167,8 +170,8 @@ async def open_lines(
         reading.close()
         raise
     # What takes more by its nature says so.
-    for line in (reading, asking):
-        line.limit_reply(settings.limits.batch_bytes)
+    reading.limit_reply(settings.limits.batch_bytes)
+    asking.limit_reply(asking_bytes(settings))
     return Lines(reading, asking, foreign=not marker, marker=marker)
 
 
@@ -178,6 +181,11 @@ class _Found(Enum):
     NOBODY = auto()
     OURS = auto()
     FOREIGN = auto()
+
+
+def asking_bytes(settings: Settings) -> int:
+    """Return what the replies of one flight may take that asks for neither entries nor items."""
+    return max(settings.limits.batch_bytes, TREE_BYTES)
 
 
 async def _read_marker(

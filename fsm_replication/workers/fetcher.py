@@ -18,6 +18,7 @@ from fsm_replication.replies import count
 from fsm_replication.stores.protocol import ApplyResult, Outcome
 from fsm_replication.stream import INLINE_BYTES, WireForm
 from fsm_replication.workers.applier import Applier
+from fsm_replication.workers.connector import asking_bytes
 from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.item_source import ItemSource
 
@@ -154,7 +155,7 @@ class Fetcher:
         replies = await self._source.read(
             asking, [raw for raw, _ in group], settings.timeouts.command
         )
-        asking.limit_reply(settings.limits.batch_bytes)
+        asking.limit_reply(asking_bytes(settings))
         self._adapt(clock.monotonic() - began)
         check_replies(replies)
         return replies
