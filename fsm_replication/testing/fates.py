@@ -29,6 +29,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, cast
 
@@ -47,6 +48,7 @@ from fsm_replication.errors import (
     DrainTimeoutError,
     NoPeerError,
     ReplicationError,
+    StampAheadError,
     StoreError,
 )
 from fsm_replication.items import SyncItem
@@ -76,7 +78,7 @@ from fsm_replication.testing.sim_dialects import (
 )
 from fsm_replication.testing.sim_redis import SimState
 from fsm_replication.testing.spin_watch import BrokenPromiseError
-from fsm_replication.testing.store_watch import StoreWatch, Writes
+from fsm_replication.testing.store_witness import StoreWitness, Writes
 from fsm_replication.testing.virtual_time import VirtualTimeLoop, run
 
 __all__ = (
@@ -115,6 +117,7 @@ CHAOS_MAX_SEC: Final = TTL_SEC - BACKOFF_MAX_SEC - 50.0
 AGES_SEC: Final = TTL_SEC + GRACE_SEC + 100.0
 DAY_MS: Final = 86_400_000
 DAYS: Final = (-2, 2, 40)
+TTLS_SEC: Final = (TTL_SEC, 1.5 * TTL_SEC, 3 * TTL_SEC)
 # Under it all other contents stay, and over it what nobody else takes.
 PAYLOAD_BYTES: Final = 4096
 HUGE: Final = bytes(range(256)) * 20
@@ -207,7 +210,7 @@ _TICKETS: Final = tuple(tickets for _, tickets in _LOTTERY)
 _TROUBLE_LOTTERY: Final = (
     ("backup", 4), ("restore", 3), ("unread", 1), ("ages", 2), ("days", 2), ("slip", 2), ("huge", 3),
     ("crowd", 3), ("purge", 3), ("churn", 2), ("restart", 4), ("garble", 2), ("drip", 2),
-    ("gush", 2),
+    ("gush", 2), ("ttl", 2),
 )  # fmt: skip
 _TROUBLES: Final = tuple(kind for kind, _ in _TROUBLE_LOTTERY)
 _TROUBLE_TICKETS: Final = tuple(tickets for _, tickets in _TROUBLE_LOTTERY)
@@ -279,6 +282,8 @@ def _add_troubles(steps: list[Step], names: str, rng: random.Random) -> None:
             steps[at:at] = [*apart, ("ages",)]
         elif kind == "days":
             steps.insert(at, (kind, node, rng.choice(DAYS)))
+        elif kind == "ttl":
+            steps.insert(at, (kind, node, rng.choice(TTLS_SEC)))
         elif kind in ("garble", "drip", "gush"):
             steps.insert(at, (kind, node, other))
         else:
@@ -350,7 +355,7 @@ class _Run:
         self._written: Writes = {}
         self._backups: dict[str, SimState] = {}
         for name, node in self.mesh.nodes.items():
-            node.store.watch = StoreWatch(
+            node.store.witness = StoreWitness(
                 name,
                 self._written,
                 now_sec=asyncio.get_running_loop().time,
@@ -361,6 +366,7 @@ class _Run:
             self._backups[name] = self.mesh.snapshot(name)
         self._lost = self._wiped = False
         self._strangers: set[str] = set()
+        self._ttl_sec = TTL_SEC
         # Readers, with the peer whose stream was removed before they had read any of it.
         self._blind: set[tuple[str, str]] = set()
 
@@ -398,23 +404,25 @@ class _Run:
     # Steps, by their names
 
     def _put(self, name: str, key: str, content: bytes) -> None:
-        self.mesh.nodes[name].store.put(key, content)
-        self._note(name, key)
+        with suppress(StampAheadError):
+            self.mesh.nodes[name].store.put(key, content)
+            self._note(name, key)
 
     def _delete(self, name: str, key: str) -> None:
-        if self.mesh.nodes[name].store.delete(key):
-            self._note(name, key)
+        with suppress(StampAheadError):
+            if self.mesh.nodes[name].store.delete(key):
+                self._note(name, key)
 
     def _note(self, name: str, key: str) -> None:
         item = self.mesh.nodes[name].store.held(key)
         assert item is not None
         self._written[key, item.stamp] = asyncio.get_running_loop().time()
-        self._watch(name).wrote(item)
+        self._witness(name).wrote(item)
 
-    def _watch(self, name: str) -> StoreWatch:
-        watch = self.mesh.nodes[name].store.watch
-        assert watch is not None
-        return watch
+    def _witness(self, name: str) -> StoreWitness:
+        witness = self.mesh.nodes[name].store.witness
+        assert witness is not None
+        return witness
 
     async def _wait(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -508,7 +516,7 @@ class _Run:
 
     def _lose(self, name: str) -> None:
         if self.mesh.lose_last_second(name):
-            self._watch(name).forget()
+            self._witness(name).forget()
             self._lost = True
 
     def _backup(self, name: str) -> None:
@@ -517,7 +525,7 @@ class _Run:
     def _restore(self, name: str) -> None:
         """Start a server again from its backup, the empty one of the beginning if there is no other."""
         self.mesh.restore(name, self._backups[name])
-        self._watch(name).forget()
+        self._witness(name).forget()
         self._lost = True
 
     async def _unread(self, name: str) -> None:
@@ -530,6 +538,13 @@ class _Run:
     async def _restart(self, name: str) -> None:
         await self._kill(name)
         await self._start(name)
+
+    async def _ttl(self, name: str, ttl_sec: float) -> None:
+        """Start a node with another ttl of tombstones; in the end all others follow."""
+        self._ttl_sec = ttl_sec
+        await self._stop(name)
+        with suppress(ReplicationError):
+            await self.mesh.change_ttl(name, ttl_sec)
 
     async def _ages(self) -> None:
         """Wait until deletes from before are forgotten."""
@@ -589,7 +604,7 @@ class _Run:
 
     def _wipe(self, name: str) -> None:
         self.mesh.wipe(name)
-        self._watch(name).forget()
+        self._witness(name).forget()
         self._lost = self._wiped = True
 
     def _trim(self, name: str, entries: int) -> None:
@@ -602,7 +617,7 @@ class _Run:
         await self._ask_links(name, "pause")
 
     async def _resume(self, name: str) -> None:
-        self._watch(name).word_on_deletes()
+        self._witness(name).word_on_deletes()
         await self._ask_links(name, "resume")
 
     async def _ask_links(self, name: str, what: str) -> None:
@@ -679,17 +694,24 @@ class _Run:
 
     # The end
 
-    async def _mend(self) -> None:
+    async def _mend_configuration(self) -> None:
+        """Set every clock right, and let all nodes have the ttl that was chosen last."""
         for node in self.mesh.nodes.values():
             if abs(node.wall_clock.skew_ms) >= DAY_MS:
                 node.wall_clock.skew_ms = 0
         for name in sorted(self._strangers):
             node = self.mesh.nodes[name]
             # It kept its tombstones by the right one all the time.
-            ttl_ms = round(TTL_SEC * 1000)
+            ttl_ms = round(node.config.settings.tombstones.ttl * 1000)
             node.server.execute("HSET", node.store.keys.marker, "tombstone_ttl_ms", ttl_ms)
             node.store.open()
         self._strangers.clear()
+        for name, node in self.mesh.nodes.items():
+            if node.config.settings.tombstones.ttl != self._ttl_sec:
+                await self._ttl(name, self._ttl_sec)
+
+    async def _mend(self) -> None:
+        await self._mend_configuration()
         for node in self.mesh.nodes.values():
             node.store.failure = node.cursors.failure = None
             node.store.accepting_writes, node.store.delay_sec = True, 0.0
@@ -722,7 +744,7 @@ class _Run:
             # What one node takes is as old for the next, which learns of it by then.
             await asyncio.sleep(2 * COLD_INTERVAL_SEC)
             for name, node in self.mesh.nodes.items():
-                self._watch(name).word_on_what_is_old()
+                self._witness(name).word_on_what_is_old()
                 assert node.engine is not None
                 for peer in node.engine.health_check().peers:
                     if peer.stale_held_back and peer.connected:
@@ -756,7 +778,7 @@ class _Run:
                 most = len(self._written)
                 _promise(events <= most, f"{name} emitted {events} events of {most} writes")
         for name in mesh.nodes:
-            self._watch(name).begin_anew()
+            self._witness(name).begin_anew()
 
     async def _let_deletes_through(self) -> None:
         """Give a person's word wherever the interlock asks for it, until nobody asks any more (G14)."""
@@ -769,7 +791,7 @@ class _Run:
                 for peer in node.engine.health_check().peers:
                     if PauseReason.INTERLOCK in peer.pause_reasons:
                         calm = 0
-                        self._watch(name).word_on_deletes()
+                        self._witness(name).word_on_deletes()
                         await node.engine.resume(peer.node_id)
 
     async def _settle(self) -> frozenset[str]:

@@ -46,7 +46,7 @@ from fsm_replication.redis_tree import RedisTree
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received, SyncEngine
 from fsm_replication.stream import DataDecoder, encode_data, encode_fields
 from fsm_replication.testing.sim_redis import SimRedis
-from fsm_replication.testing.store_watch import StoreWatch
+from fsm_replication.testing.store_witness import StoreWitness
 
 __all__ = ("SimStore",)
 
@@ -60,7 +60,7 @@ class SimStore(SyncEngine):
     ``ttl_ms`` and ``grace_ms`` are those of tombstones. ``accepting_writes`` may be set to False to
     make links pause. While ``failure`` is set, every call of replication raises that,
     and each takes ``delay_sec``. The server's clock stamps local writes. After ``crashed()`` each peer
-    is told once that the server may be as it was before. ``watch`` sees what replication takes.
+    is told once that the server may be as it was before. ``witness`` sees what replication takes.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class SimStore(SyncEngine):
         self.accepting_writes = True
         self.failure: StoreError | None = None
         self.delay_sec = 0.0
-        self.watch: StoreWatch | None = None
+        self.witness: StoreWitness | None = None
         self._crashes = 0
         # How many crashes each peer knows of.
         self._told: dict[str, int] = {}
@@ -145,6 +145,9 @@ class SimStore(SyncEngine):
     def crashed(self) -> None:
         """Note that the server was lost and is back, maybe without its last second."""
         self._crashes += 1
+        if self._do("EXISTS", self.keys.marker):
+            # It may be from before the ttl was changed.
+            self.open()
 
     def _look_for_loss(self, received: Received | None) -> None:
         name = None if received is None else received.peer_id
@@ -263,8 +266,8 @@ class SimStore(SyncEngine):
             was_live = held is not None and not held.deleted
             live_deleted += made.deleted and was_live
             live_added += not (made.deleted or was_live)
-            if self.watch is not None:
-                self.watch.took(made, held)
+            if self.witness is not None:
+                self.witness.took(made, held)
             self._keep(made, held)
             outcomes.append(Outcome.APPLIED)
         if received is not None and received.position is not None:

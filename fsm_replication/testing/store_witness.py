@@ -1,6 +1,6 @@
 """Sees what replication does to a simulated store, apart from anything that the engine believes.
 
-A watch knows what its store ever held and when each write was made. It tells of a *revival* (G5): an
+A witness knows what its store ever held and when each write was made. It tells of a *revival* (G5): an
 item taken from a peer although the store had once known a delete of it that was made later. And it
 tells of *shrinking* (G14): replication made fewer of the live items than a person's word allows.
 """
@@ -13,7 +13,7 @@ from typing import Final
 from fsm_replication.items import Stamp, SyncItem
 from fsm_replication.testing.spin_watch import BrokenPromiseError
 
-__all__ = ("StoreWatch", "Writes")
+__all__ = ("StoreWitness", "Writes")
 
 # A person's word lasts an hour, and somewhat longer where it is only noticed later.
 WORD_SEC: Final = 3600.0 + 300.0
@@ -21,7 +21,7 @@ WORD_SEC: Final = 3600.0 + 300.0
 Writes = dict[tuple[str, Stamp], float]
 
 
-class StoreWatch:
+class StoreWitness:
     """Watches one store; ``fail`` ends the run.
 
     ``allowance`` is how many live items all peers together may take away, None where that is not
