@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
@@ -52,6 +53,17 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("full" if config.getoption("--full") else "quick")
     if config.getoption("--full") and config.option.markexpr == NOT_SLOW:
         config.option.markexpr = ""
+
+
+@pytest.fixture(autouse=True)
+def same_logging() -> Iterator[None]:
+    """Leave the library's logging as it was: commands that run within a test configure it."""
+    logger = logging.getLogger("fsm_replication")
+    before = logger.level, logger.propagate, list(logger.handlers), logging.root.manager.disable
+    yield
+    logger.level, logger.propagate, logger.handlers[:], off = before
+    logger.setLevel(logger.level)
+    logging.disable(off)
 
 
 # What pyproject.toml sets, unless the command line chooses tests by other marks.

@@ -99,7 +99,7 @@ class Source:
         return StreamId.parse(self.client.xinfo_stream(Keys().stream)["last-generated-id"])
 
 
-@pytest_asyncio.fixture(params=["tree", "no tree"])
+@pytest_asyncio.fixture(params=["tree", pytest.param("no tree", marks=pytest.mark.slow)])
 async def source(
     request: pytest.FixtureRequest, redis_server: RedisServer
 ) -> AsyncIterator[Source]:

@@ -405,6 +405,8 @@ class ColdPath:
         :raises ConnectionLostError: if it has got nowhere for too long.
         """
         task = asyncio.create_task(work)
+        # Whoever is cancelled while it fails asks for its error no more.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
         # A call into the local store that hangs is no fault of the peer's.
         patience = max(PATIENCE_SEC, 2 * self._current.value.timeouts.store_call)
         try:
@@ -422,8 +424,6 @@ class ColdPath:
             if not task.done():
                 task.cancel()
                 await asyncio.wait((task,))
-                if not task.cancelled():
-                    task.exception()
         return task.result()
 
     def _gave_up(
