@@ -221,7 +221,7 @@ def test_an_error_while_working_with_one_peer_counts_against_its_link(
 
     with caplog.at_level(logging.ERROR):
         virtual(main)
-    told = [record for record in caplog.records if "worker_died" in record.getMessage()]
+    told = [record for record in caplog.records if vars(record).get("event") == "worker_died"]
     assert [record.exc_info and record.exc_info[0] for record in told] == [ZeroDivisionError] * 6
 
 

@@ -163,5 +163,5 @@ def test_log_lines_of_the_console_are_one_line_each(capsys: pytest.CaptureFixtur
         root.setLevel(before[2])
     lines = capsys.readouterr().err.splitlines()
     assert is_plain("\n".join(lines))
-    assert sum("item_skipped" in line for line in lines) == 1
+    assert sum("was skipped" in line for line in lines) == 1
     assert not any(line.startswith("end") for line in lines)
