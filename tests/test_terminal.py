@@ -156,7 +156,9 @@ def test_log_lines_of_the_console_are_one_line_each(capsys: pytest.CaptureFixtur
     before = root.handlers[:], root.propagate, root.level
     try:
         runtime.configure_logging("info", runtime.LogFormat.CONSOLE)
-        get_logger("x").warning("item_skipped", key=EVIL, error=UsageError(EVIL), many=[EVIL])
+        get_logger("x", peer_id="a").warning(
+            "item_skipped", key=EVIL, error=UsageError(EVIL), many=[EVIL]
+        )
         get_logger("x").error("crashed", exc_info=UsageError(EVIL))
     finally:
         root.handlers[:], root.propagate = before[:2]
