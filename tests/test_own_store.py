@@ -542,6 +542,18 @@ def test_an_old_agreement_stays_old_when_the_ttl_is_raised() -> None:
     assert not guard.holds_back("k", old, None)
 
 
+def test_an_agreement_that_a_wrong_clock_has_dated_is_not_believed() -> None:
+    """If this fails a clock that was days ahead for a moment lets old items in for days (G5)."""
+    wall = FixedWallClock(100 * HOUR_MS)
+    guard = StaleGuard(HOUR_MS, wall)
+    old = put_of("k", 10 * HOUR_MS).stamp
+    guard.agreed(Agreement(wall.ms + 48 * HOUR_MS))
+    assert guard.active
+    assert guard.holds_back("k", old, None)
+    guard.agreed(Agreement(wall.ms + HOUR_MS // 2))
+    assert not guard.holds_back("k", old, None)
+
+
 def test_a_raised_ttl_revives_no_item_whose_delete_was_forgotten() -> None:
     """If this fails two days away and a ttl of seven days bring back what was deleted (G5)."""
 

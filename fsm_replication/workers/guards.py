@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Final
 
 from fsm_replication.errors import InvalidKeyError
-from fsm_replication.items import Stamp, check_key
+from fsm_replication.items import DAY_MS, Stamp, check_key
 from fsm_replication.ports import Agreement, Clock, WallClock
 
 __all__ = ("EXCEPTIONS_MAX", "KeyMemory", "StaleGuard")
@@ -113,12 +113,16 @@ class StaleGuard:
         return now - (self._ttl_ms if known is None else min(known, self._ttl_ms))
 
     def _is_old(self, agreed_at_ms: int | None) -> bool:
-        return agreed_at_ms is not None and agreed_at_ms < self.floor_ms
+        if agreed_at_ms is None:
+            return False
+        # What our clock dated while it was days ahead may have been at any time.
+        is_dated_wrong = agreed_at_ms > self._wall_clock.now_ms() + DAY_MS
+        return is_dated_wrong or agreed_at_ms < self.floor_ms
 
     @property
     def active(self) -> bool:
         """Whether old items of any key are held back."""
-        return self._is_old(self._oldest_ms)
+        return self._is_old(self._oldest_ms) or self._is_old(self.agreed_at_ms)
 
     def suspects(self, key: str) -> bool:
         """Say whether old items of this key are held back."""
