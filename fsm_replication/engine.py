@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -173,8 +174,14 @@ class ReplicationEngine(Observer):
         """Make what depends on the configuration and can no longer change once it is used."""
         config = self._config
         self._log = get_logger("engine", node_id=config.local_node_id)
-        watch = self._store_watch
-        self.metrics.get("store_reachable").set_function(lambda: float(watch.reachable))
+        watch = weakref.ref(self._store_watch)
+
+        def reachable() -> float:
+            # The registry must not keep an engine that nobody else knows any more.
+            found = watch()
+            return float(found is not None and found.reachable)
+
+        self.metrics.get("store_reachable").set_function(reachable)
         self._book = CursorBook(self._ports.cursor_store, self.metrics)
         self._drainer = Drainer(
             driver=self._driver,

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
@@ -739,6 +740,22 @@ async def test_cycles_leave_nothing_behind(nodes: Nodes, peer: Peer, full: bool)
         await KINDS[number % len(KINDS)](nodes, peer, number)
         # A server hears of a closed connection when it gets to it.
         await until(lambda: not before.left(), f"nothing left after cycle {number}")
+
+
+async def test_an_engine_that_has_ended_is_forgotten(nodes: Nodes, peer: Peer) -> None:
+    """If this fails each engine of a process stays in memory, with its store, for ever."""
+
+    async def run_one() -> weakref.ref[ReplicationEngine]:
+        config = nodes.config(peer_config(peer.server))
+        async with ReplicationEngine(config, sync_engine=MemorySyncEngine(node_id="b")) as engine:
+            await engine.wait_synced(10)
+        return weakref.ref(engine)
+
+    ended = await run_one()
+    # A callback of the loop may still be on its way.
+    await asyncio.sleep(0)
+    gc.collect()
+    assert ended() is None
 
 
 async def test_the_census_sees_what_is_left(nodes: Nodes, peer: Peer) -> None:
