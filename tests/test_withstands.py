@@ -318,7 +318,7 @@ async def test_a_drain_that_left_nothing_ends_in_stopped(nodes: Nodes, peer: Pee
                 await asyncio.sleep(100)
             return await super().apply_many(changes, received)
 
-    settings = Settings(timeouts=TimeoutsConfig(drain=0.5, store_call=30))
+    settings = Settings(timeouts=TimeoutsConfig(drain=1.5, store_call=30))
     engine = nodes.engine(peer_config(peer.server), store=Hanging(), settings=settings)
     await engine.start()
     await tailing(engine)
