@@ -643,6 +643,58 @@ def test_with_too_many_exceptions_there_is_no_agreement() -> None:
     on_virtual_time(trace)
 
 
+# Agreements that prove nothing --------------------------------------------------------------------
+
+
+def test_a_peer_that_does_not_read_back_revives_no_delete() -> None:
+    """If this fails a delete that a peer never hears of is undone as soon as it is forgotten here."""
+
+    async def trace(mesh: LocalMesh) -> None:
+        mesh.nodes["a"].store.put("k", b"x")
+        mesh.nodes["a"].store.put("other", b"x")
+        await both_agree(mesh)
+        mesh.cut("b", "a")
+        mesh.nodes["a"].store.delete("k")
+        await asyncio.sleep(TTL_SEC + GRACE_SEC + 60)
+        assert live(mesh, "a") == {"other"}
+        found = health(mesh, "a")
+        assert (found.stale_held_back, found.state) == (1, PeerState.TAILING)
+        mesh.nodes["b"].store.put("new", b"x")
+        await until_it_is(lambda: "new" in live(mesh, "a"), "what is new")
+
+    on_virtual_time(trace)
+
+
+@pytest.mark.parametrize("days", [2, -2])
+def test_no_agreement_is_dated_by_a_clock_that_is_days_off(days: int) -> None:
+    """If this fails a clock that was wrong for a moment lets old items in for days (G5)."""
+
+    async def trace(mesh: LocalMesh) -> None:
+        a, b = mesh.nodes["a"], mesh.nodes["b"]
+        a.store.put("k", b"x")
+        a.store.put("other", b"x")
+        await both_agree(mesh)
+        agreed_at = health(mesh).agreed_at
+        b.wall_clock.skew_ms = days * DAY_MS
+        # It is asked for its time with each ping.
+        await asyncio.sleep(200)
+        while_off = health(mesh).agreed_at
+        await asyncio.sleep(3 * CYCLE_SEC)
+        assert health(mesh).agreed_at == while_off
+        assert agreed_at is not None
+        b.wall_clock.skew_ms = 0
+        mesh.cut("b", "a")
+        mesh.cut("a", "b")
+        b.store.delete("k")
+        await asyncio.sleep(TTL_SEC + GRACE_SEC + 60)
+        mesh.trim("b", 0)
+        mesh.heal("b", "a")
+        await asyncio.sleep(60 + 2 * CYCLE_SEC)
+        assert live(mesh, "b") == {"other"}
+
+    on_virtual_time(trace)
+
+
 async def test_a_key_is_explained_without_an_engine_too(nodes: Nodes) -> None:
     """If this fails the command line does not say why a peer's version is not taken."""
     peer = PeerConfig(node_id="a", redis_url="redis://127.0.0.1:1")

@@ -763,6 +763,9 @@ class RedisSyncEngine(SyncEngine):
 
         :raises StoreError: if Redis fails.
         """
+        # From now on the loss of this connection tells that the position may be another.
+        async with self._locks.setdefault(peer_id, asyncio.Lock()):
+            await self._lane(peer_id)
         raw = await self._call("HGET", self.keys.positions, peer_id)
         if raw is None:
             return None

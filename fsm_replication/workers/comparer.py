@@ -57,7 +57,7 @@ class Group:
     """The differences of some buckets, of which ``last`` is the path of the last.
 
     ``skipped`` counts whole buckets that could not be read, ``unreadable`` names the keys whose
-    leaves could not. ``newer_here`` holds, where it was asked for, key, our order tuple and theirs
+    leaves could not, ``undeleted`` those that we have deleted and the peer not yet. ``newer_here`` holds, where it was asked for, key, our order tuple and theirs
     of what is newer here.
     """
 
@@ -66,6 +66,7 @@ class Group:
     skipped: int
     newer_here: Sequence[tuple[str, Stamp, Stamp | None]] = ()
     unreadable: Sequence[str] = ()
+    undeleted: Sequence[str] = ()
 
 
 def is_wanted(theirs: Stamp, ours: Stamp | None, *, by_stamp: bool) -> bool:
@@ -170,7 +171,9 @@ class Comparer:
             for step, ((key, stamp), held) in enumerate(pairs):
                 look.judge(key, stamp, held)
                 await take_turns(step)
-        return Group(paths[-1], look.newer, skipped, look.newer_here, look.unreadable)
+        return Group(
+            paths[-1], look.newer, skipped, look.newer_here, look.unreadable, look.undeleted
+        )
 
 
 class _Look:
@@ -183,6 +186,7 @@ class _Look:
         self.newer_here: list[tuple[str, Stamp, Stamp | None]] = []
         self.unknown: list[tuple[str, Stamp]] = []
         self.unreadable: list[str] = []
+        self.undeleted: list[str] = []
 
     async def compare(self, theirs: Mapping[str, bytes], ours: Mapping[str, bytes]) -> None:
         """Look at the leaves of one bucket on both sides."""
@@ -207,6 +211,8 @@ class _Look:
 
     def judge(self, key: str, theirs: Stamp, ours: Stamp | None) -> None:
         """Note which side of a key is newer."""
+        if ours is not None and ours.deleted and not theirs.deleted and ours > theirs:
+            self.undeleted.append(key)
         if is_wanted(theirs, ours, by_stamp=self._by_stamp):
             self.newer.append(Difference(key, theirs, ours))
         elif self._both and ours is not None and theirs != ours:

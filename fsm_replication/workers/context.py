@@ -206,9 +206,13 @@ class LinkContext:
     async def agree(self, agreement: Agreement) -> None:
         """Note that everything the peer held is held here, but for a few keys: gaps are healed.
 
-        Where the store is no longer the one that was compared, nothing is agreed.
+        Where the store is no longer the one that was compared, or our clock and the peer's are more
+        than a day apart, nothing is agreed.
         """
         settled = BEFORE_ALL if self.progress.settled is None else self.progress.settled.stream_id
+        if self.peer_clock.is_day_off():
+            # Nobody can tell by which of the two it would be dated.
+            return
         if agreement.incarnation != self.progress.incarnation or settled < agreement.up_to:
             return
         self.stale.agreed(agreement)

@@ -143,6 +143,7 @@ class Copier:
         self._comparison = Agreement(0)
         # Keys that this copy leaves out, as far as an agreement may.
         self._excepted: set[str] = set()
+        self._undeleted: set[str] = set()
         self._logged_at = 0.0
 
     async def run(self, gap: Gap | None, why: str) -> Position | None:
@@ -241,6 +242,7 @@ class Copier:
         async for group in comparer.groups(buckets):
             self._differing += len(group.differences) + len(group.unreadable)
             self._excepted.update(group.unreadable)
+            self._undeleted.update(group.undeleted)
             wanted = [found for found in group.differences if not self._holds_back(found)]
             for begin in range(0, len(wanted), FETCH_KEYS):
                 if self._interrupted():
@@ -377,7 +379,9 @@ class Copier:
         await self._applier.tell_doubtful()
         cursor = Cursor(row.head, self._incarnation, row.run_id)
         store, now = context.ports.cursor_store, context.ports.wall_clock.now_ms()
-        exceptions = context.stale.excepting(self._excepted.union(self._fetched.failed))
+        exceptions = context.stale.excepting(
+            self._excepted.union(self._fetched.failed), self._undeleted
+        )
         whole = self._lines.has_tree and not (self._held_back or self._unreadable)
         if exceptions is None:
             context.log.warning("too_many_exceptions", then="trees that differ so are no agreement")

@@ -20,7 +20,7 @@ __all__ = ("EXCEPTIONS_MAX", "KeyMemory", "StaleGuard")
 
 WINDOW_SEC: Final = 3600.0
 KEYS_KEPT: Final = 10_000
-# Where a comparison leaves out more keys than this, it is no agreement: something else is wrong.
+# Where more keys than this cannot be taken, a comparison is no agreement: something else is wrong.
 EXCEPTIONS_MAX: Final = 1000
 
 
@@ -82,14 +82,24 @@ class StaleGuard:
         self._held_back.clear()
         self.count = 0
 
-    def excepting(self, keys: Iterable[str]) -> dict[str, int | None] | None:
+    def excepting(
+        self, keys: Iterable[str], undeleted: Iterable[str] = ()
+    ) -> dict[str, int | None] | None:
         """Return the exceptions of an agreement on all but these keys; None if they are too many.
 
-        Each keeps the time of the last agreement that it was part of.
+        Each keeps the time of the last agreement that it was part of. The peer still holds what is
+        ``undeleted``, and our delete of it may be forgotten before the peer has heard of it: such a
+        key is judged by now at the latest, also where it was never part of an agreement.
         """
         known, before = self.exceptions, self.agreed_at_ms
         made = {key: known.get(key, before) for key in keys if _is_key(key)}
-        return made if len(made) <= EXCEPTIONS_MAX else None
+        if len(made) > EXCEPTIONS_MAX:
+            return None
+        now = self._wall_clock.now_ms()
+        for key in undeleted:
+            at = known.get(key)
+            made[key] = at if at is not None else now if before is None else before
+        return made if len(made) <= EXCEPTIONS_MAX + KEYS_KEPT else None
 
     def as_of(self, at_ms: int) -> Agreement | None:
         """Return the agreement as it counts where the peer's store is as it was at ``at_ms``.
@@ -107,7 +117,8 @@ class StaleGuard:
     @property
     def floor_ms(self) -> int:
         """Items older than this may have been deleted by a tombstone nobody keeps any more."""
-        now = self._wall_clock.now_ms()
+        # Where we agreed at a later time than our clock tells now, that is behind.
+        now = max(self._wall_clock.now_ms(), self.agreed_at_ms or 0)
         known = self._deletes_known_ms(now)
         # A raised ttl brings back no tombstone that was forgotten by the old one.
         return now - (self._ttl_ms if known is None else min(known, self._ttl_ms))
@@ -115,8 +126,8 @@ class StaleGuard:
     def _is_old(self, agreed_at_ms: int | None) -> bool:
         if agreed_at_ms is None:
             return False
-        # What our clock dated while it was days ahead may have been at any time.
-        is_dated_wrong = agreed_at_ms > self._wall_clock.now_ms() + DAY_MS
+        # Our clock was ahead then, or is behind now: how long ago that was cannot be told.
+        is_dated_wrong = agreed_at_ms > self._wall_clock.now_ms() + min(DAY_MS, self._ttl_ms)
         return is_dated_wrong or agreed_at_ms < self.floor_ms
 
     @property

@@ -141,6 +141,7 @@ class _Pass:
         self.result = PeerRepair()
         # Old items that are held back, and no exceptions of the agreement so far.
         self._undecided = 0
+        self._undeleted: set[str] = set()
 
     async def run_foreign(self) -> PeerRepair:
         """Walk a foreign node's tree; it holds no deletes, so nothing can be agreed upon."""
@@ -204,7 +205,9 @@ class _Pass:
                     break
         result.in_sync = not (result.differing or result.skipped)
         waiting = result.deferred or result.skipped or self._undecided
-        exceptions = context.stale.excepting(result.excepted.union(result.fetched.failed))
+        exceptions = context.stale.excepting(
+            result.excepted.union(result.fetched.failed), self._undeleted
+        )
         if exceptions is None:
             context.log.warning("too_many_exceptions", then="trees that differ so are no agreement")
         elif not waiting:
@@ -218,6 +221,7 @@ class _Pass:
         result.skipped += group.skipped
         result.differing += len(group.differences) + len(group.unreadable)
         result.excepted.update(group.unreadable)
+        self._undeleted.update(group.undeleted)
         wanted: list[Difference] = []
         stale: list[Difference] = []
         for step, found in enumerate(group.differences):

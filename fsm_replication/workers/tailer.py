@@ -359,6 +359,9 @@ class Tailer:
         row = record.bootstrap
         if row is not None and row.incarnation == self._incarnation:
             await self._look_for_older_peer(row.head, row.run_id)
+            if row.walk:
+                # What was copied so far may have been lost with the local store since.
+                await context.ports.cursor_store.save_walk(context.peer_id, "")
             return self._must_copy(orders, None, "a bootstrap is unfinished")
         if cursor is None:
             return self._must_copy(orders, None, "no cursor")
