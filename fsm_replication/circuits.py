@@ -116,6 +116,11 @@ class Circuit(pybreaker.CircuitBreakerListener):
         return self._breaker.fail_counter
 
     @property
+    def wait_sec(self) -> float:
+        """Seconds from its last opening to the first probe; 0 before it has ever opened."""
+        return self._wait_sec
+
+    @property
     def probe_in_sec(self) -> float:
         """Seconds until a call would be let through; 0 where it would be now."""
         if self.state is CircuitState.CLOSED:

@@ -36,6 +36,7 @@ from fsm_replication.errors import (
     ProtocolError,
     ReplicationError,
     StartupError,
+    StoreError,
     UsageError,
     WaitTimeoutError,
     shorten,
@@ -55,6 +56,7 @@ from fsm_replication.stores.noop import NoOpSyncEngine
 from fsm_replication.stores.protocol import SyncEngine
 from fsm_replication.tables import CIRCUIT, ENGINE, CircuitState, EngineState, PeerState
 from fsm_replication.transport import RedisTransport
+from fsm_replication.workers.applier import Blocked, Unsettled
 from fsm_replication.workers.arrivals import Arrivals
 from fsm_replication.workers.changes import ChangeFeed, ChangeWatcher, Doubts
 from fsm_replication.workers.cold_path import ColdPath, RepairStats
@@ -374,8 +376,9 @@ class ReplicationEngine(Observer):
         """Return how the engine is, from memory alone."""
         peers = tuple(link.health() for link in self._links.values())
         connected = sum(peer.connected for peer in peers)
-        accepting = self._store.should_accept_writes()
         watch, circuits = self._store_watch, self.circuit
+        accepting = self._store.should_accept_writes() and watch.reachable
+        accepting = accepting and circuits.writes.state is not CircuitState.OPEN
         ready = self.is_running and (connected > 0 or not peers)
         ready = ready and watch.reachable
         is_open = CircuitState.OPEN in (circuits.reads.state, circuits.writes.state)
@@ -764,6 +767,7 @@ class ReplicationEngine(Observer):
         :raises UsageError: if there is no such peer, or it publishes no tree.
         :raises InvalidStateError: unless the engine is Running.
         :raises PeerError: if the peer is not connected or cannot be read.
+        :raises StoreError: if the own store cannot be read.
         """
         self._check_running("differences")
         link = self._link(peer_id)
@@ -782,6 +786,10 @@ class ReplicationEngine(Observer):
                 raise
             except ReplicationError:
                 raise
+            except (Blocked, Unsettled) as outcome:
+                # It is our own store that fails, and no fault of the peer's.
+                why = outcome.__cause__ or outcome
+                raise StoreError(f"the own store cannot be read: {why}") from outcome
             except Exception as error:
                 link.blame("comparison", error)
                 raise ProtocolError(f"peer {peer_id!r} cannot be compared: {error}") from error
@@ -1018,7 +1026,8 @@ class ReplicationEngine(Observer):
         self._circuit_moved.set()
         why = ""
         if new is CircuitState.OPEN:
-            failures, wait_sec = circuit.failure_count, circuit.probe_in_sec
+            # It is told before the circuit is Open, so when a probe may run is not asked of that.
+            failures, wait_sec = circuit.failure_count, circuit.wait_sec
             why = f"{failures} failures in a row, the last of them: {circuit.last_error};"
             why += f" a probe may run in {wait_sec:.1f} s"
         level = level_of_circuit(new)

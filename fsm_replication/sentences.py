@@ -58,7 +58,8 @@ SENTENCES: Final[Mapping[str, str | Callable[[Mapping[str, Any]], str]]] = {
     "interlock_not_kept": "link {peer_id}: what the interlock has seen could not be written to {path}:"
     " {error}",
     "interlock_tripped": "link {peer_id}: the interlock lets no delete through until a person says so:"
-    " {shrunk} live items less within an hour and {more} more to come, allowed are {allowed} of {live}",
+    " {shrunk} live items less within an hour and {more} more to come, allowed are {allowed}; {live}"
+    " are left",
     "item_skipped": 'link {peer_id}: the item "{key}" was skipped: {error}',
     "no_common_layout": "link {peer_id}: trees cannot be compared, since {why}; {then}",
     "no_tree_yet": "link {peer_id}: the peer has no tree yet; {then}",

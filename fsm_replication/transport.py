@@ -11,7 +11,7 @@ decides what happens next. A cancelled call closes the connection too, since a r
 waits for would be taken for the next one's.
 
 Every flight has a limit from its first byte: what is small by its nature (a status, a number, a piece
-of a string) may take no more than that, the greeting 64 KiB, and all else what the caller allows. The
+of a string) may take no more than that, the greeting 2 KiB for each command, and all else what the caller allows. The
 number of elements is bounded with the bytes, since an empty array takes four bytes on the way here and
 eighty in memory.
 """
@@ -126,12 +126,9 @@ class _Flight:
     """Commands sent together and the replies that have come for them."""
 
     __slots__ = (
-        "_before",
-        "_before",
         "elements",
         "errors",
         "future",
-        "is_huge",
         "limit_bytes",
         "received_bytes",
         "replies",
@@ -149,9 +146,6 @@ class _Flight:
         # An upper bound of those that came after the first UNCOUNTED_BYTES.
         self.elements = 0
         self.errors = 0
-        self.is_huge = False
-        # What came last: a head may come in two pieces. Before a reply there is the end of another.
-        self._before = b"\r\n"
 
     def take(self, data: bytes) -> bool:
         """Count what came; False once it is more than was agreed to."""
@@ -159,13 +153,9 @@ class _Flight:
         self.received_bytes += len(data)
         if limit is None:
             return True
-        seam, self._before = self._before + data[:_HEAD_BYTES], data[-_HEAD_BYTES:]
-        if _HUGE.search(data) or _HUGE.search(seam):
-            self.is_huge = True
-            return False
         if self.received_bytes > UNCOUNTED_BYTES:
             # Contents may hold line ends too, but hardly one in so few bytes.
-            self.elements += data.count(b"\r\n")
+            self.elements += data.count(b"\n")
         return (
             self.received_bytes <= limit
             and self.elements <= self.wanted + limit // BYTES_PER_ELEMENT
@@ -193,6 +183,8 @@ class RedisConnection(asyncio.Protocol):
         self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._received_bytes = 0
+        # What came last: a head may come in two pieces. Before a reply there is the end of another.
+        self._before = b"\r\n"
 
     def _new_reader(self) -> hiredis.Reader:
         return hiredis.Reader(
@@ -232,7 +224,8 @@ class RedisConnection(asyncio.Protocol):
         # Where others wait behind it, some of this may be theirs.
         alone = len(self._flights) == 1
         within = not alone or flight.take(data)
-        if flight.is_huge:
+        # That is looked for whosever it is: once the parser has made the list it is too late.
+        if flight.limit_bytes is not None and self._brings_huge_head(data):
             self._fail(ReplyTooLargeError(flight.limit_bytes or 0))
             return
         try:
@@ -254,6 +247,10 @@ class RedisConnection(asyncio.Protocol):
                 within = flight.take(data)
             if not within:
                 self._fail(ReplyTooLargeError(flight.limit_bytes or 0))
+
+    def _brings_huge_head(self, data: bytes) -> bool:
+        seam, self._before = self._before + data[:_HEAD_BYTES], data[-_HEAD_BYTES:]
+        return bool(_HUGE.search(data) or _HUGE.search(seam))
 
     def _deliver(self, reply: Any) -> None:
         if not self._flights:

@@ -316,10 +316,10 @@ async def test_a_position_is_kept_with_the_last_part_only(
             patch.setattr(store, "_apply", lose_the_second)
             with pytest.raises(StoreError):
                 await store.apply_many(changes, Received("far", AT))
+        with pytest.raises(StoreReopenedError):
+            await store.applied_position("far")
         assert await store.applied_position("far") is None
         assert await store.stamps(["k0", changes[-1].key]) == [changes[0].stamp, None]
-        with pytest.raises(StoreReopenedError):
-            await store.apply_many(changes, Received("far", AT))
         result = await store.apply_many(changes, Received("far", AT))
         assert (result.applied, result.superseded) == (1, redis_module.ITEMS_PER_CALL)
         assert await store.applied_position("far") == AT

@@ -132,11 +132,14 @@ async def _engine(
 ) -> ReplicationEngine:
     path = str(folder / "cursors.db")
     if cursor is not None:
-        # A cursor at the beginning makes the engine replay the stream; without one it would copy.
+        # A cursor at the beginning makes the engine replay the stream; without one it would copy, and
+        # so it would where a store that keeps positions has none.
+        incarnation = await store.incarnation()
+        await store.apply_many([], Received(PEER_ID, cursor.position, incarnation=incarnation))
         cursors = SqliteCursorStore(path)
         await cursors.open()
         try:
-            await cursors.save([(PEER_ID, cursor._replace(incarnation=await store.incarnation()))])
+            await cursors.save([(PEER_ID, cursor._replace(incarnation=incarnation))])
         finally:
             await cursors.close()
     config = ReplicationConfig(

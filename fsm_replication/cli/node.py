@@ -208,14 +208,40 @@ async def _check_cursor(config: ReplicationConfig, console: Console) -> bool:
         await store.open()
     except AlreadyRunningError:
         _doubt(console, f"cursors: a node is running with {path}")
-        return True
     except ReplicationError as error:
         _wrong(console, f"cursors: {error}")
         return False
+    else:
+        _fine(console, f"cursors: {path} can be used")
     finally:
         await store.close()
-    _fine(console, f"cursors: {path} can be used")
-    return True
+    return await _check_books(config, console)
+
+
+async def _check_books(config: ReplicationConfig, console: Console) -> bool:
+    """Say what waits for a person, as the cursor file tells it; False if that is the interlock."""
+    store = SqliteCursorStore(config.cursor.sqlite_path, read_only=True)
+    well = True
+    try:
+        await store.open()
+        for peer in config.peers:
+            record = await store.load(peer.node_id)
+            if record.interlock is not None and record.interlock.tripped:
+                well = False
+                _wrong(console, f"peer {peer.node_id}: the interlock: {record.interlock.tripped}")
+            if record.operator_pause:
+                _doubt(console, f"peer {peer.node_id}: paused by an operator")
+            if record.dead_letters:
+                _doubt(console, f"peer {peer.node_id}: {record.dead_letters} dead letters are kept")
+            if record.gaps:
+                _doubt(
+                    console, f"peer {peer.node_id}: {len(record.gaps)} gaps are open in the ledger"
+                )
+    except ReplicationError as error:
+        _doubt(console, f"cursors: {error}")
+    finally:
+        await store.close()
+    return well
 
 
 def _fine(console: Console, text: str) -> None:

@@ -67,7 +67,8 @@ _FINAL: Final = frozenset(
     }
 )
 _START_ANEW: Final = (
-    "move it away, together with its -wal file, and start again; peers are then copied anew"
+    "move it away, together with its -wal file, and start again; peers are then copied anew, and the"
+    " interlock begins with a new allowance"
 )
 _HINTS: Final = {
     sqlite3.SQLITE_BUSY: "another process holds SQLite's lock on it; wait for its end, or end it",

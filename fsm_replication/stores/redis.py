@@ -253,6 +253,17 @@ class RedisSyncEngine(SyncEngine):
             node; or if another process of this node runs with another tombstone ttl or resolver.
         """
         self._closed = False
+        await self._open_in_turn()
+
+    async def _reopen(self) -> None:
+        """Open again on behalf of a call under way.
+
+        :raises StoreError: if that fails, or the store was closed meanwhile.
+        """
+        self._check_open()
+        await self._open_in_turn()
+
+    async def _open_in_turn(self) -> None:
         # One after the other: a second one would announce a tree that the first still builds.
         async with self._opening:
             await self._open()
@@ -284,6 +295,8 @@ class RedisSyncEngine(SyncEngine):
         self._note_ttl(earlier)
         self._least_ttl_ms = int(least)
         await self._keeper.keep({name for name in layouts.decode().split(",") if name})
+        # It may have been closed meanwhile, and nobody would stop what begins here.
+        self._check_open()
         self._upkeep.start(must_realign=bool(must_realign))
         if self._publisher is not None:
             self._publisher.start()
@@ -387,12 +400,12 @@ class RedisSyncEngine(SyncEngine):
 
     async def close(self) -> None:
         """Close all connections; calls under way and later ones fail; a second call does nothing."""
+        was_open, self._closed = not self._closed, True
         if self._publisher is not None:
             await self._publisher.stop()
         await self._upkeep.stop()
-        if self._incarnation is not None and not self._closed:
+        if self._incarnation is not None and was_open:
             await self._leave()
-        self._closed = True
         while self._lanes:
             _, lane = self._lanes.popitem()
             lane.close()
@@ -403,8 +416,9 @@ class RedisSyncEngine(SyncEngine):
         """Tell other processes that this one is gone; where Redis is gone too they wait a while."""
         try:
             async with self._clock.timeout(LEAVE_SEC):
-                await self._run(scripts.LEAVE, [self.keys.processes], [self._token])
-        except (StoreError, TimeoutError) as error:
+                await self._eval(scripts.LEAVE, [self.keys.processes], [self._token])
+        except (RedisError, OSError, TimeoutError) as error:
+            self._secrets.scrub_error(error)
             self._log.debug("leave_not_told", error=error)
 
     async def __aenter__(self) -> Self:
@@ -432,7 +446,7 @@ class RedisSyncEngine(SyncEngine):
         """
         raw = await self._call("HGET", self.keys.marker, "incarnation")
         if raw is None:
-            await self.open()
+            await self._reopen()
             assert self._incarnation is not None
             return self._incarnation
         text: str = raw.decode()
@@ -592,7 +606,7 @@ class RedisSyncEngine(SyncEngine):
                 # Redis may have come back empty, or without its last second: whoever writes a
                 # position must first look which of his batches it still has.
                 try:
-                    await self.open()
+                    await self._reopen()
                 except BaseException:
                     lane.close()
                     raise
@@ -639,7 +653,7 @@ class RedisSyncEngine(SyncEngine):
             return codes, deleted, added
         # Another process has changed it while this one was not heard of; unless that one still runs, this
         # one changes it back.
-        await self.open()
+        await self._reopen()
         raise StoreReopenedError(f"{self._where} was opened with another configuration meanwhile")
 
     def encode(self, changes: Sequence[SyncItem], wire: Sequence[WireForm | None]) -> object:
@@ -762,6 +776,8 @@ class RedisSyncEngine(SyncEngine):
         """Return the position stored with the last batch from this peer.
 
         :raises StoreError: if Redis fails.
+        :raises StoreReopenedError: once, if Redis was lost and is back since this peer was last asked
+            for or written.
         """
         # From now on the loss of this connection tells that the position may be another.
         async with self._locks.setdefault(peer_id, asyncio.Lock()):
@@ -867,7 +883,7 @@ class RedisSyncEngine(SyncEngine):
         try:
             result = await self.apply_many([item])
         except StoreReopenedError:
-            await self.open()
+            await self._reopen()
             result = await self.apply_many([item])
         if result.refused:
             raise StoreError(f"{self._where}: {key!r}: {result.reasons[0]}")
@@ -994,7 +1010,7 @@ class RedisSyncEngine(SyncEngine):
                     raise
             # Redis came back empty; it is this node's store anew before anything is written to it. Or
             # another process has changed what the marker says: it is asked whether that still runs.
-            await self.open()
+            await self._reopen()
             return await self._eval(text, self._head_keys, [*self._head, *args])
         except (RedisError, OSError) as error:
             ahead = _AHEAD.fullmatch(str(error))

@@ -364,10 +364,10 @@ class Applier:
     async def _trip(self, more: int, live: int | None) -> None:
         """Let no delete through, over restarts, until a person says so; that may be meanwhile."""
         context, interlock = self._context, self._context.interlock
+        whole = "an unknown number of" if live is None else f"{live + interlock.shrunk}"
         why = (
-            f"{interlock.shrunk + more} live items would be deleted within an hour, of"
-            f" {'an unknown number' if live is None else live}, and {interlock.allowed} are allowed:"
-            " resume the peer if that is meant"
+            f"the peer has taken away {interlock.shrunk} of {whole} live items within an hour and {more}"
+            f" more would follow; {interlock.allowed} are allowed: resume the peer if that is meant"
         )
         if live is None:
             why += "; a store whose live_items() tells the number allows a share of it"

@@ -191,7 +191,7 @@ class ColdPath:
                     self._metrics.get("repair_skipped", why).inc()
                     continue
                 ends_at = clock.monotonic() + self._settings.interval_sec
-                budget.time_is_up = partial(self._is_past, ends_at)
+                budget.begin_part(partial(self._is_past, ends_at))
                 stats = await self._visit(target, stats, budget, None, None)
             self._metrics.get("repair_cycles").inc()
             self._metrics.get("repair_cycle_duration_seconds").observe(clock.monotonic() - began)

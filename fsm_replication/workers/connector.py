@@ -290,7 +290,7 @@ def retry_wait_sec(context: LinkContext, delay_sec: float) -> float:
 
 
 def mending_wait_sec(context: LinkContext) -> float:
-    """Return the seconds until rejected credentials are tried again."""
+    """Return the seconds until a link that has Failed is tried again."""
     return max(context.settings.reconnect.rejected, context.peer_circuit.probe_in_sec)
 
 

@@ -38,11 +38,21 @@ FETCH_KEYS: Final = 1000
 class Budget:
     """How many items a cycle may still fetch; None is no limit.
 
-    ``time_is_up`` says whether the time for the present peer is.
+    ``is_late`` says whether the time for the present peer is over. It ends a part only after its
+    first flight of items (G12): where comparing alone takes as long, each cycle would begin anew.
     """
 
     left: int | None = None
-    time_is_up: Callable[[], bool] = lambda: False
+    is_late: Callable[[], bool] = lambda: False
+    fetched: int = 0
+
+    def begin_part(self, is_late: Callable[[], bool]) -> None:
+        """Go on with another peer."""
+        self.is_late, self.fetched = is_late, 0
+
+    def time_is_up(self) -> bool:
+        """Say whether the time for the present peer is over, and was of use."""
+        return self.fetched > 0 and self.is_late()
 
     @property
     def spent(self) -> bool:
@@ -57,6 +67,7 @@ class Budget:
 
     def spend(self, fetched: int) -> None:
         """Note items that were fetched: only these count."""
+        self.fetched += fetched
         if self.left is not None:
             self.left = max(0, self.left - fetched)
 
@@ -254,8 +265,8 @@ class _Pass:
         fetched, context = self.result.fetched, self._context
         before, failed = fetched.items, len(fetched.failed)
         named = [(self._source.redis_key(key), key) for key in keys]
-        stop = self._budget.time_is_up
-        done = await self._fetcher.fetch(self._lines.asking, named, fetched, stop)
+        # The first flight of this call is under way before it is asked.
+        done = await self._fetcher.fetch(self._lines.asking, named, fetched, self._budget.is_late)
         context.unfetchable.add(fetched.failed[failed:])
         self._budget.spend(fetched.items - before)
         return done
