@@ -51,10 +51,11 @@ LETTERS_BYTES: Final = 16 * 1024 * 1024
 LONG_AGO_MS: Final = 0
 
 
-LEAST_BYTES_PER_SEC: Final = 4096
+LEAST_BYTES_PER_SEC: Final = 1024
 """What the line to a peer must bring. A reply has begun within its timeout, or is not waited for any
-more; from then on each further timeout must bring this rate, which is half of what a line of 64 kbit/s
-does. So a reply of n bytes is waited for no longer than two timeouts and n / 4096 seconds."""
+more; from then on each further timeout must bring this rate, which is an eighth of what a line of 64
+kbit/s does: two connections of a link share it, and others may. So a reply of n bytes is waited for no longer
+than two timeouts and n / 1024 seconds."""
 
 
 # Time -----------------------------------------------------------------------------------------

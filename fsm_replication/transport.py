@@ -23,7 +23,7 @@ import re
 import socket
 import ssl
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar, cast
 
 import hiredis
@@ -62,13 +62,18 @@ UNCOUNTED_BYTES: Final = 1024 * 1024
 """A flight of no more is not looked at for its elements: counting them costs time."""
 BYTES_PER_ELEMENT: Final = 24
 """A flight may hold one element, or line of an uncompressed content, for each so many bytes."""
-ERRORS_MAX: Final = 1000
-"""Error replies in one flight beyond one for each command; more are all the same object."""
-# The head of an array, map, set or push of a million parts or more. The parser would make the list
-# before a single part has come, and letting go of it again stops the event loop for seconds. A content
-# may hold such a line too; then its reply counts as too large, and its entry as one.
-_HUGE: Final = re.compile(rb"\r\n[*%~>|][0-9]{7,}\r\n")
-_HEAD_BYTES: Final = 24
+ERRORS_MAX: Final = 64
+"""Different texts of errors in one flight; what comes beyond them is one and the same object."""
+DECLARED_MAX: Final = 3_000_000
+"""Parts that the arrays of one flight may declare together, small arrays not counted."""
+# The head of an array, map, set or push of ten thousand parts or more. The parser makes the list before a
+# single part has come, and letting go of it again stops the event loop for seconds. A content may hold
+# such a line too, which the parser can tell: it has something in hand then.
+_HEAD: Final = re.compile(rb"\r\n[*%~>|]([0-9]{5,})(?=\r\n)")
+_ARRAYS: Final = (b"*", b"%", b"~", b">", b"|")
+# What may be the beginning of one, at the end of what came.
+_PART_OF_HEAD: Final = re.compile(rb"(?:(?:\A|\r\n)[*%~>|][0-9]*\r?|\r)\Z")
+_HEAD_BYTES: Final = 32
 _SMALL_BYTES: Final = 2048
 # Statuses, numbers, errors: nothing in these replies grows with what a server holds.
 _SMALL: Final = frozenset(
@@ -126,6 +131,7 @@ class _Flight:
     """Commands sent together and the replies that have come for them."""
 
     __slots__ = (
+        "declared",
         "elements",
         "errors",
         "future",
@@ -145,7 +151,9 @@ class _Flight:
         self.received_bytes = 0
         # An upper bound of those that came after the first UNCOUNTED_BYTES.
         self.elements = 0
-        self.errors = 0
+        self.declared = 0
+        # The errors that have come, by what the server said.
+        self.errors: dict[str, PeerReplyError] = {}
 
     def take(self, data: bytes) -> bool:
         """Count what came; False once it is more than was agreed to."""
@@ -183,8 +191,8 @@ class RedisConnection(asyncio.Protocol):
         self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._received_bytes = 0
-        # What came last: a head may come in two pieces. Before a reply there is the end of another.
-        self._before = b"\r\n"
+        # What came last, where it may be the beginning of an array's head.
+        self._part_of_head = b""
 
     def _new_reader(self) -> hiredis.Reader:
         return hiredis.Reader(
@@ -194,10 +202,15 @@ class RedisConnection(asyncio.Protocol):
     def _error_reply(self, text: str) -> PeerReplyError:
         """Make an error of one that the server answers; of very many only one object is made."""
         flight = self._flights[0] if self._flights else None
-        if flight is None or flight.errors > flight.wanted + ERRORS_MAX:
+        if flight is None:
             return _ONE_OF_MANY
-        flight.errors += 1
-        return PeerReplyError(self._secrets.scrub(text))
+        # To take secrets out of a text takes milliseconds where it was made for that.
+        told = flight.errors.get(text)
+        if told is None:
+            if len(flight.errors) >= ERRORS_MAX:
+                return _ONE_OF_MANY
+            told = flight.errors[text] = PeerReplyError(self._secrets.scrub(text))
+        return told
 
     # asyncio.Protocol
 
@@ -224,16 +237,17 @@ class RedisConnection(asyncio.Protocol):
         # Where others wait behind it, some of this may be theirs.
         alone = len(self._flights) == 1
         within = not alone or flight.take(data)
-        # That is looked for whosever it is: once the parser has made the list it is too late.
-        if flight.limit_bytes is not None and self._brings_huge_head(data):
-            self._fail(ReplyTooLargeError(flight.limit_bytes or 0))
-            return
         try:
-            self._reader.feed(data)
-            reply = self._reader.gets()
-            while within and reply is not _NOTHING:
-                self._deliver(reply)
+            for piece, declared in self._pieces(data):
+                self._reader.feed(piece)
                 reply = self._reader.gets()
+                while within and reply is not _NOTHING:
+                    self._deliver(reply)
+                    reply = self._reader.gets()
+                # Whosever it is: once the parser has made the list it is too late.
+                if declared and not self._reader.has_data() and not self._may_declare(declared):
+                    self._fail(ReplyTooLargeError(flight.limit_bytes or 0))
+                    return
         except ProtocolError as error:
             known = (told for begin, told in _STRANGERS if data.startswith(begin))
             told = next(known, str(error))
@@ -248,9 +262,37 @@ class RedisConnection(asyncio.Protocol):
             if not within:
                 self._fail(ReplyTooLargeError(flight.limit_bytes or 0))
 
-    def _brings_huge_head(self, data: bytes) -> bool:
-        seam, self._before = self._before + data[:_HEAD_BYTES], data[-_HEAD_BYTES:]
-        return bool(_HUGE.search(data) or _HUGE.search(seam))
+    def _pieces(self, data: bytes) -> Iterator[tuple[bytes, int]]:
+        """Cut what came before each line that looks like the head of a large array.
+
+        With each piece comes how many parts that line declares, 0 at the end. What may be the beginning
+        of a head is kept for the next time; no reply ends with it.
+        """
+        data = self._part_of_head + data
+        part = _PART_OF_HEAD.search(data, max(0, len(data) - _HEAD_BYTES))
+        if part is None:
+            self._part_of_head = b""
+        else:
+            begin = part.start() + (2 if part[0].startswith(b"\r\n") else 0)
+            self._part_of_head, data = data[begin:], data[:begin]
+        at, shift = 0, 2
+        if data.startswith(_ARRAYS):
+            # Perhaps a reply begins here; before one there is the end of another.
+            lines, shift = b"\r\n" + data, 0
+        else:
+            lines = data
+        for head in _HEAD.finditer(lines):
+            begin = head.start() + shift
+            yield data[at:begin], int(head[1][:20])
+            at = begin
+        yield data[at:] if at else data, 0
+
+    def _may_declare(self, parts: int) -> bool:
+        flight = self._flights[0] if self._flights else None
+        if flight is None or flight.limit_bytes is None:
+            return True
+        flight.declared += parts
+        return flight.declared <= DECLARED_MAX
 
     def _deliver(self, reply: Any) -> None:
         if not self._flights:

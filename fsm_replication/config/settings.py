@@ -207,7 +207,7 @@ class TimeoutsConfig(Model):
     """Seconds to connect to a peer and log in. Below ``startup.timeout``."""
     command: PositiveDuration = 5.0
     """Seconds until a peer's answer begins; a blocking read gets ``hot_path.block_timeout`` more. From
-    then on each further ``command`` must bring 4 KiB a second."""
+    then on each further ``command`` must bring 1 KiB a second."""
     store_call: PositiveDuration = 10.0
     """Seconds for one call into the local store."""
     ping: PositiveDuration = 5.0

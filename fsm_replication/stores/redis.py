@@ -14,6 +14,7 @@ import json
 import random
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final, Self, cast
 
@@ -776,11 +777,12 @@ class RedisSyncEngine(SyncEngine):
         """Return the position stored with the last batch from this peer.
 
         :raises StoreError: if Redis fails.
-        :raises StoreReopenedError: once, if Redis was lost and is back since this peer was last asked
-            for or written.
         """
-        # From now on the loss of this connection tells that the position may be another.
+        # From now on the loss of this connection tells that the position may be another; of one before
+        # the answer tells.
         async with self._locks.setdefault(peer_id, asyncio.Lock()):
+            with suppress(StoreReopenedError):
+                await self._lane(peer_id)
             await self._lane(peer_id)
         raw = await self._call("HGET", self.keys.positions, peer_id)
         if raw is None:
