@@ -6,6 +6,8 @@ letter, so the peer itself is not asked and may be away.
 
 A letter is removed only after the store has taken what it holds. A crash in between leaves it, and
 trying it once more finds it superseded.
+
+A letter that was too far ahead is superseded as well where its key has a stamp from after it was judged.
 """
 
 from __future__ import annotations
@@ -164,6 +166,16 @@ class LetterRetry:
         )
         # A store call that fails is not tried again: the letters stay, and so does the reason.
         applier = Applier(context, builder, "", lambda: True)
+        given_up = await _given_up(context, applier, letters)
+        if given_up:
+            await self._store.settle_retry(sorted(given_up), [])
+        stats = RetryStats(superseded=len(given_up))
+        letters = [letter for letter in letters if letter.id not in given_up]
+        return stats.plus(await self._apply_rest(context, applier, letters)) if letters else stats
+
+    async def _apply_rest(
+        self, context: LinkContext, applier: Applier, letters: Sequence[DeadLetter]
+    ) -> RetryStats:
         entries = [(letter.stream_id.encode(), letter.fields) for letter in letters]
         now = context.ports.clock.monotonic()
         chunk = Chunk(entries, Position(StreamId(0, 0), None), 0, now)
@@ -201,6 +213,28 @@ class LetterRetry:
             left=len(held_back) + len(waiting),
             problems=tuple(problems),
         )
+
+
+async def _given_up(
+    context: LinkContext, applier: Applier, letters: Sequence[DeadLetter]
+) -> set[int]:
+    """Return the letters that were too far ahead, and whose keys have been stamped since.
+
+    By its order tuple such an entry would win as soon as it is no longer too far ahead, and undo what
+    a person has restamped or written meanwhile. What the peer still holds is for the trees to bring.
+    """
+    if not context.store.resolver.by_stamp:
+        # What is merged is not lost.
+        return set()
+    far = [(one, one.key) for one in letters if one.reason == FUTURE and one.key is not None]
+    if not far:
+        return set()
+    held = await applier.call(context.reads, lambda: context.store.stamps([key for _, key in far]))
+    return {
+        letter.id
+        for (letter, _), stamp in zip(far, held, strict=True)
+        if stamp is not None and stamp.updated_at > letter.at_ms
+    }
 
 
 def _left(letters: Sequence[DeadLetter], problem: str) -> RetryStats:
