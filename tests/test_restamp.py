@@ -32,6 +32,7 @@ from fsm_replication import (
     Resolver,
     StampAheadError,
     StoreConfig,
+    StoreError,
     SyncItem,
     UsageError,
 )
@@ -255,23 +256,48 @@ async def test_a_restamp_takes_far_entries_out_of_the_stream(redis_servers: Serv
             for far in (older, item(key, b"x" * 5000, FAR_MS), item(f"{key[:1000]}-other")):
                 await store.apply_many([far])
             await store._call("XADD", store.keys.stream, "*", "op", "PUT", "key", key)
-            await store.put("near", b"1")
+            # More than are looked at in one call.
+            await store.put_many([(f"near{number}", b"1") for number in range(150)])
+            await store.apply_many([item(key, b"y" * 5000, FAR_MS, 8)])
             held = await store.get_many([key])
             assert held[0] is not None
             now = now_ms()
             before = await store._call("XLEN", store.keys.stream)
-            mended = msgspec.structs.replace(held[0], updated_at=now, version=8)
+            mended = msgspec.structs.replace(held[0], updated_at=now, version=9)
             # What is refused takes nothing out.
             assert not await store.replace(mended, older.stamp)
             assert await store._call("XLEN", store.keys.stream) == before
             assert await store.replace(mended, held[0].stamp)
             entries = await store._call("XRANGE", store.keys.stream, "-", "+")
-            assert len(entries) == before - 1
+            assert len(entries) == before - 2
             mine = [fields for _, fields in entries if fields[b"key"] == key.encode()]
             assert [fields.get(b"meta") for fields in mine] == [
                 None,
                 encode_fields(mended)[-1],
             ]
+
+
+async def test_a_restamp_that_was_cut_short_can_be_done_again(
+    redis_servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails a crash leaves a key restamped that its stream still tells of as far ahead."""
+    async with RedisSyncEngine(redis_servers().url, node_id="b") as store:
+        await store.apply_many([item("k")])
+        mended = item("k", b"far", now_ms(), 8)
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "_apply", fail)
+            with pytest.raises(StoreError, match="killed"):
+                await store.replace(mended, item("k").stamp)
+        assert await store._call("XLEN", store.keys.stream) == 0
+        assert await store.get_many(["k"]) == [item("k")]
+        assert await store.replace(mended, item("k").stamp)
+        assert await store.get_many(["k"]) == [mended]
+        assert await store._call("XLEN", store.keys.stream) == 1
+
+
+async def fail(*_: object) -> None:
+    """Stand for the moment at which a process is killed."""
+    raise StoreError("killed")
 
 
 async def test_what_is_replaced_is_whole(redis_servers: Servers) -> None:
