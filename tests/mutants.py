@@ -434,9 +434,23 @@ MUTANTS: Final = (
     Mutant(
         "a dead letter that is still bad is thrown away by a retry",
         "workers/letter_retry.py",
-        "if one.stream_id not in bad.keys() | held_back | waiting]",
-        "if one.stream_id not in held_back]",
+        "stay = bad.keys() | held_back | waiting",
+        "stay = held_back",
         "tests/test_dead_letters.py",
+    ),
+    Mutant(
+        "a letter that was too far ahead undoes what was stamped since",
+        "workers/letter_retry.py",
+        "stamp.updated_at > letter.at_ms",
+        "stamp.updated_at > letter.at_ms + 10**9",
+        "tests/test_dead_letters.py",
+    ),
+    Mutant(
+        "what is restamped stays in the stream as it was",
+        "stores/redis.py",
+        "await self._take_back(lane, item)",
+        "pass",
+        "tests/test_restamp.py",
     ),
     Mutant(
         "a reading of the tree waits for what is written meanwhile",

@@ -8,6 +8,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from fsm_replication import (
     SyncItem,
     UsageError,
 )
-from fsm_replication.batch import BatchBuilder
+from fsm_replication.batch import FUTURE, BatchBuilder
 from fsm_replication.cli.letters import purge_letters, show_letter, show_letters
 from fsm_replication.config import DeadLettersConfig, LimitsConfig, Settings, StartupConfig
 from fsm_replication.cursor import SqliteCursorStore
@@ -174,6 +175,32 @@ def on_bench(
         assert len(asyncio.all_tasks()) == 1
 
     run_virtual(main)
+
+
+@pytest.mark.parametrize(("held_ms", "applied"), [(-1, 1), (0, 1), (1, 0)])
+def test_a_far_letter_is_superseded_by_what_was_stamped_since(held_ms: int, applied: int) -> None:
+    """If this fails a retry undoes a restamp, or drops an entry that nobody has given up."""
+
+    async def scenario(bench: Bench) -> None:
+        judged_at = START_MS - 2 * DAY_MS
+        far, late = item("k", b"far"), item("late", b"late")
+        other = item("other", b"fine")
+        letters = [
+            replace(letter(1, encode_fields(far)), reason=FUTURE, key="k", at_ms=judged_at),
+            # What was bad for another reason is judged by its stamp alone.
+            replace(letter(2, encode_fields(late)), key="late", at_ms=judged_at - DAY_MS),
+            replace(letter(3, encode_fields(other)), reason=FUTURE, key="other", at_ms=judged_at),
+        ]
+        held = [item(key, b"here", judged_at + held_ms) for key in ("k", "late")]
+        await bench.store.apply_many(held)
+        await bench.put(*letters)
+        stats = await bench.engine.dead_letters.retry()
+        assert (stats.tried, stats.applied, stats.superseded) == (3, 2 + applied, 1 - applied)
+        assert await bench.left() == []
+        found = [one and one.content for one in await bench.store.get_many(["k", "late", "other"])]
+        assert found == [b"far" if applied else b"here", b"late", b"fine"]
+
+    on_bench(scenario)
 
 
 @pytest.mark.parametrize("good_at", [0, 1, 2])

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from conftest import Nodes, peer_config, until_async
 from rich.console import Console
+from test_backups import (
+    CYCLE_SEC,
+    DIALECTS,
+    both_agree,
+    engine_of,
+    health,
+    on_virtual_time,
+    until_it_is,
+)
 from test_cli import run, write_config
 
 from fsm_replication import (
@@ -21,6 +32,7 @@ from fsm_replication import (
     Resolver,
     StampAheadError,
     StoreConfig,
+    StoreError,
     SyncItem,
     UsageError,
 )
@@ -29,8 +41,11 @@ from fsm_replication.config import ColdPathConfig, Settings, StartupConfig, Time
 from fsm_replication.items import DAY_MS, NUMBER_MAX, content_hash
 from fsm_replication.merkle import OWN, bucket_of
 from fsm_replication.servers import RedisServer
+from fsm_replication.stream import encode_fields
+from fsm_replication.tables import PeerState
 from fsm_replication.testing import LocalMesh, topology
 from fsm_replication.testing import run as run_virtual
+from fsm_replication.testing.sim_dialects import Dialect
 
 Servers = Callable[[], RedisServer]
 FAR_MS = 4_102_444_800_000  # The first day of 2100.
@@ -132,6 +147,157 @@ def test_a_simulated_mesh_gets_over_a_stamp_far_ahead() -> None:
             await mesh.close()
 
     run_virtual(main)
+
+
+def write_far(mesh: LocalMesh, times: int = 1) -> SyncItem:
+    """Write k at node a, whose clock is two days ahead for that moment."""
+    a = mesh.nodes["a"]
+    a.wall_clock.skew_ms = 2 * DAY_MS
+    written = [a.store.put("k", b"far%d" % number) for number in range(times)]
+    a.wall_clock.skew_ms = 0
+    return written[-1]
+
+
+def mend(mesh: LocalMesh, far: SyncItem) -> None:
+    """Restamp k at node a and write it again."""
+    a = mesh.nodes["a"]
+    now = a.wall_clock.now_ms()
+    mended = msgspec.structs.replace(far, updated_at=now, version=far.version + 1)
+    assert a.store.replace(mended, far.stamp)
+    a.store.put("k", b"written since")
+
+
+def a_day_later(mesh: LocalMesh) -> None:
+    """Let so much time pass at once that what was too far ahead is so no more."""
+    for node in mesh.nodes.values():
+        node.wall_clock.skew_ms += DAY_MS + 3_600_000
+
+
+def contents(mesh: LocalMesh) -> list[bytes | None]:
+    """Return what each node holds under k."""
+    held = [node.store.held("k") for node in mesh.nodes.values()]
+    return [None if item is None else item.content for item in held]
+
+
+@DIALECTS
+def test_a_reader_that_comes_a_day_late_undoes_no_restamp(dialect: Dialect) -> None:
+    """If this fails the far entry of the stream wins in the end, and later writes are lost."""
+
+    async def trace(mesh: LocalMesh) -> None:
+        a = mesh.nodes["a"]
+        a.store.put("k", b"first")
+        await both_agree(mesh)
+        mesh.cut("b", "a")
+        mend(mesh, write_far(mesh, times=2))
+        a_day_later(mesh)
+        a.store.put("k", b"a day later")
+        mesh.heal("b", "a")
+        await asyncio.sleep(3 * CYCLE_SEC)
+        await until_it_is(lambda: contents(mesh) == [b"a day later"] * 2, "the latest write")
+        await until_it_is(lambda: health(mesh).state == PeerState.TAILING, "reading")
+        a.store.put("k", b"the last")
+        await until_it_is(lambda: contents(mesh) == [b"the last"] * 2, "the write after that")
+
+    on_virtual_time(trace, dialect)
+
+
+@DIALECTS
+def test_a_reader_that_was_there_goes_on_after_a_restamp(dialect: Dialect) -> None:
+    """If this fails the entry that a restamp took out of the stream holds its readers up."""
+
+    async def trace(mesh: LocalMesh) -> None:
+        a = mesh.nodes["a"]
+        a.store.put("k", b"first")
+        await both_agree(mesh)
+        far = write_far(mesh)
+        await until_it_is(lambda: health(mesh).dead_letters == 1, "the letter")
+        mend(mesh, far)
+        await until_it_is(lambda: contents(mesh) == [b"written since"] * 2, "the restamped key")
+        await mesh.stop("b")
+        await mesh.start("b")
+        await asyncio.sleep(3 * CYCLE_SEC)
+        await until_it_is(lambda: health(mesh).state == PeerState.TAILING, "reading")
+        a.store.put("k", b"the last")
+        await until_it_is(lambda: contents(mesh) == [b"the last"] * 2, "the write after that")
+
+    on_virtual_time(trace, dialect)
+
+
+def test_a_letter_that_is_tried_a_day_late_undoes_no_restamp() -> None:
+    """If this fails a retry brings back what a person has given up."""
+
+    async def trace(mesh: LocalMesh) -> None:
+        a = mesh.nodes["a"]
+        a.store.put("k", b"first")
+        await both_agree(mesh)
+        far = write_far(mesh)
+        await until_it_is(lambda: health(mesh).dead_letters == 1, "the letter")
+        mend(mesh, far)
+        await until_it_is(lambda: contents(mesh) == [b"written since"] * 2, "the restamped key")
+        a_day_later(mesh)
+        a.store.put("k", b"a day later")
+        await until_it_is(lambda: contents(mesh) == [b"a day later"] * 2, "the later write")
+        stats = await engine_of(mesh).dead_letters.retry()
+        assert (stats.tried, stats.applied, stats.superseded) == (1, 0, 1)
+        await asyncio.sleep(3 * CYCLE_SEC)
+        assert contents(mesh) == [b"a day later"] * 2
+
+    on_virtual_time(trace)
+
+
+LONG = "k" * 1024
+
+
+async def test_a_restamp_takes_far_entries_out_of_the_stream(redis_servers: Servers) -> None:
+    """If this fails a reader that comes late finds the far stamp in the real stream."""
+    async with RedisSyncEngine(redis_servers().url, node_id="b") as store:
+        for key in ("k", LONG):
+            older = item(key, b"older", FAR_MS - 1)
+            for far in (older, item(key, b"x" * 5000, FAR_MS), item(f"{key[:1000]}-other")):
+                await store.apply_many([far])
+            await store._call("XADD", store.keys.stream, "*", "op", "PUT", "key", key)
+            # More than are looked at in one call.
+            await store.put_many([(f"near{number}", b"1") for number in range(150)])
+            await store.apply_many([item(key, b"y" * 5000, FAR_MS, 8)])
+            held = await store.get_many([key])
+            assert held[0] is not None
+            now = now_ms()
+            before = await store._call("XLEN", store.keys.stream)
+            mended = msgspec.structs.replace(held[0], updated_at=now, version=9)
+            # What is refused takes nothing out.
+            assert not await store.replace(mended, older.stamp)
+            assert await store._call("XLEN", store.keys.stream) == before
+            assert await store.replace(mended, held[0].stamp)
+            entries = await store._call("XRANGE", store.keys.stream, "-", "+")
+            assert len(entries) == before - 2
+            mine = [fields for _, fields in entries if fields[b"key"] == key.encode()]
+            assert [fields.get(b"meta") for fields in mine] == [
+                None,
+                encode_fields(mended)[-1],
+            ]
+
+
+async def test_a_restamp_that_was_cut_short_can_be_done_again(
+    redis_servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails a crash leaves a key restamped that its stream still tells of as far ahead."""
+    async with RedisSyncEngine(redis_servers().url, node_id="b") as store:
+        await store.apply_many([item("k")])
+        mended = item("k", b"far", now_ms(), 8)
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "_apply", fail)
+            with pytest.raises(StoreError, match="killed"):
+                await store.replace(mended, item("k").stamp)
+        assert await store._call("XLEN", store.keys.stream) == 0
+        assert await store.get_many(["k"]) == [item("k")]
+        assert await store.replace(mended, item("k").stamp)
+        assert await store.get_many(["k"]) == [mended]
+        assert await store._call("XLEN", store.keys.stream) == 1
+
+
+async def fail(*_: object) -> None:
+    """Stand for the moment at which a process is killed."""
+    raise StoreError("killed")
 
 
 async def test_what_is_replaced_is_whole(redis_servers: Servers) -> None:

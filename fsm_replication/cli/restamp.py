@@ -37,7 +37,8 @@ async def restamp_node(
     """Show what this node and its peers hold, and change what this node holds; returns that.
 
     It works on the node's Redis, whether or not an engine runs there. Item, tree and stream entry
-    change in one step, and the entry goes to the peers like any other. ``take`` names the peer whose
+    change in one step, and the entry goes to the peers like any other. Later ones of the key leave the
+    stream just before; who is interrupted there may do it again. ``take`` names the peer whose
     value is taken with its stamp; otherwise what is held stays, with a stamp of now.
 
     :raises UsageError: if the key is not stamped more than a day ahead; unless ``force`` is set, if a

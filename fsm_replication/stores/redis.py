@@ -83,6 +83,7 @@ from fsm_replication.redis_tree import RedisTree
 from fsm_replication.stores import dotted_scripts
 from fsm_replication.stores import redis_scripts as scripts
 from fsm_replication.stores.dotted import DottedPublisher
+from fsm_replication.stores.far_entries import find_later_entries
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received, SyncEngine, WireForm
 from fsm_replication.stores.redis_layouts import LayoutKeeper
 from fsm_replication.stores.redis_server import ServerFacts, ask_server_facts
@@ -925,8 +926,9 @@ class RedisSyncEngine(SyncEngine):
         """Put an item in the place of exactly what ``held`` names, even if it is older, and publish it.
 
         Item, tree and stream entry change together, as ever. It is a person's way out where a wrong
-        clock has stamped a key far ahead; peers that hold what was replaced keep that. False, and
-        nothing has changed, if something else is held by now.
+        clock has stamped a key far ahead; peers that hold what was replaced keep that. Before an older
+        item is put there, the entries of the key that would win over it leave the stream: a reader that
+        is late misses them, and compares. False, and nothing is put, if something else is held by now.
 
         :raises InvalidKeyError: if the key is not one.
         :raises StoreError: if Redis fails, and it may then have happened or not; or if the key in
@@ -939,10 +941,23 @@ class RedisSyncEngine(SyncEngine):
         args = pack_arguments((key, value, digest, form.meta, bucket, encode_stamp(held)))
         async with self._locks.setdefault("", asyncio.Lock()):
             lane = await self._lane("")
+            # First: who is killed in between leaves the far stamp, and may do all of it again.
+            if item.stamp < held and (await self.stamps([item.key]))[0] == held:
+                await self._take_back(lane, item)
             codes, _, _ = await self._apply(lane, scripts.MERGE, "", "", args, "")
         if _OUTCOMES.get(codes[0]) is Outcome.REFUSED:
             raise StoreError(f"{self._where}: {item.key!r}: {_NO_ITEM}")
         return _OUTCOMES.get(codes[0]) is Outcome.APPLIED
+
+    async def _take_back(self, lane: Connection, item: SyncItem) -> None:
+        """Take what would win over an item out of the stream."""
+        stream, timeout = self.keys.stream, self._timeout_sec
+        try:
+            async for ids in find_later_entries(lane, stream, item, timeout):
+                if ids:
+                    await lane.call("XDEL", stream, *ids, timeout_sec=timeout)
+        except ReplicationError as error:
+            raise self._store_error(error) from None
 
     async def scan(self, prefix: str = "") -> AsyncIterator[SyncItem]:
         """Yield live items whose keys start with ``prefix``, in no order.

@@ -43,6 +43,7 @@ from fsm_replication.merkle import (
 )
 from fsm_replication.ports import Position, StreamId
 from fsm_replication.redis_tree import RedisTree
+from fsm_replication.stores.far_entries import is_later
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received, SyncEngine
 from fsm_replication.stream import DataDecoder, encode_data, encode_fields
 from fsm_replication.testing.sim_redis import SimRedis
@@ -312,10 +313,17 @@ class SimStore(SyncEngine):
         return True
 
     def replace(self, item: SyncItem, held: Stamp) -> bool:
-        """Put an item in the place of exactly what ``held`` names, at once, even if it is older."""
+        """Put an item in the place of exactly what ``held`` names, at once, even if it is older.
+
+        The entries that would win over it leave the stream.
+        """
         known = self.held(item.key)
         if known is None or known.stamp != held:
             return False
+        if item.stamp < held:
+            entries = self._do("XRANGE", self.keys.stream, "-", "+")
+            for at in [at for at, fields in entries if is_later(fields, item)]:
+                self._do("XDEL", self.keys.stream, at)
         self._keep(item, known)
         return True
 

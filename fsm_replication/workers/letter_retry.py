@@ -6,6 +6,8 @@ letter, so the peer itself is not asked and may be away.
 
 A letter is removed only after the store has taken what it holds. A crash in between leaves it, and
 trying it once more finds it superseded.
+
+A letter that was too far ahead is superseded as well where its key has a stamp from after it was judged.
 """
 
 from __future__ import annotations
@@ -164,6 +166,21 @@ class LetterRetry:
         )
         # A store call that fails is not tried again: the letters stay, and so does the reason.
         applier = Applier(context, builder, "", lambda: True)
+        given_up = await _given_up(context, applier, letters)
+        letters = [letter for letter in letters if letter.id not in given_up]
+        if letters:
+            return await self._apply_rest(context, applier, letters, given_up)
+        await self._store.settle_retry(given_up, [])
+        return RetryStats(superseded=len(given_up))
+
+    async def _apply_rest(
+        self,
+        context: LinkContext,
+        applier: Applier,
+        letters: Sequence[DeadLetter],
+        given_up: Sequence[int],
+    ) -> RetryStats:
+        """Apply letters, and settle them together with those that were given up."""
         entries = [(letter.stream_id.encode(), letter.fields) for letter in letters]
         now = context.ports.clock.monotonic()
         chunk = Chunk(entries, Position(StreamId(0, 0), None), 0, now)
@@ -181,7 +198,8 @@ class LetterRetry:
             bad = {name: letter for name, letter in bad.items() if name not in waiting}
         held_back = {entries[index][0].decode() for index in selection.held_back}
         kept = [_judged(one, bad[one.stream_id]) for one in letters if one.stream_id in bad]
-        gone = [one.id for one in letters if one.stream_id not in bad.keys() | held_back | waiting]
+        stay = bad.keys() | held_back | waiting
+        gone = [*given_up, *(one.id for one in letters if one.stream_id not in stay)]
         await self._store.settle_retry(gone, kept)
         problems = []
         if held_back:
@@ -201,6 +219,28 @@ class LetterRetry:
             left=len(held_back) + len(waiting),
             problems=tuple(problems),
         )
+
+
+async def _given_up(
+    context: LinkContext, applier: Applier, letters: Sequence[DeadLetter]
+) -> list[int]:
+    """Return the ids of the letters that were too far ahead, and whose keys have been stamped since.
+
+    By its order tuple such an entry would win as soon as it is no longer too far ahead, and undo what
+    a person has restamped or written meanwhile. What the peer still holds is for the trees to bring.
+    """
+    if not context.store.resolver.by_stamp:
+        # What is merged is not lost.
+        return []
+    far = [(one, one.key) for one in letters if one.reason == FUTURE and one.key is not None]
+    if not far:
+        return []
+    held = await applier.call(context.reads, lambda: context.store.stamps([key for _, key in far]))
+    return [
+        letter.id
+        for (letter, _), stamp in zip(far, held, strict=True)
+        if stamp is not None and stamp.updated_at > letter.at_ms
+    ]
 
 
 def _left(letters: Sequence[DeadLetter], problem: str) -> RetryStats:
