@@ -592,7 +592,7 @@ async def test_letters_over_their_bytes_pause_the_link(
 ) -> None:
     """If this fails a peer fills the disk with dead letters, or a link that must wait flaps."""
     monkeypatch.setattr("fsm_replication.workers.tailer.HOLD_POLLS_PER_COUNT", 1)
-    limits = LimitsConfig(payload_bytes=1000, batch_bytes=100_000, dead_letter_bytes=100_000)
+    limits = LimitsConfig(payload_bytes=1000, batch_bytes=400_000, dead_letter_bytes=100_000)
     settings = Settings(limits=limits)
     async with nodes.engine(peer_config(peer.server), settings=settings) as engine:
         await tailing(engine)

@@ -233,7 +233,7 @@ def test_a_peer_that_drips_does_not_hold_up_the_cold_path() -> None:
         mesh = mesh_of("rab", hot=False)
         fill(mesh, "a")
         mesh.nodes["b"].store.put("b", b"1")
-        mesh.nodes["r"].transport.drip("a", JUST_ENOUGH)
+        mesh.nodes["r"].transport.drip("a", 4300)
         await mesh.start("r")
         began = now()
         while not [item for item in await mesh.nodes["r"].store.get_many(["b"]) if item]:
