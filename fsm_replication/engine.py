@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -47,7 +46,7 @@ from fsm_replication.limiter import PrioritySlot, RateLimiter
 from fsm_replication.links import Links
 from fsm_replication.log import get_logger
 from fsm_replication.machine import Move
-from fsm_replication.metrics import Metrics
+from fsm_replication.metrics import Metrics, weakly
 from fsm_replication.move_log import level_of_circuit, level_of_move
 from fsm_replication.peer_link import PeerLink
 from fsm_replication.ports import GapRow, PeerRecord, Ports
@@ -176,13 +175,7 @@ class ReplicationEngine(Observer):
         """Make what depends on the configuration and can no longer change once it is used."""
         config = self._config
         self._log = get_logger("engine", node_id=config.local_node_id)
-        watch = weakref.ref(self._store_watch)
-
-        def reachable() -> float:
-            # The registry must not keep an engine that nobody else knows any more.
-            found = watch()
-            return float(found is not None and found.reachable)
-
+        reachable = weakly(self._store_watch, lambda watch: watch.reachable)
         self.metrics.get("store_reachable").set_function(reachable)
         self._book = CursorBook(self._ports.cursor_store, self.metrics)
         self._drainer = Drainer(
@@ -282,9 +275,11 @@ class ReplicationEngine(Observer):
         interlock = Interlock(
             peer.node_id, self._settings, clock, self._ports.wall_clock, self._ports.cursor_store
         )
-        metrics.show_interlock(lambda: interlock.shrunk, lambda: interlock.allowed)
+        metrics.show_interlock(
+            weakly(interlock, lambda one: one.shrunk), weakly(interlock, lambda one: one.allowed)
+        )
         peer_clock = PeerClock(clock, self._ports.wall_clock, log)
-        metrics.show_skew(lambda: peer_clock.skew_sec)
+        metrics.show_skew(weakly(peer_clock, lambda one: one.skew_sec))
         return LinkContext(
             local_node_id=self._config.local_node_id,
             peer=peer,

@@ -9,14 +9,17 @@ looking one up by its labels costs more than counting.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from weakref import WeakKeyDictionary
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
-__all__ = ("Metrics", "PeerMetrics")
+__all__ = ("Metrics", "PeerMetrics", "weakly")
+
+_T = TypeVar("_T")
 
 _SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _EVENTS: Final = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000)
@@ -123,6 +126,21 @@ def _declare(registry: CollectorRegistry) -> dict[str, Any]:
     return made
 
 
+def weakly(owner: _T, read: Callable[[_T], float | None]) -> Callable[[], float]:
+    """Return what reads a gauge of its owner as long as that lives; NaN stands for unknown.
+
+    A registry keeps its gauges, and must not keep with them an engine that nobody else knows any more.
+    """
+    held = weakref.ref(owner)
+
+    def value() -> float:
+        found = held()
+        known = None if found is None else read(found)
+        return math.nan if known is None else known
+
+    return value
+
+
 class Metrics:
     """The metrics of one node."""
 
@@ -212,14 +230,9 @@ class PeerMetrics:
         self._metrics.get("interlock_shrunk", self.peer_id).set_function(shrunk)
         self._metrics.get("interlock_allowed", self.peer_id).set_function(allowed)
 
-    def show_skew(self, skew_sec: Callable[[], float | None]) -> None:
+    def show_skew(self, skew_sec: Callable[[], float]) -> None:
         """Have the skew of the peer's clock worked out whenever it is read."""
-
-        def known() -> float:
-            skew = skew_sec()
-            return math.nan if skew is None else skew
-
-        self._metrics.get("clock_skew_seconds", self.peer_id).set_function(known)
+        self._metrics.get("clock_skew_seconds", self.peer_id).set_function(skew_sec)
 
     def detach(self) -> None:
         """Let whatever is counted from now on be lost."""

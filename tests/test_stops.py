@@ -745,17 +745,17 @@ async def test_cycles_leave_nothing_behind(nodes: Nodes, peer: Peer, full: bool)
 async def test_an_engine_that_has_ended_is_forgotten(nodes: Nodes, peer: Peer) -> None:
     """If this fails each engine of a process stays in memory, with its store, for ever."""
 
-    async def run_one() -> weakref.ref[ReplicationEngine]:
+    async def run_one() -> tuple[weakref.ref[Any], weakref.ref[Any]]:
         config = nodes.config(peer_config(peer.server))
         async with ReplicationEngine(config, sync_engine=MemorySyncEngine(node_id="b")) as engine:
             await engine.wait_synced(10)
-        return weakref.ref(engine)
+        return weakref.ref(engine), weakref.ref(engine.metrics.registry)
 
-    ended = await run_one()
+    engine, registry = await run_one()
     # A callback of the loop may still be on its way.
     await asyncio.sleep(0)
     gc.collect()
-    assert ended() is None
+    assert (engine(), registry()) == (None, None)
 
 
 async def test_the_census_sees_what_is_left(nodes: Nodes, peer: Peer) -> None:
