@@ -276,7 +276,8 @@ class ReplicationEngine(Observer):
             peer.node_id, self._settings, clock, self._ports.wall_clock, self._ports.cursor_store
         )
         metrics.show_interlock(
-            weakly(interlock, lambda one: one.shrunk), weakly(interlock, lambda one: one.allowed)
+            weakly(interlock, lambda one: one.shrunk),
+            weakly(interlock, lambda one: one.counted_allowed),
         )
         peer_clock = PeerClock(clock, self._ports.wall_clock, log)
         metrics.show_skew(weakly(peer_clock, lambda one: one.skew_sec))

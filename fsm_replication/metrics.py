@@ -39,7 +39,11 @@ _GAUGES: Final[tuple[tuple[str, tuple[str, ...], str], ...]] = (
     ("lag_seconds", ("peer_id",), "The same in seconds"),
     ("lag_events", ("peer_id",), "Events of the stream known not to be settled; NaN: unknown"),
     ("interlock_shrunk", ("peer_id",), "Live items less within an hour because of a peer"),
-    ("interlock_allowed", ("peer_id",), "How many it may be before the link pauses"),
+    (
+        "interlock_allowed",
+        ("peer_id",),
+        "How many it may be before the link pauses; NaN until live items were counted",
+    ),
     ("circuit_state", ("circuit",), "0 Closed, 1 HalfOpen, 2 Open"),
     ("store_reachable", (), "1 while the own store answers, 0 while it does not"),
     ("clock_skew_seconds", ("peer_id",), "The peer's clock minus ours; NaN: unknown"),

@@ -378,8 +378,8 @@ MUTANTS: Final = (
     Mutant(
         "a server that quotes its client is believed",
         "transport.py",
-        "return PeerReplyError(self._secrets.scrub(text))",
-        "return PeerReplyError(text)",
+        "told = flight.errors[text] = PeerReplyError(self._secrets.scrub(text))",
+        "told = flight.errors[text] = PeerReplyError(text)",
         "tests/test_secrets.py",
     ),
     Mutant(

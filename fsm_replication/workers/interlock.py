@@ -209,6 +209,11 @@ class Interlock:
         return self._allowance(self.shrunk)
 
     @property
+    def counted_allowed(self) -> int | None:
+        """The same; None until live items were counted since the start."""
+        return None if self._live is None else self.allowed
+
+    @property
     def forgiven_until_ms(self) -> int | None:
         """Until when everything is let through, in ms since the epoch; None without such a word."""
         left = self._forgiven_sec()
