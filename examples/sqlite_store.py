@@ -59,6 +59,9 @@ CREATE INDEX IF NOT EXISTS forgettable ON items (forget_at) WHERE forget_at IS N
 CREATE TABLE IF NOT EXISTS outbox (number INTEGER PRIMARY KEY AUTOINCREMENT, item BLOB);
 CREATE TABLE IF NOT EXISTS positions (peer TEXT PRIMARY KEY, stream_id TEXT, entries INTEGER);
 CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT);
+CREATE TABLE IF NOT EXISTS ttl (
+    only INTEGER PRIMARY KEY, ttl_ms INTEGER, known_ms INTEGER, changed_ms INTEGER
+);
 """
 FIELDS = "key, content, content_type, content_hash, version, updated_at, deleted, origin"
 BUSY_TIMEOUT_SEC = 5.0
@@ -90,6 +93,8 @@ class SqliteStore(SyncEngine):
         self._ttl_ms = round(tombstone_ttl_sec * 1000)
         self._grace_ms = round(tombstone_grace_sec * 1000)
         self._resolver = resolver or LastWriterWins()
+        # How far back deletes were known when the ttl was changed last, and when that was.
+        self._known_ms = self._changed_ms = 0
         # One thread owns the connection: calls never block the event loop and never interleave, and
         # what a cancelled call has begun is still finished there, as a whole.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite-store")
@@ -119,6 +124,22 @@ class SqliteStore(SyncEngine):
         self._db.executescript(SCHEMA)
         new = (uuid.uuid4().hex,)
         self._db.execute("INSERT OR IGNORE INTO about VALUES ('incarnation', ?)", new)
+        with self._transaction():
+            self._take_up_ttl(_now_ms())
+
+    def _take_up_ttl(self, now: int) -> None:
+        """Keep tombstones by the ttl of today, and note how far back deletes are known."""
+        row = self._db.execute("SELECT ttl_ms, known_ms, changed_ms FROM ttl").fetchone()
+        ttl_ms, known_ms, changed_ms = row or (self._ttl_ms, self._ttl_ms, now)
+        if ttl_ms != self._ttl_ms:
+            # A longer ttl brings nothing back that was forgotten by a shorter one.
+            known_ms = min(ttl_ms, known_ms + max(0, now - changed_ms))
+            changed_ms = now
+            sql = "UPDATE items SET forget_at = max(updated_at + ?, ?) + ? WHERE deleted"
+            self._db.execute(sql, (self._ttl_ms, now, self._grace_ms))
+        kept = (self._ttl_ms, known_ms, changed_ms)
+        self._db.execute("INSERT OR REPLACE INTO ttl VALUES (1, ?, ?, ?)", kept)
+        self._known_ms, self._changed_ms = known_ms, changed_ms
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -173,6 +194,10 @@ class SqliteStore(SyncEngine):
                 self._db.execute("INSERT OR REPLACE INTO positions VALUES (?, ?, ?)", row)
             self._forget_old_tombstones()
         return ApplyResult(outcomes, reasons, live_deleted, live_added)
+
+    def deletes_known_ms(self, now_ms: int) -> int:
+        """Return for how long before ``now_ms`` every delete is known."""
+        return min(self._ttl_ms, self._known_ms + max(0, now_ms - self._changed_ms))
 
     async def get_many(self, keys: Sequence[str]) -> list[SyncItem | None]:
         """Return what is held, tombstones included."""

@@ -12,8 +12,10 @@ entries (since Redis 7.0)       ``XINFO STREAM`` of a stream that is   and block
                                 there                                  same flight, see ``history``
 documents (RedisJSON)           ``JSON.GET`` at the first item of a    strings are read with GET
                                 foreign node
-which run of the server it is   ``run_id`` in ``INFO server``, before  what was counted on a connection
-(a start makes another)         the first decision                     is believed on that one alone
+which run of the server it is,  ``run_id`` in ``INFO server`` and      what was counted on a connection
+and of which history its data   ``master_replid`` in ``INFO            is believed on that one alone
+(a start makes others, and so   replication``, before the first
+does another server's data)     decision
 ==============================  =====================================  ==================================
 
 Counts may be there and yet be wrong: a proxy, a fork, or somebody's XSETID. Where they contradict the
@@ -61,7 +63,7 @@ class Abilities:
     seen_empty: bool = False
     """Whether this server had no stream: then its count from there on is known, in any run of it."""
     run_id: str = ""
-    """The run of the server, "" before it was asked.
+    """The run of the server and the history of its data, "" before it was asked.
 
     Where the server does not tell, a name that lasts as long as the connection: nothing that is
     kept beside such a name is believed of any other connection.

@@ -73,6 +73,11 @@ class Keys:
         return f"{self.prefix}fsm:node"
 
     @property
+    def marker_copy(self) -> str:
+        """A copy of the marker, from which it is written again where it alone is lost."""
+        return f"{self.prefix}fsm:node:copy"
+
+    @property
     def positions(self) -> str:
         """A hash: peer id to the stream position that was applied with its last batch."""
         return f"{self.prefix}fsm:positions"

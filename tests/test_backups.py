@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import pytest
+import redis
 from conftest import DEADLINE_SEC, Nodes, peer_config, until, until_async
 from foreign_node import ForeignNode
 
@@ -41,7 +42,9 @@ from fsm_replication.testing.local_mesh import START_MS, LocalMesh, topology
 from fsm_replication.testing.sim_dialects import REDIS_6_2, REDIS_7_0, Dialect
 from fsm_replication.testing.sim_redis import SimRedis
 from fsm_replication.testing.virtual_time import run
+from fsm_replication.transport import RedisTransport
 from fsm_replication.workers.guards import EXCEPTIONS_MAX, StaleGuard
+from fsm_replication.workers.history import ask_run_id
 
 TTL_SEC: Final = 90.0
 GRACE_SEC: Final = 10.0
@@ -157,6 +160,31 @@ def put_far_ahead(key: str) -> SyncItem:
 # A peer that came back older (G5) -----------------------------------------------------------------
 
 
+def test_a_marker_that_is_lost_alone_revives_nothing() -> None:
+    """If this fails agreements go with the marker, and old items are taken as if they were young."""
+
+    async def trace(mesh: LocalMesh) -> None:
+        a, b = mesh.nodes["a"], mesh.nodes["b"]
+        a.store.put("k", b"x")
+        a.store.put("other", b"x")
+        await both_agree(mesh)
+        mesh.cut("b", "a")
+        mesh.cut("a", "b")
+        b.store.delete("k")
+        await asyncio.sleep(TTL_SEC + GRACE_SEC + 60)
+        assert "k" not in b.store.items()
+        mesh.trim("b", 0)
+        b.server.execute("DEL", b.store.keys.marker)
+        await asyncio.sleep(30)
+        mesh.heal("b", "a")
+        await until_it_is(lambda: at_head(mesh), "the head")
+        await asyncio.sleep(3 * CYCLE_SEC)
+        assert live(mesh, "b") == {"other"}
+        assert health(mesh).stale_held_back == 1
+
+    on_virtual_time(trace)
+
+
 async def forgotten_deletes(mesh: LocalMesh) -> Any:
     """Return a backup of a with ten items, and let everybody forget that they were deleted."""
     a = mesh.nodes["a"].store
@@ -177,10 +205,18 @@ async def forgotten_deletes(mesh: LocalMesh) -> Any:
     return backup
 
 
-async def held_back(mesh: LocalMesh, backup: Any, *, writes: int, keep: int | None = None) -> None:
+async def held_back(
+    mesh: LocalMesh,
+    backup: Any,
+    *,
+    writes: int,
+    keep: int | None = None,
+    come_back: Callable[[SimRedis, Any], None] = SimRedis.load,
+) -> None:
     """Restore a, write there before b is back, and see what b takes of it."""
     await mesh.stop("b")
-    mesh.restore("a", backup)
+    come_back(mesh.servers["a"], backup)
+    mesh.nodes["a"].store.crashed()
     for number in range(writes):
         mesh.nodes["a"].store.put("new", b"%d" % number)
     if keep is not None:
@@ -234,6 +270,50 @@ def test_counts_of_another_run_explain_no_trim(info: bool) -> None:
         await held_back(mesh, await forgotten_deletes(mesh), writes=60, keep=1)
 
     on_virtual_time(trace)
+
+
+@DIALECTS
+def test_a_backup_that_came_by_replication_explains_no_trim(dialect: Dialect) -> None:
+    """If this fails REPLICAOF a backup, which starts no server, makes an old peer look young."""
+
+    async def trace(mesh: LocalMesh) -> None:
+        backup = await forgotten_deletes(mesh)
+        await held_back(mesh, backup, writes=60, keep=1, come_back=SimRedis.replicate)
+
+    on_virtual_time(trace, dialect)
+
+
+async def test_a_real_server_that_took_anothers_data_is_another(
+    redis_servers: Callable[[], RedisServer],
+) -> None:
+    """If this fails a run that changed its data vouches for positions in what it held before."""
+    server, backup = redis_servers(), redis_servers()
+    asking = await RedisTransport().connect(server.url, timeout_sec=DEADLINE_SEC, name="test")
+    with redis.Redis(port=server.port) as client, redis.Redis(port=backup.port) as other:
+        other.config_set("repl-diskless-sync-delay", 0)
+        before = await ask_run_id(asking, DEADLINE_SEC)
+        assert before
+        client.set("k", b"x")
+        assert await ask_run_id(asking, DEADLINE_SEC) == before
+        run_id = info_of(client, "server")["run_id"]
+        client.replicaof("127.0.0.1", str(backup.port))
+        await until(
+            lambda: info_of(client, "replication")["master_link_status"] == "up",
+            "what the other holds",
+        )
+        client.replicaof("NO", "ONE")
+        assert info_of(client, "server")["run_id"] == run_id
+        again = await RedisTransport().connect(server.url, timeout_sec=DEADLINE_SEC, name="test")
+        assert await ask_run_id(again, DEADLINE_SEC) not in ("", before)
+    for connection in (asking, again):
+        connection.close()
+        await connection.wait_closed()
+
+
+def info_of(client: redis.Redis, section: str) -> dict[str, Any]:
+    """Return a section of a server's INFO."""
+    told: Any = client.info(section)
+    return dict(told)
 
 
 def test_a_peer_restored_during_a_copy_revives_nothing() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import sqlite3
 import sys
+import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from fsm_replication.resolvers import GrowOnlySet
 from fsm_replication.servers import RedisServer
 from fsm_replication.testing.contract import OutboxContract
 
+HOUR_MS = 3_600_000
 SETS = st.sampled_from([b"[]", b"[1]", b"[1,2]", b"[2, 1]", b'["a"]', b"{}", b"x"])
 
 
@@ -67,6 +70,41 @@ class TestMergingSqliteStore(TestSqliteStore):
     def contents(self) -> st.SearchStrategy[bytes]:
         """Return arrays, and what is none."""
         return SETS
+
+
+async def test_a_longer_ttl_makes_nothing_known_that_was_forgotten(tmp_path: Path) -> None:
+    """If this fails what was deleted by a shorter ttl comes back with an old peer (G5)."""
+    begin = now_ms()
+
+    def aged(hours: int) -> SqliteStore:
+        return SqliteStore(tmp_path / "store.db", node_id="n", tombstone_ttl_sec=hours * 3600)
+
+    async with aged(1) as store:
+        assert store.deletes_known_ms(now_ms()) == HOUR_MS
+        await store.put("k", b"x")
+        await store.delete("k")
+        (held,) = await store.get_many(["k"])
+        assert held is not None
+    # The second opening with it finds what the first has noted.
+    for _ in range(2):
+        async with aged(3) as store:
+            at = now_ms()
+            assert HOUR_MS <= store.deletes_known_ms(at) <= HOUR_MS + at - begin
+            assert store.deletes_known_ms(at + HOUR_MS) < 3 * HOUR_MS
+            assert store.deletes_known_ms(at + 10 * HOUR_MS) == 3 * HOUR_MS
+    with closing(sqlite3.connect(tmp_path / "store.db")) as file:
+        (forget_at,) = file.execute("SELECT forget_at FROM items").fetchone()
+    assert forget_at == held.updated_at + 3 * HOUR_MS + 24 * HOUR_MS
+    async with aged(1) as store:
+        assert store.deletes_known_ms(now_ms()) == HOUR_MS
+    async with aged(5) as store:
+        at = now_ms()
+        assert HOUR_MS <= store.deletes_known_ms(at) <= HOUR_MS + at - begin
+
+
+def now_ms() -> int:
+    """Return the time of day."""
+    return time.time_ns() // 1_000_000
 
 
 # A second node ----------------------------------------------------------------------------------

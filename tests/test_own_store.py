@@ -686,6 +686,51 @@ async def test_a_lost_marker_is_written_again_without_any_write(
             assert await store.incarnation() == marker(client)["incarnation"]
 
 
+async def test_a_marker_that_is_lost_alone_is_that_of_the_same_data(
+    any_redis_server: RedisServer,
+) -> None:
+    """If this fails each agreement goes with one key, and what is forgotten may come back (G5)."""
+    with raw(any_redis_server) as client:
+        async with aged(any_redis_server, 1) as store:
+            await store.put("k", b"x")
+        # A store of before, which has no copy, gets one the next time.
+        client.delete("fsm:node:copy")
+        async with aged(any_redis_server, 3) as store:
+            await announced(client, 3)
+            before = marker(client)
+            client.delete("fsm:node")
+            assert await store.incarnation() == before["incarnation"]
+            assert marker(client) == before
+            assert store.deletes_known_ms(now_ms()) < HOUR_MS + 20_000
+            await assert_tree_is_right(store, client, "k")
+        client.delete("fsm:node")
+        with pytest.raises(StoreError, match="belongs to another node"):
+            async with RedisSyncEngine(any_redis_server.url, node_id="somebody"):
+                pass
+        # What lost its data, too, is another store.
+        client.delete(*(name for name in client.scan_iter() if name != b"fsm:node:copy"))
+        async with aged(any_redis_server, 3) as store:
+            assert await store.incarnation() != before["incarnation"]
+            assert marker(client)["incarnation"] == await store.incarnation()
+
+
+@pytest.mark.parametrize("ttl_hours", [1, 3])
+async def test_something_else_at_the_place_of_the_copy_changes_nothing(
+    redis_server: RedisServer, ttl_hours: int
+) -> None:
+    """If this fails what is somebody's is overwritten, or a marker is left half written."""
+    with raw(redis_server) as client:
+        async with aged(redis_server, 1) as store:
+            await store.put("k", b"x")
+        client.delete("fsm:node:copy")
+        client.set("fsm:node:copy", "somebody's")
+        before = everything(client)
+        with pytest.raises(StoreError, match="WRONGTYPE"):
+            async with aged(redis_server, ttl_hours):
+                pass
+        assert everything(client) == before
+
+
 async def test_an_engine_refuses_the_store_of_another_node(redis_server: RedisServer) -> None:
     """If this fails a node's changes travel under the name of another."""
     store = RedisSyncEngine(redis_server.url, node_id="here")

@@ -275,7 +275,7 @@ class RedisSyncEngine(SyncEngine):
         own = bool(self._tree_key)
         problem, *found = await self._run(
             scripts.OPEN,
-            [self.keys.marker, self.keys.processes],
+            [self.keys.marker, self.keys.processes, self.keys.stream],
             [
                 self.node_id,
                 FORMAT,

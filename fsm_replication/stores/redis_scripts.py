@@ -269,7 +269,19 @@ local function keep(bucket, item_key, key, value, held, digest, meta, expiry, no
 end
 """
 
-# KEYS: marker, processes. ARGV: node id, format, ttl in ms, resolver, new incarnation, layouts and
+# The copy of the marker says whose the data is, and what it is called, where the marker alone is lost. prepare_copy()
+# comes before the first change: it fails where something else stands there.
+_MARKER_COPY: Final = """
+local copy = marker .. ':copy'
+local function prepare_copy()
+  call('HDEL', copy, 'tombstone_ttl_next_ms', 'tombstone_ttl_low_ms')
+end
+local function keep_copy()
+  call('HSET', copy, unpack(call('HGETALL', marker)))
+end
+"""
+
+# KEYS: marker, processes, stream. ARGV: node id, format, ttl in ms, resolver, new incarnation, layouts and
 # partitions of a Redis that is empty (there is nothing to plant, and no reader must find it without a
 # tree), this process's name, how long that counts in ms, tree, live.
 # Returns "", the incarnation, the layouts that are published, 1 where expiries have to be brought in line,
@@ -279,10 +291,17 @@ OPEN: Final = (
     _COMMON
     + """
 local marker, processes, ttl = KEYS[1], KEYS[2], ARGV[3]
-local node_id, format, announced, next_ttl, low, resolver, incarnation, layouts, partitions, was,
-  changed_at = unpack(call('HMGET', marker, 'node_id', 'format', 'tombstone_ttl_ms',
-  'tombstone_ttl_next_ms', 'tombstone_ttl_low_ms', 'resolver', 'incarnation', 'layouts',
-  'partitions', 'tombstone_ttl_was_ms', 'tombstone_ttl_changed_ms'))
+"""
+    + _MARKER_COPY
+    + """
+local has_data = call('EXISTS', ARGV[10], ARGV[11]) > 0
+local layouts, partitions = unpack(call('HMGET', marker, 'layouts', 'partitions'))
+local is_lost = call('HEXISTS', marker, 'incarnation') == 0
+  and (has_data or call('EXISTS', KEYS[3]) == 1)
+local node_id, format, announced, next_ttl, low, resolver, incarnation, was, changed_at = unpack(
+  call('HMGET', is_lost and copy or marker, 'node_id', 'format', 'tombstone_ttl_ms',
+  'tombstone_ttl_next_ms', 'tombstone_ttl_low_ms', 'resolver', 'incarnation',
+  'tombstone_ttl_was_ms', 'tombstone_ttl_changed_ms'))
 if node_id and node_id ~= ARGV[1] then return {'node_id', node_id} end
 if format and tonumber(format) > tonumber(ARGV[2]) then return {'format', format} end
 local now = now_ms()
@@ -296,7 +315,6 @@ if others > 0 then
   if resolver and resolver ~= ARGV[4] then return {'running', 'resolver', resolver} end
 end
 local is_empty = call('DBSIZE') == 0
-local has_data = call('EXISTS', ARGV[10], ARGV[11]) > 0
 incarnation = incarnation or ARGV[5]
 layouts = layouts or (is_empty and ARGV[6]) or ''
 partitions = partitions or (is_empty and ARGV[7]) or '0'
@@ -309,6 +327,13 @@ local fields = {'node_id', ARGV[1], 'format', ARGV[2], 'resolver', ARGV[4], 'inc
 local function set(name, value)
   fields[#fields + 1] = name
   fields[#fields + 1] = value
+end
+if is_lost and announced then
+  set('tombstone_ttl_ms', announced)
+  if next_ttl then set('tombstone_ttl_next_ms', next_ttl) end
+  if low then set('tombstone_ttl_low_ms', low) end
+  if was then set('tombstone_ttl_was_ms', was) end
+  if changed_at then set('tombstone_ttl_changed_ms', changed_at) end
 end
 if not announced then
   -- By which ttl the data was kept, if there is any, nobody can tell.
@@ -323,7 +348,9 @@ if (next_ttl or announced) ~= ttl or (next_ttl and not low) then
   set('tombstone_ttl_low_ms', string.format('%.0f', low))
 end
 call('ZADD', processes, 'XX', 0, '')
+prepare_copy()
 call('HSET', marker, unpack(fields))
+keep_copy()
 call('ZREMRANGEBYSCORE', processes, '-inf', string.format('%.0f', now))
 call('ZADD', processes, string.format('%.0f', now + tonumber(ARGV[9])), ARGV[8])
 return {'', incarnation, layouts, next_ttl and 1 or 0, string.format('%.0f', low or announced),
@@ -619,6 +646,7 @@ return found
 ANNOUNCE: Final = (
     _COMMON
     + _HEAD
+    + _MARKER_COPY
     + """
 local low, was, changed_at = unpack(call('HMGET', marker, 'tombstone_ttl_low_ms',
   'tombstone_ttl_was_ms', 'tombstone_ttl_changed_ms'))
@@ -627,9 +655,11 @@ if next_ttl then
   local known = math.min(tonumber(announced_ttl), tonumber(low or announced_ttl))
   if was then known = math.min(known, tonumber(was) + math.max(0, now - tonumber(changed_at))) end
   was, changed_at = string.format('%.0f', known), string.format('%.0f', now)
+  prepare_copy()
   call('HSET', marker, 'tombstone_ttl_ms', next_ttl, 'tombstone_ttl_was_ms', was,
     'tombstone_ttl_changed_ms', changed_at)
   call('HDEL', marker, 'tombstone_ttl_next_ms', 'tombstone_ttl_low_ms')
+  keep_copy()
 end
 return {was or '', changed_at or ''}
 """

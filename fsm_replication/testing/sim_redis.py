@@ -96,6 +96,11 @@ class SimRedis:
         state.put_into(self.db)
         self.db.runs += 1
 
+    def replicate(self, state: SimState) -> None:
+        """Hold what another server holds, as after REPLICAOF and REPLICAOF NO ONE, in the same run."""
+        state.put_into(self.db)
+        self.db.histories += 1
+
     def flush(self) -> None:
         """Remove all keys."""
         self.db.clear()
@@ -284,10 +289,14 @@ def _echo(_: Keyspace, args: list[bytes]) -> bytes:
 
 @command("INFO", -1)
 def _info(db: Keyspace, args: list[bytes]) -> bytes:
-    if args and not {name.lower() for name in args} & {b"server", b"default", b"all"}:
-        return b""
-    told = f"{db.dialect.info}redis_mode:standalone\r\nrun_id:{db.runs:040x}\r\n"
-    return f"# Server\r\n{told}".encode()
+    wanted = {name.lower() for name in args} or {b"default"}
+    told = ""
+    if wanted & {b"server", b"default", b"all"}:
+        told += f"# Server\r\n{db.dialect.info}redis_mode:standalone\r\nrun_id:{db.runs:040x}\r\n"
+    if wanted & {b"replication", b"default", b"all"}:
+        history = f"{db.runs:020x}{db.histories:020x}"
+        told += f"# Replication\r\nrole:master\r\nmaster_replid:{history}\r\n"
+    return told.encode()
 
 
 @command("TIME", 1)

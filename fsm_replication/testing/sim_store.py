@@ -98,7 +98,13 @@ class SimStore(SyncEngine):
 
     def open(self) -> None:
         """Write the node's marker key, unless it is there."""
-        marker = self.keys.marker
+        marker, copy = self.keys.marker, self.keys.marker_copy
+        has_data = self._do("EXISTS", self.keys.tree, self.keys.stream)
+        if has_data and self._do("HGET", marker, "incarnation") is None:
+            # It alone is lost.
+            held = self._do("HGETALL", copy)
+            if held:
+                self._do("HSET", marker, *held)
         self._do("HSETNX", marker, "incarnation", f"{self._rng.getrandbits(64):016x}")
         self._do("HSETNX", marker, "tombstone_ttl_ms", self._ttl_ms)
         self._do(
@@ -108,6 +114,7 @@ class SimStore(SyncEngine):
         announced = int(self._do("HGET", marker, "tombstone_ttl_ms"))
         if announced != self._ttl_ms:
             self._realign(announced)
+        self._do("HSET", copy, *self._do("HGETALL", marker))
 
     def reopen(self, *, ttl_ms: int, grace_ms: int) -> None:
         """Open with other times for tombstones, as a process that starts with another configuration.

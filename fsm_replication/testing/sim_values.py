@@ -141,7 +141,8 @@ class Sorted(_Container):
 class Keyspace:
     """Keys with their values and times of expiry; ``ready`` names streams that got an entry.
 
-    ``runs`` counts how often the server was started again.
+    ``runs`` counts how often the server was started again, ``histories`` how often it took the data
+    of another in one run.
     """
 
     def __init__(self, now_ms: Callable[[], int], dialect: Dialect = REDIS_7_0) -> None:
@@ -149,6 +150,7 @@ class Keyspace:
         self.dialect = dialect
         self.ready: list[bytes] = []
         self.runs = 0
+        self.histories = 0
         self._values: dict[bytes, Value] = {}
         self._expiries: dict[bytes, int] = {}
 

@@ -37,6 +37,7 @@ __all__ = (
 
 _COMMAND: Final = "XINFO STREAM"
 _RUN_ID: Final = re.compile(rb"^run_id:([0-9a-f]{40})\r?$", re.MULTILINE)
+_DATA_ID: Final = re.compile(rb"^master_replid:([0-9a-f]{40})\r?$", re.MULTILINE)
 OTHER_STREAM: Final = "the stream's head is older than what was read: it is another stream"
 
 
@@ -176,12 +177,19 @@ async def ask_info(
 
 
 async def ask_run_id(connection: Connection, timeout_sec: float) -> str:
-    """Ask for the run of the server, which is another after each start; "" where it does not tell."""
-    try:
-        reply = await connection.call("INFO", "server", timeout_sec=timeout_sec)
-    except PeerReplyError:
-        return ""
-    found = _RUN_ID.search(reply) if isinstance(reply, bytes) else None
+    """Ask for the run of the server and the history of its data; "" where it does not tell both.
+
+    The run is another after each start, the history after data of another server was taken.
+    """
+    # Redis 6.2 takes one section for each INFO.
+    questions = (("INFO", "server"), ("INFO", "replication"))
+    server, replication = await connection.pipeline(questions, timeout_sec=timeout_sec)
+    run, data = _find(_RUN_ID, server), _find(_DATA_ID, replication)
+    return f"{run} {data}" if run and data else ""
+
+
+def _find(pattern: re.Pattern[bytes], reply: Any) -> str:
+    found = pattern.search(reply) if isinstance(reply, bytes) else None
     return "" if found is None else found[1].decode()
 
 
