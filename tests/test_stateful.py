@@ -294,8 +294,13 @@ class Rig:
         engine, health = self.engine, self.engine.health_check()
         up = [peer for peer, state in engine.peers.items() if "Running" in LINK.groups_of(state)]
         assert health.state == engine.state
-        assert health.ready == (engine.is_running and (bool(up) or not engine.peers))
-        assert health.healthy == (health.ready and self.node.store.accepting_writes)
+        is_ready = engine.is_running and (bool(up) or not engine.peers)
+        assert health.ready == (is_ready and health.store_reachable)
+        writes_open = health.writes_circuit is CircuitState.OPEN
+        accepts = self.node.store.accepting_writes and health.store_reachable and not writes_open
+        assert health.sync_engine_accepting_writes == accepts
+        is_open = writes_open or health.reads_circuit is CircuitState.OPEN
+        assert health.healthy == (health.ready and accepts and not is_open)
         assert {peer.node_id: peer.state for peer in health.peers} == engine.peers
         assert [peer.node_id for peer in health.peers if peer.connected] == up
         assert health.peers_connected == len(up)

@@ -553,8 +553,9 @@ class _Run:
             await self.mesh.change_ttl(name, ttl_sec)
 
     async def _ages(self) -> None:
-        """Wait until deletes from before are forgotten."""
-        await asyncio.sleep(AGES_SEC)
+        """Wait until deletes from before are forgotten; without trees nobody would learn of them then."""
+        if self._cold:
+            await asyncio.sleep(AGES_SEC)
 
     def _days(self, name: str, days: int) -> None:
         """Let a node's clock be days off until somebody sets it, or everything is mended."""
