@@ -245,6 +245,10 @@ def _distort(rng: random.Random, value: Any) -> Any:
     return rng.choice(_CHANGES)(rng, value)
 
 
+# What a link asks for while it connects and copies, and maybe never again.
+_AT_FIRST: Final = (b"", b"SCAN", b"STRLEN")
+
+
 @dataclass
 class Distorter:
     """A lie for a :class:`LyingProxy`: what the seed makes of one command's replies.
@@ -293,9 +297,12 @@ class Distorter:
     def choose(self) -> None:
         """Distort another command's replies from now on; those that had few have precedence."""
         names = sorted(self.seen, key=lambda name: (self.counts[name], name))
-        if not names or self.rng.random() < 0.15:
-            self.chosen = b""
-            self.share = 0.05
+        if not names:
+            # What a link asks for first, and maybe never again.
+            self.chosen, self.share = self.rng.choice(_AT_FIRST), 0.5
+            return
+        if self.rng.random() < 0.15:
+            self.chosen, self.share = b"", 0.05
             return
         self.chosen = self.rng.choice(names[: max(1, len(names) // 2)] + names[:3])
         self.share = self.rng.choice((0.1, 0.5, 1.0))
