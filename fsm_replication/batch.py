@@ -45,7 +45,7 @@ from fsm_replication.stream import (
     parse_entry,
 )
 
-__all__ = ("FUTURE", "BatchBuilder", "Decoding", "Part", "RawEntry", "Selection")
+__all__ = ("FUTURE", "TURN_BYTES", "BatchBuilder", "Decoding", "Part", "RawEntry", "Selection")
 
 MINUTE_MS: Final = 60_000
 # Why an entry that is stamped more than a day ahead becomes a dead letter.

@@ -7,13 +7,12 @@ configuration and keeps the local store up to date until the block ends.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Self, cast
+from typing import Any, Final, Self, TypedDict, cast
 
 from prometheus_client import CollectorRegistry
 
@@ -207,13 +206,7 @@ class ReplicationEngine(Observer):
         )
 
     def _store_circuit(self, name: str, config: CircuitConfig) -> Circuit:
-        return self._circuit(
-            name,
-            failures=config.failures,
-            successes=config.successes,
-            reset_sec=config.reset_first,
-            reset_max_sec=config.reset_max,
-        )
+        return self._circuit(name, **_numbers_of(config))
 
     def _circuit(
         self,
@@ -262,16 +255,10 @@ class ReplicationEngine(Observer):
             LinkProgress(),
         )
         log = get_logger("link", node_id=self._config.local_node_id, peer_id=peer.node_id)
-
-        def lag_events() -> float:
-            known = progress.lag_events(clock.monotonic())
-            return math.nan if known is None else known
-
-        def lag_ms() -> float:
-            known = progress.lag_ms(clock.monotonic())
-            return math.nan if known is None else known
-
-        metrics.show_lag(lag_ms, lag_events)
+        metrics.show_lag(
+            weakly(progress, lambda one: one.lag_ms(clock.monotonic())),
+            weakly(progress, lambda one: one.lag_events(clock.monotonic())),
+        )
         interlock = Interlock(
             peer.node_id, self._settings, clock, self._ports.wall_clock, self._ports.cursor_store
         )
@@ -686,16 +673,8 @@ class ReplicationEngine(Observer):
         self._config = config
         self._settings.replace(config.settings)
         circuits = config.settings.circuits
-        for circuit, numbers in (
-            (self.circuit.reads, circuits.reads),
-            (self.circuit.writes, circuits.writes),
-        ):
-            circuit.configure(
-                failures=numbers.failures,
-                successes=numbers.successes,
-                reset_sec=numbers.reset_first,
-                reset_max_sec=numbers.reset_max,
-            )
+        self.circuit.reads.configure(**_numbers_of(circuits.reads))
+        self.circuit.writes.configure(**_numbers_of(circuits.writes))
         self._journal.keep(config.settings.limits.journal)
 
     async def repair(
@@ -1152,6 +1131,24 @@ def startup_verdict(states: Sequence[PeerState]) -> bool | None:
     if any(state.is_running for state in states):
         return True
     return False if all(state is PeerState.FAILED for state in states) else None
+
+
+class _Numbers(TypedDict):
+    """The numbers of a circuit, as it is made and configured with."""
+
+    failures: int
+    successes: int
+    reset_sec: float
+    reset_max_sec: float
+
+
+def _numbers_of(config: CircuitConfig) -> _Numbers:
+    return _Numbers(
+        failures=config.failures,
+        successes=config.successes,
+        reset_sec=config.reset_first,
+        reset_max_sec=config.reset_max,
+    )
 
 
 def _refuse_other_node(config: ReplicationConfig, store: SyncEngine) -> None:

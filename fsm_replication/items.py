@@ -29,6 +29,7 @@ __all__ = (
     "check_key",
     "content_hash",
     "encode_json",
+    "is_key",
     "next_stamp",
     "resolve",
 )
@@ -178,6 +179,15 @@ def check_key(key: str) -> bytes:
     if len(encoded) > KEY_BYTES_MAX:
         raise InvalidKeyError(f"a key has at most {KEY_BYTES_MAX} bytes, not {len(encoded)}")
     return encoded
+
+
+def is_key(name: str) -> bool:
+    """Say whether a name can be the key of an item."""
+    try:
+        check_key(name)
+    except InvalidKeyError:
+        return False
+    return True
 
 
 def check_content(key: str, content: object, content_type: str) -> bytes:

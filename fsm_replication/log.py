@@ -39,16 +39,12 @@ def one_line(text: str, characters_max: int = TEXT_MAX) -> str:
     What is not printable (line ends, escape sequences, marks that turn the direction of writing)
     is shown as ``\n``, ``\x1b``, ``\u202e``; what is too long is cut, and says so.
     """
-    cut = printable(text[:characters_max])
+    return printable(_cut(text, characters_max))
+
+
+def _cut(text: str, characters_max: int = TEXT_MAX) -> str:
     left = len(text) - characters_max
-    return f"{cut}... ({left} more characters)" if left > 0 else cut
-
-
-def _shorten(text: str) -> str:
-    # Masked first: half a URL is not known as one.
-    text = redact(text)
-    left = len(text) - TEXT_MAX
-    return f"{text[:TEXT_MAX]}... ({left} more characters)" if left > 0 else text
+    return f"{text[:characters_max]}... ({left} more characters)" if left > 0 else text
 
 
 def _mask(_logger: Any, _method: str, event: _Event) -> _Event:
@@ -59,10 +55,11 @@ def _mask(_logger: Any, _method: str, event: _Event) -> _Event:
 
 
 def _masked(value: Any) -> Any:
+    # Masked first: half a URL is not known as one.
     if isinstance(value, str):
-        return _shorten(value)
+        return _cut(redact(value))
     if isinstance(value, BaseException):
-        return _shorten(f"{type(value).__name__}: {value}")
+        return _cut(redact(f"{type(value).__name__}: {value}"))
     if isinstance(value, Mapping):
         return {_masked(name): _masked(one) for name, one in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

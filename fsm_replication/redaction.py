@@ -233,13 +233,13 @@ def _is_word(text: str, at: int) -> bool:
 
 def _joined(places: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Yield stretches that do not meet, of stretches sorted by where they begin."""
-    begin, end = -1, -1
-    for next_begin, next_end in places:
-        if begin >= 0 and next_begin <= end:
+    if not places:
+        return
+    begin, end = places[0]
+    for next_begin, next_end in places[1:]:
+        if next_begin <= end:
             end = max(end, next_end)
-            continue
-        if begin >= 0:
+        else:
             yield begin, end
-        begin, end = next_begin, next_end
-    if begin >= 0:
-        yield begin, end
+            begin, end = next_begin, next_end
+    yield begin, end

@@ -27,7 +27,6 @@ __all__ = (
     "status",
     "stream_id",
     "string",
-    "string_or_none",
     "strings",
     "table",
     "unexpected",
@@ -86,11 +85,6 @@ def string(reply: Any, what: str, at_most: int | None = None) -> bytes:
     if type(reply) is not bytes or (at_most is not None and len(reply) > at_most):
         raise unexpected(what, reply, "a string" if at_most is None else f"up to {at_most} bytes")
     return reply
-
-
-def string_or_none(reply: Any, what: str) -> bytes | None:
-    """Return a string, or None where there is none; raises as :func:`string` does."""
-    return None if reply is None else string(reply, what)
 
 
 def status(reply: Any, what: str, wanted: bytes) -> None:

@@ -32,7 +32,7 @@ from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.engine import ReplicationEngine
 from fsm_replication.errors import PeerReplyError, StoreError
 from fsm_replication.health import PeerHealth
-from fsm_replication.items import SyncItem, content_hash
+from fsm_replication.items import DAY_MS, SyncItem, content_hash
 from fsm_replication.ports import LONG_AGO_MS, Agreement
 from fsm_replication.servers import RedisServer
 from fsm_replication.stores import MemorySyncEngine, RedisSyncEngine
@@ -49,7 +49,6 @@ from fsm_replication.workers.history import ask_run_id
 TTL_SEC: Final = 90.0
 GRACE_SEC: Final = 10.0
 CYCLE_SEC: Final = 25.0
-DAY_MS: Final = 86_400_000
 MONTH_MS: Final = 30 * DAY_MS
 LIMIT_BYTES: Final = 1000
 FAR_MS: Final = 4_102_444_800_000

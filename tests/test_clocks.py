@@ -23,7 +23,7 @@ from fsm_replication.batch import BatchBuilder
 from fsm_replication.cli.node import check_node
 from fsm_replication.config import PeerConfig, ReplicationConfig, Settings
 from fsm_replication.errors import PeerReplyError, ProtocolError
-from fsm_replication.items import SyncItem, content_hash
+from fsm_replication.items import DAY_MS, SyncItem, content_hash
 from fsm_replication.log import get_logger
 from fsm_replication.reports import PauseReason
 from fsm_replication.servers import RedisServer
@@ -36,7 +36,6 @@ from fsm_replication.testing.sim_store import SimStore
 from fsm_replication.testing.sim_values import COMMANDS, Command
 from fsm_replication.workers.peer_clock import PeerClock
 
-DAY_MS = 86_400_000
 TWO_DAYS_MS = 2 * DAY_MS
 PING_SEC = 30.0
 IDLE_SEC = 60.0

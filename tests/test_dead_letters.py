@@ -44,7 +44,7 @@ from fsm_replication.cli.letters import purge_letters, show_letter, show_letters
 from fsm_replication.config import DeadLettersConfig, LimitsConfig, Settings, StartupConfig
 from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.dead_letters import RetryStats
-from fsm_replication.items import content_hash
+from fsm_replication.items import DAY_MS, content_hash
 from fsm_replication.ports import Cursor, DeadLetter, Position, StreamId
 from fsm_replication.printable import printable
 from fsm_replication.servers import RedisServer
@@ -59,7 +59,6 @@ from fsm_replication.testing import (
 from fsm_replication.testing import run as run_virtual
 
 START_MS = 1_700_000_000_000
-DAY_MS = 86_400_000
 ALONE = StartupConfig(when_no_peer="run")
 
 

@@ -29,7 +29,7 @@ from fsm_replication.config import (
 from fsm_replication.current import Current
 from fsm_replication.engine import ReplicationEngine
 from fsm_replication.errors import PeerReplyError, ProtocolError
-from fsm_replication.items import SyncItem, content_hash
+from fsm_replication.items import DAY_MS, SyncItem, content_hash
 from fsm_replication.layout import Keys
 from fsm_replication.limiter import PrioritySlot
 from fsm_replication.ports import Position, StreamId, SystemClock
@@ -65,7 +65,6 @@ def without(fields: list[bytes], name: bytes) -> list[bytes]:
 
 
 BOMB = zstandard.ZstdCompressor().compress(b"\0" * 40_000_000)
-DAY_MS = 86_400_000
 BAD: dict[str, tuple[str, list[bytes]]] = {
     "unknown op": ("op", put(op=b"RENAME")),
     "no op": ("field", without(put(), b"op")),

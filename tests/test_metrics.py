@@ -35,7 +35,7 @@ from fsm_replication import metrics as declared
 from fsm_replication.config import Settings
 from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.errors import CursorStoreError
-from fsm_replication.items import content_hash
+from fsm_replication.items import DAY_MS, content_hash
 from fsm_replication.ports import Connection
 from fsm_replication.stores.protocol import ApplyResult, Received
 from fsm_replication.stream import encode_fields
@@ -53,7 +53,6 @@ from fsm_replication.workers.slo import TimedConnection
 
 ROOT = Path(__file__).parent.parent
 START_MS = 1_700_000_000_000
-DAY_MS = 86_400_000
 WEEK_MS = 7 * DAY_MS
 # As the specification of the wire names them.
 SPECIFIED = {

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from fsm_replication import RedisSyncEngine, SyncItem
 from fsm_replication.cli import commands, runtime
-from fsm_replication.cli.repair import print_ledger, stats_table
+from fsm_replication.cli.repair import print_ledger
+from fsm_replication.cli.tables import stats_table
 from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.demo.replay import Verdict
 from fsm_replication.demo.screen import _verdict

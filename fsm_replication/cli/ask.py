@@ -7,11 +7,21 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from fsm_replication.config import PeerConfig, ReplicationConfig
-from fsm_replication.errors import ReplicationError
+from fsm_replication.errors import ReplicationError, UsageError
 from fsm_replication.transport import RedisTransport
 from fsm_replication.workers.connector import Lines, open_lines
 
-__all__ = ("asked_peers",)
+__all__ = ("asked_peers", "check_peer")
+
+
+def check_peer(config: ReplicationConfig, peer: str) -> None:
+    """Check that a name is one of a configured peer.
+
+    :raises UsageError: if it is not.
+    """
+    known = [one.node_id for one in config.peers]
+    if peer not in known:
+        raise UsageError(f"there is no peer {peer!r} (configured: {', '.join(known) or 'none'})")
 
 
 @asynccontextmanager

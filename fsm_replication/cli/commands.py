@@ -17,11 +17,11 @@ from fsm_replication.bench.fairness import fairness_table, run_fairness_bench
 from fsm_replication.bench.report import run_bench
 from fsm_replication.bench.trees import run_tree_bench, tree_table
 from fsm_replication.bench.workload import EVENTS
+from fsm_replication.cli.cursors import opened_cursors
 from fsm_replication.cli.letters import (
     FIELD_WIDTH,
     purge_letters,
     retry_letters,
-    retry_table,
     show_letter,
     show_letters,
 )
@@ -33,12 +33,11 @@ from fsm_replication.cli.repair import (
     print_ledger,
     repair_node,
     show_differences,
-    stats_table,
 )
 from fsm_replication.cli.restamp import restamp_node
 from fsm_replication.cli.runtime import LogFormat, configure_logging, run_async
+from fsm_replication.cli.tables import stats_table
 from fsm_replication.config import ReplicationConfig
-from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.demo.mesh import NODES_MAX, Topology
 from fsm_replication.demo.screen import run_demo
 from fsm_replication.diagram import render_all
@@ -76,6 +75,15 @@ def _load(path: Path) -> ReplicationConfig:
 def _fail(error: BaseException) -> typer.Exit:
     errors.print(Text(told(error), style="red"), soft_wrap=True)
     return typer.Exit(1)
+
+
+def _run(work: Coroutine[Any, Any, _T]) -> _T:
+    try:
+        return run_async(work)
+    except ReplicationError as error:
+        raise _fail(error) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -253,10 +261,7 @@ def repair(
 @app.command()
 def pause(config: ConfigPath, peer: PeerName) -> None:
     """Have a stopped node pause the link to a peer from its next start on, until it is resumed."""
-    try:
-        run_async(pause_peer(_load(config), peer))
-    except ReplicationError as error:
-        raise _fail(error) from None
+    _run(pause_peer(_load(config), peer))
     console.print(Text(f"{peer}: paused until it is resumed"))
 
 
@@ -266,10 +271,7 @@ def resume(config: ConfigPath, peer: PeerName) -> None:
 
     Where the interlock has tripped, the peer may delete any number of items for an hour.
     """
-    try:
-        ended = run_async(resume_peer(_load(config), peer))
-    except ReplicationError as error:
-        raise _fail(error) from None
+    ended = _run(resume_peer(_load(config), peer))
     for one in ended:
         console.print(Text(f"{peer}: resumed; {one}"), soft_wrap=True)
     if not ended:
@@ -283,10 +285,7 @@ def explain(
     """Tell which version of a key is held here and at each peer, and which wins by which rule."""
     loaded = _load(config)
     configure_logging("error", LogFormat.CONSOLE)
-    try:
-        made = run_async(explain_node(loaded, key))
-    except ReplicationError as error:
-        raise _fail(error) from None
+    made = _run(explain_node(loaded, key))
     console.print(explanation_table(made))
 
 
@@ -304,12 +303,7 @@ def restamp(
     """Give a key that is stamped more than a day ahead a stamp of now; beside a running node too."""
     loaded = _load(config)
     configure_logging("error", LogFormat.CONSOLE)
-    try:
-        item = run_async(restamp_node(loaded, key, take=take, force=force, console=console))
-    except ReplicationError as error:
-        raise _fail(error) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+    item = _run(restamp_node(loaded, key, take=take, force=force, console=console))
     source = "a stamp of now" if take is None else f"what {take} holds"
     done = f"{key} has {source}: {item.updated_at} ms, version {item.version}"
     console.print(Text(printable(done), style="bold"), soft_wrap=True)
@@ -322,7 +316,7 @@ def ledger(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """List the gaps that were found in the peers' streams, and how they were healed."""
-    rows = run_async(_read_ledger(_load(config), peer))
+    rows = _run(_read_ledger(_load(config), peer))
     if as_json:
         for row in rows:
             sys.stdout.write(json.dumps(asdict(row)) + "\n")
@@ -331,14 +325,8 @@ def ledger(
 
 
 async def _read_ledger(config: ReplicationConfig, peer: str | None) -> list[GapRow]:
-    store = SqliteCursorStore(config.cursor.sqlite_path, read_only=True)
-    try:
-        await store.open()
+    async with opened_cursors(config, read_only=True) as store:
         return list(await store.gaps(peer))
-    except ReplicationError as error:
-        raise _fail(error) from None
-    finally:
-        await store.close()
 
 
 @letters_app.command("list")
@@ -349,7 +337,7 @@ def list_letters(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """List dead letters; works beside a running node."""
-    _run_letters(show_letters(_load(config), peer, limit, console, as_json=as_json))
+    _run(show_letters(_load(config), peer, limit, console, as_json=as_json))
 
 
 @letters_app.command("show")
@@ -364,7 +352,7 @@ def show_one_letter(
     ] = False,
 ) -> None:
     """Show one dead letter with its raw fields; works beside a running node."""
-    _run_letters(show_letter(_load(config), letter_id, console, width=width, as_json=as_json))
+    _run(show_letter(_load(config), letter_id, console, width=width, as_json=as_json))
 
 
 @letters_app.command("retry")
@@ -379,11 +367,11 @@ def retry(
         raise typer.BadParameter("ids and --peer contradict each other")
     loaded = _load(config)
     configure_logging("error", LogFormat.CONSOLE)
-    stats = _run_letters(retry_letters(loaded, peer, ids))
+    stats = _run(retry_letters(loaded, peer, ids))
     if as_json:
         sys.stdout.write(json.dumps(asdict(stats)) + "\n")
     else:
-        console.print(retry_table(stats))
+        console.print(stats_table(stats, FIELD_WIDTH))
     if stats.problems:
         raise typer.Exit(1)
 
@@ -401,7 +389,7 @@ def purge(
     if bool(ids) + (peer is not None) + everything != 1:
         raise typer.BadParameter("name ids, or --peer, or --all: one of the three")
     agree = (lambda _question: True) if yes else _confirm
-    purged = _run_letters(purge_letters(_load(config), peer, ids, agree))
+    purged = _run(purge_letters(_load(config), peer, ids, agree))
     if purged is None:
         errors.print("nothing was removed")
         raise typer.Exit(1)
@@ -415,12 +403,3 @@ def _confirm(question: str) -> bool:
     if not sys.stdin.isatty():
         raise UsageError(f"{question} Nobody is there to ask: say --yes")
     return typer.confirm(question, err=True)
-
-
-def _run_letters(work: Coroutine[Any, Any, _T]) -> _T:
-    try:
-        return run_async(work)
-    except ReplicationError as error:
-        raise _fail(error) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None

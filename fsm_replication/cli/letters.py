@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fsm_replication.cli.cursors import opened_cursors
 from fsm_replication.cli.repair import repairing_engine
+from fsm_replication.cli.tables import utc_text
 from fsm_replication.config import ReplicationConfig
-from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.dead_letters import RetryStats
 from fsm_replication.errors import AlreadyRunningError, UsageError
 from fsm_replication.ports import DeadLetter
@@ -26,20 +25,12 @@ __all__ = (
     "FIELD_WIDTH",
     "purge_letters",
     "retry_letters",
-    "retry_table",
     "show_letter",
     "show_letters",
 )
 
 FIELD_WIDTH: Final = 400
 COLUMN_WIDTH: Final = 120
-
-
-def _time(at_ms: int) -> str:
-    try:
-        return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
-    except (OverflowError, ValueError, OSError):
-        return f"{at_ms} ms"
 
 
 def _as_json(letter: DeadLetter) -> dict[str, Any]:
@@ -50,23 +41,6 @@ def _as_json(letter: DeadLetter) -> dict[str, Any]:
 
 
 # Reading, beside a running node too ---------------------------------------------------------------
-
-
-@asynccontextmanager
-async def _opened(
-    config: ReplicationConfig, *, read_only: bool
-) -> AsyncIterator[SqliteCursorStore]:
-    store = SqliteCursorStore(
-        config.cursor.sqlite_path,
-        wal_mode=config.cursor.wal_mode,
-        timeout_sec=config.settings.timeouts.cursor,
-        read_only=read_only,
-    )
-    await store.open()
-    try:
-        yield store
-    finally:
-        await store.close()
 
 
 async def show_letters(
@@ -80,7 +54,7 @@ async def show_letters(
         "id", "peer", "stream id", "at (UTC)", "reason", "key", "times", "bytes", "detail"
     )
     after = 0
-    async with _opened(config, read_only=True) as store:
+    async with opened_cursors(config, read_only=True) as store:
         while limit and (page := await store.dead_letters(peer, after_id=after, limit=limit)):
             after = page[-1].id
             limit -= len(page)
@@ -99,7 +73,7 @@ def _row(letter: DeadLetter) -> Sequence[str]:
         str(letter.id),
         printable(letter.peer_id, COLUMN_WIDTH),
         printable(letter.stream_id, COLUMN_WIDTH),
-        _time(letter.at_ms),
+        utc_text(letter.at_ms),
         printable(letter.reason, COLUMN_WIDTH),
         printable(letter.key or "", COLUMN_WIDTH),
         f"{letter.count:,}",
@@ -116,7 +90,7 @@ async def show_letter(
     :raises UsageError: if there is none of that id.
     :raises CursorStoreError: if the cursor file cannot be read.
     """
-    async with _opened(config, read_only=True) as store:
+    async with opened_cursors(config, read_only=True) as store:
         found = await store.dead_letters(after_id=letter_id - 1, limit=1)
     if not found or found[0].id != letter_id:
         raise UsageError(f"there is no dead letter {letter_id}")
@@ -162,17 +136,6 @@ async def retry_letters(
         raise _runs(error, "engine.dead_letters.retry()") from None
 
 
-def retry_table(stats: RetryStats) -> Table:
-    """Return what a retry came to."""
-    table = Table.grid(padding=(0, 2))
-    for name, value in asdict(stats).items():
-        if name != "problems":
-            table.add_row(Text(name.replace("_", " "), style="dim"), f"{value:,}")
-    for problem in stats.problems:
-        table.add_row(Text("problem", style="red"), Text(printable(problem, FIELD_WIDTH)))
-    return table
-
-
 async def purge_letters(
     config: ReplicationConfig,
     peer: str | None,
@@ -185,7 +148,7 @@ async def purge_letters(
     :raises CursorStoreError: if the cursor file cannot be used.
     """
     try:
-        async with _opened(config, read_only=True) as store:
+        async with opened_cursors(config, read_only=True) as store:
             counts = await store.dead_letter_counts()
         count, whose = sum(counts.values()), "of all peers"
         if ids:
@@ -194,11 +157,11 @@ async def purge_letters(
             count, whose = counts.get(peer, 0), f"of peer {printable(peer, COLUMN_WIDTH)}"
         # Whether a node runs is known before a person is asked, and once more afterwards; the lock
         # is not held while the person thinks, for the node may have to start.
-        async with _opened(config, read_only=False):
+        async with opened_cursors(config, read_only=False):
             pass
         if not agree(f"Remove {count:,} dead letters {whose} for good?"):
             return None
-        async with _opened(config, read_only=False) as store:
+        async with opened_cursors(config, read_only=False) as store:
             if ids:
                 return await store.delete_dead_letters(ids)
             return await store.purge_dead_letters(peer)

@@ -12,8 +12,8 @@ from typing import Final
 from rich.console import Console
 from rich.text import Text
 
+from fsm_replication.cli.cursors import opened_cursors
 from fsm_replication.config import ReplicationConfig
-from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.engine import ReplicationEngine
 from fsm_replication.errors import AlreadyRunningError, ConfigError, ReplicationError
 from fsm_replication.foreign import DOTTED
@@ -203,9 +203,9 @@ def _show_clock(node_id: str, peer_clock: PeerClock, console: Console) -> bool:
 
 async def _check_cursor(config: ReplicationConfig, console: Console) -> bool:
     path = config.cursor.sqlite_path
-    store = SqliteCursorStore(path, wal_mode=config.cursor.wal_mode)
     try:
-        await store.open()
+        async with opened_cursors(config, read_only=False):
+            pass
     except AlreadyRunningError:
         _doubt(console, f"cursors: a node is running with {path}")
     except ReplicationError as error:
@@ -213,34 +213,28 @@ async def _check_cursor(config: ReplicationConfig, console: Console) -> bool:
         return False
     else:
         _fine(console, f"cursors: {path} can be used")
-    finally:
-        await store.close()
     return await _check_books(config, console)
 
 
 async def _check_books(config: ReplicationConfig, console: Console) -> bool:
     """Say what waits for a person, as the cursor file tells it; False if that is the interlock."""
-    store = SqliteCursorStore(config.cursor.sqlite_path, read_only=True)
-    well = True
     try:
-        await store.open()
-        for peer in config.peers:
-            record = await store.load(peer.node_id)
-            if record.interlock is not None and record.interlock.tripped:
-                well = False
-                _wrong(console, f"peer {peer.node_id}: the interlock: {record.interlock.tripped}")
-            if record.operator_pause:
-                _doubt(console, f"peer {peer.node_id}: paused by an operator")
-            if record.dead_letters:
-                _doubt(console, f"peer {peer.node_id}: {record.dead_letters} dead letters are kept")
-            if record.gaps:
-                _doubt(
-                    console, f"peer {peer.node_id}: {len(record.gaps)} gaps are open in the ledger"
-                )
+        async with opened_cursors(config, read_only=True) as store:
+            records = [(peer.node_id, await store.load(peer.node_id)) for peer in config.peers]
     except ReplicationError as error:
         _doubt(console, f"cursors: {error}")
-    finally:
-        await store.close()
+        return True
+    well = True
+    for peer_id, record in records:
+        if record.interlock is not None and record.interlock.tripped:
+            well = False
+            _wrong(console, f"peer {peer_id}: the interlock: {record.interlock.tripped}")
+        if record.operator_pause:
+            _doubt(console, f"peer {peer_id}: paused by an operator")
+        if record.dead_letters:
+            _doubt(console, f"peer {peer_id}: {record.dead_letters} dead letters are kept")
+        if record.gaps:
+            _doubt(console, f"peer {peer_id}: {len(record.gaps)} gaps are open in the ledger")
     return well
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from fsm_replication.cli.ask import check_peer
+from fsm_replication.cli.cursors import opened_cursors
 from fsm_replication.config import ReplicationConfig
 from fsm_replication.cursor import SqliteCursorStore
-from fsm_replication.errors import AlreadyRunningError, UsageError
+from fsm_replication.errors import AlreadyRunningError
 from fsm_replication.ports import SystemWallClock
 from fsm_replication.workers.interlock import forgiving_row
 
@@ -18,26 +20,16 @@ __all__ = ("pause_peer", "resume_peer")
 async def _opened(
     config: ReplicationConfig, peer: str, call: str
 ) -> AsyncIterator[SqliteCursorStore]:
-    known = [one.node_id for one in config.peers]
-    if peer not in known:
-        raise UsageError(f"there is no peer {peer!r} (configured: {', '.join(known) or 'none'})")
-    store = SqliteCursorStore(
-        config.cursor.sqlite_path,
-        wal_mode=config.cursor.wal_mode,
-        timeout_sec=config.settings.timeouts.cursor,
-    )
+    check_peer(config, peer)
     try:
-        await store.open()
+        async with opened_cursors(config, read_only=False) as store:
+            yield store
     except AlreadyRunningError as error:
         raise AlreadyRunningError(
             f"{error}. Call engine.{call}({peer!r}) in it; or stop the node, say this again, and"
             " start it",
             path=error.path,
         ) from None
-    try:
-        yield store
-    finally:
-        await store.close()
 
 
 async def pause_peer(config: ReplicationConfig, peer: str) -> None:

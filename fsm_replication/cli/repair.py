@@ -6,8 +6,6 @@ import json
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Any, Final
 
 from rich.console import Console
@@ -16,8 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from fsm_replication.cli.ask import asked_peers
+from fsm_replication.cli.ask import asked_peers, check_peer
+from fsm_replication.cli.cursors import opened_cursors
 from fsm_replication.cli.node import open_store
+from fsm_replication.cli.tables import utc_text
 from fsm_replication.config import (
     ColdPathConfig,
     CursorConfig,
@@ -25,7 +25,6 @@ from fsm_replication.config import (
     ReplicationConfig,
     StartupConfig,
 )
-from fsm_replication.cursor import SqliteCursorStore
 from fsm_replication.engine import ReplicationEngine
 from fsm_replication.errors import (
     AlreadyRunningError,
@@ -46,7 +45,6 @@ __all__ = (
     "repair_node",
     "repairing_engine",
     "show_differences",
-    "stats_table",
 )
 
 _DECIDED: Final = tuple(
@@ -85,11 +83,9 @@ async def repairing_engine(
 
 
 def _chosen(config: ReplicationConfig, peer: str | None) -> list[str]:
-    known = [one.node_id for one in config.peers]
     if peer is None:
-        return known
-    if peer not in known:
-        raise UsageError(f"there is no peer {peer!r} (configured: {', '.join(known) or 'none'})")
+        return [one.node_id for one in config.peers]
+    check_peer(config, peer)
     return [peer]
 
 
@@ -142,17 +138,6 @@ async def repair_node(
             " engine.repair() in it; --dry-run works beside it",
             path=error.path,
         ) from None
-
-
-def stats_table(stats: RepairStats) -> Table:
-    """Return what a repair came to."""
-    table = Table.grid(padding=(0, 2))
-    for name, value in asdict(stats).items():
-        if name != "problems":
-            table.add_row(Text(name.replace("_", " "), style="dim"), f"{value:,}")
-    for problem in stats.problems:
-        table.add_row(Text("problem", style="red"), Text(printable(problem)))
-    return table
 
 
 async def show_differences(config: ReplicationConfig, peer: str | None, *, as_json: bool) -> bool:
@@ -208,14 +193,11 @@ async def explain_node(config: ReplicationConfig, key: str) -> Explanation:
 
 async def _excepted_by(config: ReplicationConfig, key: str) -> list[str]:
     """Return the peers with which the last agreement leaves a key out, as far as it is on disk."""
-    cursors = SqliteCursorStore(config.cursor.sqlite_path, read_only=True)
     try:
-        await cursors.open()
-        records = {peer.node_id: await cursors.load(peer.node_id) for peer in config.peers}
+        async with opened_cursors(config, read_only=True) as cursors:
+            records = {peer.node_id: await cursors.load(peer.node_id) for peer in config.peers}
     except CursorStoreError:
         return []  # No engine has run here yet, or its file is another's affair.
-    finally:
-        await cursors.close()
     agreements = {peer_id: record.agreement for peer_id, record in records.items()}
     return [peer_id for peer_id, made in agreements.items() if made and key in made.exceptions]
 
@@ -225,8 +207,8 @@ def explanation_table(made: Explanation) -> Table:
     table = Table("where", "holds", title=Text(printable(made.key)))
     table.add_row("here", Text(printable(str(made.held or "nothing"))))
     if made.arrival is not None:
-        at = _time(made.arrival.at_ms)
-        came = f"came from {made.arrival.peer_id} by {made.arrival.path} at {at}"
+        at = utc_text(made.arrival.at_ms)
+        came = f"came from {made.arrival.peer_id} by {made.arrival.path} at {at} UTC"
         table.add_row("", Text(printable(came)))
     for peer in made.peers:
         table.add_row(Text(printable(peer.peer_id)), Text(printable(str(peer))))
@@ -245,11 +227,11 @@ def print_ledger(rows: Sequence[GapRow], console: Console) -> None:
             healed = (
                 "not healed"
                 if row.healed_at_ms is None
-                else f"healed by {row.healed_by} at {_time(row.healed_at_ms)}"
+                else f"healed by {row.healed_by} at {utc_text(row.healed_at_ms)} UTC"
             )
             count = "unknown" if row.missed is None else f"{row.missed:,}"
             what = "dead letters dropped" if row.kind == "dropped" else "entries"
-            line = f"  {_time(row.found_at_ms)}  {count} {what}, {healed}: {row.reason}"
+            line = f"  {utc_text(row.found_at_ms)} UTC  {count} {what}, {healed}: {row.reason}"
             console.print(Text(printable(line)), soft_wrap=True)
 
 
@@ -266,8 +248,4 @@ def _summary(rows: Sequence[GapRow]) -> str:
     if still_open:
         return f"{told}, {still_open} not healed"
     last = max(rows, key=lambda row: row.healed_at_ms or 0)
-    return f"{told}, healed by {last.healed_by} at {_time(last.healed_at_ms or 0)}"
-
-
-def _time(at_ms: int) -> str:
-    return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return f"{told}, healed by {last.healed_by} at {utc_text(last.healed_at_ms or 0)} UTC"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Final
 
 import msgspec
@@ -11,19 +10,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fsm_replication.cli.ask import asked_peers
+from fsm_replication.cli.ask import asked_peers, check_peer
 from fsm_replication.cli.node import open_store
+from fsm_replication.cli.tables import utc_text
 from fsm_replication.config import PeerConfig, ReplicationConfig
 from fsm_replication.errors import PeerReplyError, UsageError
-from fsm_replication.items import DAY_MS, NUMBER_MAX, Stamp, SyncItem, content_hash
-from fsm_replication.layout import Keys
+from fsm_replication.items import DAY_MS, NUMBER_MAX, Stamp, SyncItem
 from fsm_replication.printable import printable
 from fsm_replication.stores import RedisSyncEngine
-from fsm_replication.stream import DataDecoder
 from fsm_replication.workers.connector import Lines
+from fsm_replication.workers.copier import source_at
 from fsm_replication.workers.explain import Explanation, PeerVersion, explain_key
-from fsm_replication.workers.foreign_items import ForeignItems
-from fsm_replication.workers.item_source import ItemSource, OwnItems
 
 __all__ = ("restamp_node",)
 
@@ -50,9 +47,8 @@ async def restamp_node(
     """
     if config.store is None or config.store.kind != "redis":
         raise UsageError("only a node whose store.kind is redis can be changed from outside")
-    known = [peer.node_id for peer in config.peers]
-    if take is not None and take not in known:
-        raise UsageError(f"there is no peer {take!r} (configured: {', '.join(known) or 'none'})")
+    if take is not None:
+        check_peer(config, take)
     async with open_store(config) as store, asked_peers(config, store.resolver.name) as peers:
         assert isinstance(store, RedisSyncEngine)
         timeout = config.settings.timeouts.command
@@ -117,12 +113,7 @@ async def _taken(
     peer, lines = next(one for one in peers if one[0].node_id == take)
     if isinstance(lines, str):
         raise UsageError(f"peer {take!r} could not be asked: {lines}")
-    limit = config.settings.limits.payload_bytes
-    source: ItemSource
-    if lines.foreign:
-        source = ForeignItems(lines, peer.redis_prefix, limit)
-    else:
-        source = OwnItems(Keys(peer.redis_prefix), DataDecoder(limit))
+    source = source_at(lines, peer.redis_prefix, config.settings.limits.payload_bytes)
     name = source.redis_key(key)
     timeout = config.settings.timeouts.command
     (reply,) = await source.read(lines.asking, [name], timeout)
@@ -131,10 +122,7 @@ async def _taken(
     made = source.decode(key, reply)
     if made is None:
         raise UsageError(f"peer {take!r} holds nothing under {key!r}, and absence deletes nothing")
-    item, _ = made
-    if lines.foreign:
-        # Content that could not be spelled as it was hashed has come with the foreign hash.
-        item = msgspec.structs.replace(item, content_hash=content_hash(item.content))
+    (item,) = source.not_current([made[0]], [None])
     if _is_ahead(item.stamp, now_ms):
         raise UsageError(f"peer {take!r} holds a stamp more than a day ahead itself")
     return item
@@ -156,7 +144,7 @@ def _table(made: Explanation, now_ms: int) -> Table:
 def _cells(stamp: Stamp | None, now_ms: int) -> Sequence[Text]:
     if stamp is None:
         return (Text("nothing"),)
-    at = Text(_time(stamp.updated_at), style="red" if _is_ahead(stamp, now_ms) else "")
+    at = Text(utc_text(stamp.updated_at), style="red" if _is_ahead(stamp, now_ms) else "")
     what = "deleted" if stamp.deleted else stamp.content_type
     digest = "" if stamp.deleted else stamp.content_hash.hex()[:HASH_WIDTH]
     return (at, Text(f"{stamp.version:,}"), Text(what), Text(digest))
@@ -164,10 +152,3 @@ def _cells(stamp: Stamp | None, now_ms: int) -> Sequence[Text]:
 
 def _text(text: str) -> Text:
     return Text(printable(text))
-
-
-def _time(at_ms: int) -> str:
-    try:
-        return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
-    except (OverflowError, ValueError, OSError):
-        return f"{at_ms} ms"

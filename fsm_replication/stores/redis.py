@@ -13,7 +13,8 @@ import asyncio
 import json
 import random
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final, Self, cast
@@ -162,7 +163,7 @@ class RedisSyncEngine(SyncEngine):
         # Replication writes over a connection of its own for each peer, one call at a time:
         # batches of one peer stay in order, and a cancelled call costs nobody else a connection.
         self._lanes: dict[str, Connection] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._locks = defaultdict[str, asyncio.Lock](asyncio.Lock)
         unknown = sorted(set(layouts) - {OWN, DOTTED})
         if unknown:
             raise ConfigError([f"store.layouts: there is no layout {', '.join(unknown)}"])
@@ -484,9 +485,7 @@ class RedisSyncEngine(SyncEngine):
         # Each peer has to hear by itself that the store was lost, before its next position is kept.
         name = "" if received is None else received.peer_id or REPAIR_LANE
         meant = "" if received is None else received.incarnation
-        lock = self._locks.get(name)
-        if lock is None:
-            lock = self._locks[name] = asyncio.Lock()
+        lock = self._locks[name]
         if not self._resolver.by_stamp:
             async with lock:
                 return await self._apply_merging(await self._lane(name), changes, received)
@@ -701,13 +700,23 @@ class RedisSyncEngine(SyncEngine):
 
         As many as fit a bounded reply, and as are decompressed in a turn of the loop.
         """
+        return [item for item, _ in await self._read(keys, self._decode)]
+
+    async def _fetch_stamped(self, keys: Sequence[str]) -> list[tuple[SyncItem | None, bytes]]:
+        """As ``_fetch``, with the order tuples as they lie in Redis; None where it is no item."""
+        found = await self._read(keys, self._decode_if_item) if keys else []
+        return [(item, raw[:STAMP_BYTES]) for item, raw in found]
+
+    async def _read(
+        self, keys: Sequence[str], decode: Callable[[str, bytes], SyncItem | None]
+    ) -> list[tuple[SyncItem | None, bytes]]:
         args = [self.keys.item_prefix, BYTES_PER_CALL, *keys]
         raws = await self._run(scripts.FETCH, [], args)
-        found: list[SyncItem | None] = []
+        found: list[tuple[SyncItem | None, bytes]] = []
         filled = 0
         for key, raw in zip(keys, raws, strict=False):
-            item = None if raw is None else self._decode(key, raw)
-            found.append(item)
+            item = None if raw is None else decode(key, raw)
+            found.append((item, raw or b""))
             filled += 0 if item is None else len(item.content)
             if filled > BYTES_PER_CALL:
                 break
@@ -719,25 +728,12 @@ class RedisSyncEngine(SyncEngine):
         except (BadEntryError, InvalidKeyError) as error:
             raise StoreError(f"{self._where}: the item {key!r} cannot be read: {error}") from None
 
-    async def _fetch_stamped(self, keys: Sequence[str]) -> list[tuple[SyncItem | None, bytes]]:
-        """As ``_fetch``, with the order tuples as they lie in Redis; None where it is no item."""
-        found: list[tuple[SyncItem | None, bytes]] = []
-        filled = 0
-        if not keys:
-            return found
-        raws = await self._run(scripts.FETCH, [], [self.keys.item_prefix, BYTES_PER_CALL, *keys])
-        for key, raw in zip(keys, raws, strict=False):
-            item = None
-            if raw is not None:
-                try:
-                    item = self._decode(key, raw)
-                except StoreError as error:
-                    self._log.warning("item_not_published", key=key, error=error)
-            found.append((item, (raw or b"")[:STAMP_BYTES]))
-            filled += 0 if item is None else len(item.content)
-            if filled > BYTES_PER_CALL:
-                break
-        return found
+    def _decode_if_item(self, key: str, raw: bytes) -> SyncItem | None:
+        try:
+            return self._decode(key, raw)
+        except StoreError as error:
+            self._log.warning("item_not_published", key=key, error=error)
+            return None
 
     async def stamps(self, keys: Sequence[str]) -> list[Stamp | None]:
         """Return the order tuples of what is held, None also where a key holds no item.
@@ -781,7 +777,7 @@ class RedisSyncEngine(SyncEngine):
         """
         # From now on the loss of this connection tells that the position may be another; of one before
         # the answer tells.
-        async with self._locks.setdefault(peer_id, asyncio.Lock()):
+        async with self._locks[peer_id]:
             with suppress(StoreReopenedError):
                 await self._lane(peer_id)
             await self._lane(peer_id)
@@ -939,7 +935,7 @@ class RedisSyncEngine(SyncEngine):
         key, value, bucket = encode_item(item, form.data)
         digest = "" if item.deleted else item.content_hash.hex()
         args = pack_arguments((key, value, digest, form.meta, bucket, encode_stamp(held)))
-        async with self._locks.setdefault("", asyncio.Lock()):
+        async with self._locks[""]:
             lane = await self._lane("")
             # First: who is killed in between leaves the far stamp, and may do all of it again.
             if item.stamp < held and (await self.stamps([item.key]))[0] == held:
@@ -998,7 +994,7 @@ class RedisSyncEngine(SyncEngine):
     # Calls to Redis; foreign exceptions end here.
 
     async def _call_many(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
-        async with self._locks.setdefault(TREE_LANE, asyncio.Lock()):
+        async with self._locks[TREE_LANE]:
             lane = await self._lane(TREE_LANE)
         try:
             replies = await lane.pipeline(commands, timeout_sec=self._timeout_sec)

@@ -32,7 +32,6 @@ __all__ = (
     "CLEAR_BRANCH",
     "DELETE",
     "FETCH",
-    "HEAD_ARGUMENTS",
     "LEAVE",
     "MERGE",
     "NO_ITEM",
@@ -49,8 +48,8 @@ NO_MARKER: Final = "NOMARKER"
 RECONFIGURED: Final = "RECONFIGURED"
 NO_ITEM: Final = "NOITEM"
 
-# told(error): the text of a failure. not_an_item(error): whether a read failed because something stands there that is no string: that
-# is somebody's, and is neither overwritten nor taken for an item.
+# told(error): the text of a failure. not_an_item(error): whether a read failed because something stands
+# there that is no string: that is somebody's, and is neither overwritten nor taken for an item.
 # newer(a, b): whether stamp a is larger than stamp b; both begin with 50 bytes of order tuple.
 _COMMON: Final = """
 local call = redis.call
@@ -88,7 +87,6 @@ end
 # with. Nothing is written where there is no marker: a Redis that came back empty would have a stream and
 # no marker, and be taken for a foreign node. While a changed ttl is being brought in line both count,
 # and tombstones are kept by the longer one.
-HEAD_ARGUMENTS: Final = 7
 _HEAD: Final = """
 local stream, positions, marker, live_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local maxlen, grace, resolver, prefix = ARGV[1], tonumber(ARGV[3]), ARGV[4], ARGV[5]
@@ -103,10 +101,12 @@ end
 local ttl = math.max(tonumber(announced_ttl or next_ttl), tonumber(next_ttl or announced_ttl))
 """
 
-# prepare() comes before the first change, and takes out of the tree some of what has expired. swap_leaf() puts a leaf in the place of another, false for none,
-# put_back() undoes that, and count() notes what it means for the digests; sweep() takes out what has
-# expired; fold() brings branches, root and the number of live items up to date. Branches count from 1
-# here, so that the root's digest lies at 0 and a branch's at 8 times its number.
+# prepare() comes before the first change, and takes out of the tree some of what has expired. swap_leaf()
+# puts a leaf in the place of another, false for none, put_back() undoes that, and count() notes what it
+# means for the digests; sweep() takes out what has expired; fold() brings branches, root and the number
+# of live items up to date. folded() returns what it is given to run returns, which is true for Lua, or the
+# error it fails with, once what has changed until then is folded in. Branches count from 1 here, so that
+# the root's digest lies at 0 and a branch's at 8 times its number.
 _TREE: Final = """
 local WORD = 4294967296
 local root_high, root_low, live = 0, 0, 0
@@ -230,11 +230,16 @@ local function fold()
   end
   call('SETRANGE', tree, 0, pack(form, unpack(words, 1, 258)))
 end
+local function folded(work, ...)
+  local fine, result = pcall(work, ...)
+  fold()
+  return fine and result or redis.error_reply(told(result))
+end
 """
 
 # keep(): writes an item, its leaf and its stream entry, and marks its key where a publisher of the
 # dotted layout waits for that (``dirty``); it happens whole or not at all. ``expiry`` is given for a
-# tombstone only.
+# tombstone only. Returns how many more live items there are: 1, 0 or -1.
 _KEEP: Final = """
 local function publish(leaves, key, old, ...)
   local entry = redis.pcall('XADD', stream, 'MAXLEN', '~', maxlen, '*', ...)
@@ -259,18 +264,19 @@ local function keep(bucket, item_key, key, value, held, digest, meta, expiry, no
       'data', sub(value, 60 + byte(value, 59)), 'meta', meta)
     call('SET', item_key, value)
   end
-  local was_live = held ~= '' and byte(held, 17) == 0 and 1 or 0
-  live = live + (expiry and 0 or 1) - was_live
+  local more = (expiry and 0 or 1) - (held ~= '' and byte(held, 17) == 0 and 1 or 0)
+  live = live + more
   if leaves then
     count(bucket, stamp and sub(value, 51, 58), old_digest)
     if expiry and stamp then remember(bucket, key, expiry - ttl) end
   end
   if dirty ~= '' then call('ZADD', dirty, 0, key) end
+  return more
 end
 """
 
-# The copy of the marker says whose the data is, and what it is called, where the marker alone is lost. prepare_copy()
-# comes before the first change: it fails where something else stands there.
+# The copy of the marker says whose the data is, and what it is called, where the marker alone is lost.
+# prepare_copy() comes before the first change: it fails where something else stands there.
 _MARKER_COPY: Final = """
 local copy = marker .. ':copy'
 local function prepare_copy()
@@ -285,8 +291,9 @@ end
 # partitions of a Redis that is empty (there is nothing to plant, and no reader must find it without a
 # tree), this process's name, how long that counts in ms, tree, live.
 # Returns "", the incarnation, the layouts that are published, 1 where expiries have to be brought in line,
-# the shortest ttl until then, and what the marker says of an earlier one; or, of a Redis that is not ours, the field that differs and
-# its value; or, where another process of the node runs with other values, that field and value.
+# the shortest ttl until then, and what the marker says of an earlier one; or, of a Redis that is not ours,
+# the field that differs and its value; or, where another process of the node runs with other values, that
+# field and value.
 OPEN: Final = (
     _COMMON
     + """
@@ -373,8 +380,9 @@ return call('ZADD', KEYS[5], string.format('%.0f', until_ms), ARGV[8])
 LEAVE: Final = "return redis.call('ZREM', KEYS[1], ARGV[1])"
 
 # ARGV after the head: peer id, position, the incarnation that is meant or '', then key, value, digest in hex,
-# meta, bucket for each item. An empty position is not kept. Returns one code per item (0 applied, 1 superseded, 2 refused: what is held is no
-# item, 4 refused: the dotted layout keeps its own under that name) as a string, the live items deleted, and the keys that came to life.
+# meta, bucket for each item. An empty position is not kept. Returns one code per item (0 applied,
+# 1 superseded, 2 refused: what is held is no item, 4 refused: the dotted layout keeps its own under that
+# name) as a string, the live items deleted, and the keys that came to life.
 # The loop is one protected call and not one for each item, which would cost a fifth of the script:
 # where a read fails on a key of a wrong type, that item is refused and the loop goes on after it.
 _APPLY: Final = (
@@ -414,10 +422,10 @@ local function run()
       if byte(value, 17) == 1 then expiry = unpack_bytes('>I8', value) + ttl end
       if not (expiry and held == '' and expiry <= now) then
         code = '0'
-        keep(ARGV[i + 4], item_key, key, value, held, ARGV[i + 2], ARGV[i + 3], expiry, now)
-        local was_live = held ~= '' and byte(held, 17) == 0
-        if expiry and was_live then live_deleted = live_deleted + 1 end
-        if not (expiry or was_live) then live_added = live_added + 1 end
+        local more = keep(
+          ARGV[i + 4], item_key, key, value, held, ARGV[i + 2], ARGV[i + 3], expiry, now)
+        if more < 0 then live_deleted = live_deleted + 1 end
+        if more > 0 then live_added = live_added + 1 end
       end
     end
     counted = counted + 1
@@ -515,12 +523,10 @@ local function put(i)
   out[#out + 1] = at_text
   out[#out + 1] = version_text
 end
-local fine, why = pcall(function()
+return folded(function()
   for i = 8, #ARGV, 7 do put(i) end
+  return out
 end)
-fold()
-if not fine then return redis.error_reply(told(why)) end
-return out
 """
 )
 
@@ -534,7 +540,7 @@ DELETE: Final = (
     + _NEXT
     + """
 local key, now = ARGV[8], now_ms()
-local function delete()
+return folded(function()
   local item_key = prefix .. key
   local held = held_head(item_key)
   if not held then error('NOITEM ' .. key, 0) end
@@ -546,11 +552,7 @@ local function delete()
     .. ',"updated_at":' .. string.format('%.0f', at) .. ARGV[11]
   keep(ARGV[12], item_key, key, value, held, '', meta, at + ttl, now)
   return 1
-end
-local fine, result = pcall(delete)
-fold()
-if not fine then return redis.error_reply(told(result)) end
-return result
+end)
 """
 )
 
@@ -562,10 +564,7 @@ SWEEP: Final = (
     + _TREE
     + """
 if ARGV[9] ~= '' then ttl = tonumber(announced_ttl or next_ttl) end
-local fine, swept = pcall(sweep, now_ms(), tonumber(ARGV[8]))
-fold()
-if not fine then return redis.error_reply(told(swept)) end
-return swept
+return folded(sweep, now_ms(), tonumber(ARGV[8]))
 """
 )
 
@@ -596,7 +595,7 @@ BUILD: Final = (
     + _ADOPT
     + """
 local now, skipped = now_ms(), 0
-local fine, why = pcall(function()
+return folded(function()
   for i = 8, #ARGV, 2 do
     local held = held_head(prefix .. ARGV[i])
     if not held or held == '' then
@@ -605,10 +604,8 @@ local fine, why = pcall(function()
       adopt(ARGV[i + 1], ARGV[i], held, now)
     end
   end
+  return skipped
 end)
-fold()
-if not fine then return redis.error_reply(told(why)) end
-return skipped
 """
 )
 
@@ -622,7 +619,7 @@ REALIGN: Final = (
     + _ADOPT
     + """
 local now, found, wanted = now_ms(), 0, tonumber(ARGV[2])
-local fine, why = pcall(function()
+return folded(function()
   for i = 8, #ARGV, 2 do
     local key = ARGV[i]
     local held = held_head(prefix .. key)
@@ -633,10 +630,8 @@ local fine, why = pcall(function()
       call('PEXPIREAT', prefix .. key, string.format('%.0f', math.max(expiry, now) + grace))
     end
   end
+  return found
 end)
-fold()
-if not fine then return redis.error_reply(told(why)) end
-return found
 """
 )
 

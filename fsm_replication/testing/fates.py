@@ -52,7 +52,7 @@ from fsm_replication.errors import (
     StoreError,
     WaitTimeoutError,
 )
-from fsm_replication.items import SyncItem
+from fsm_replication.items import DAY_MS, SyncItem
 from fsm_replication.journal import Transition
 from fsm_replication.ports import PeerRecord, StreamId
 from fsm_replication.reports import PauseReason
@@ -116,7 +116,6 @@ BACKOFF_MAX_SEC: Final = 300.0
 CHAOS_MAX_SEC: Final = TTL_SEC - BACKOFF_MAX_SEC - 50.0
 # Until all that was deleted before is forgotten.
 AGES_SEC: Final = TTL_SEC + GRACE_SEC + 100.0
-DAY_MS: Final = 86_400_000
 DAYS: Final = (-2, 2, 40)
 TTLS_SEC: Final = (TTL_SEC, 1.5 * TTL_SEC, 3 * TTL_SEC)
 # Under it all other contents stay, and over it what nobody else takes.

@@ -355,9 +355,9 @@ class SimStore(SyncEngine):
             self._do("SET", name, value)
         self._plant(item.key, stamp)
         was_live = held is not None and not held.deleted
-        if was_live == item.deleted:
+        if more := (not item.deleted) - was_live:
             live = int(self._do("GET", self.keys.live) or 0)
-            self._do("SET", self.keys.live, live + (1 if was_live is False else -1))
+            self._do("SET", self.keys.live, live + more)
 
     def _remember(self, tombstone: SyncItem) -> None:
         member = f"{bucket_of(tombstone.key.encode())}:{tombstone.key}"

@@ -29,7 +29,15 @@ from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.interlock import Claim, deepest_fall
 from fsm_replication.workers.store_call import call_store
 
-__all__ = ("Applier", "Blocked", "Chunk", "Prepared", "Unsettled")
+__all__ = (
+    "Applier",
+    "Blocked",
+    "Chunk",
+    "Prepared",
+    "Unsettled",
+    "make_applier",
+    "make_builder",
+)
 
 # Where this share of a chunk was superseded, the next is first compared with what is held.
 CHECK_FIRST_SHARE: Final = 0.2
@@ -591,3 +599,22 @@ class Applier:
             if not self._warned_ahead:
                 self._warned_ahead = True
                 context.log.warning("peer_clock_ahead", events=selection.clock_ahead)
+
+
+def make_builder(context: LinkContext, *, foreign: bool = False) -> BatchBuilder:
+    """Return what makes batches of a link's entries, by the limits of this moment."""
+    limits = context.settings.limits
+    return BatchBuilder(
+        context.peer_id,
+        payload_bytes=limits.payload_bytes,
+        part_bytes=limits.batch_bytes // 4,
+        now_ms=context.ports.wall_clock.now_ms,
+        coalesce=context.store.resolver.by_stamp,
+        foreign=foreign,
+        heavy=context.ports.heavy,
+    )
+
+
+def make_applier(context: LinkContext, *, foreign: bool = False) -> Applier:
+    """Return what applies items beside the stream; it gives up at the first call that fails."""
+    return Applier(context, make_builder(context, foreign=foreign), "", lambda: True)

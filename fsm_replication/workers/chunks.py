@@ -96,11 +96,11 @@ class ChunkQueue:
         kept once the next is on its way. Where ``more`` says that the next entries are here, the
         last chunk is left on its way, for the next call or ``finish``.
 
-        :raises Blocked: if the link must pause.
-        :raises Unsettled: if a store call failed and the mode has changed meanwhile.
         An entry at which it dies of an error that nobody expected costs that entry (G13): it becomes a
         dead letter, unless such errors have become too many for one peer.
 
+        :raises Blocked: if the link must pause.
+        :raises Unsettled: if a store call failed and the mode has changed meanwhile.
         :raises CursorStoreError: if dead letters cannot be kept, for good.
         """
         while True:
@@ -122,11 +122,7 @@ class ChunkQueue:
     ) -> None:
         if len(self._pending) == 1 and self._under_way is None and not more():
             # At the head: nothing to overlap with, and no task to be made.
-            prepared = await applier.prepare(self._pending[0])
-            await applier.apply(prepared)
-            if prepared.has_letters:
-                await applier.keep_letters(prepared)
-            self._settle(applier, prepared)
+            self._settle(applier, await _apply_one(applier, self._pending[0]))
             return
         try:
             while len(self._pending) > bool(self._under_way) and not interrupted():
@@ -155,10 +151,7 @@ class ChunkQueue:
         self._pending.extendleft(reversed(singles))
         for single in singles:
             try:
-                prepared = await applier.prepare(single)
-                await applier.apply(prepared)
-                if prepared.has_letters:
-                    await applier.keep_letters(prepared)
+                prepared = await _apply_one(applier, single)
             except (Blocked, Unsettled, ReplicationError):
                 raise
             except Exception as error:
@@ -219,6 +212,14 @@ class ChunkQueue:
             progress.unread_events += progress.pending_events
         progress.pending_events = 0
         progress.oldest_unsettled_ms = None
+
+
+async def _apply_one(applier: Applier, chunk: Chunk) -> Prepared:
+    prepared = await applier.prepare(chunk)
+    await applier.apply(prepared)
+    if prepared.has_letters:
+        await applier.keep_letters(prepared)
+    return prepared
 
 
 def cut(entries: Sequence[Any]) -> Iterator[Sequence[Any]]:

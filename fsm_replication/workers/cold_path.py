@@ -36,7 +36,7 @@ from fsm_replication.metrics import Metrics
 from fsm_replication.ports import Ports
 from fsm_replication.reports import PauseReason
 from fsm_replication.stores.protocol import Received, SyncEngine
-from fsm_replication.workers.applier import Blocked, Unsettled
+from fsm_replication.workers.applier import Blocked, Unsettled, make_applier
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.peer_tree import look_for_tree
@@ -44,7 +44,6 @@ from fsm_replication.workers.repair import (
     Budget,
     PeerRepair,
     StaleVerdict,
-    make_applier,
     repair_peer,
 )
 

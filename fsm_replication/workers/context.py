@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from structlog.stdlib import BoundLogger
@@ -29,7 +29,7 @@ from fsm_replication.workers.slo import SloWatch
 __all__ = ("LinkContext", "LinkProgress")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class LinkProgress:
     """What one link has achieved; written by its workers, read by health without I/O.
 
@@ -235,6 +235,15 @@ class LinkContext:
             self.progress.incarnation,
             BEFORE_ALL if settled is None else settled.stream_id,
         )
+
+    def excepting(
+        self, keys: Iterable[str], undeleted: Iterable[str]
+    ) -> dict[str, int | None] | None:
+        """Return the exceptions of an agreement, see :class:`StaleGuard`; None where there is none."""
+        exceptions = self.stale.excepting(keys, undeleted)
+        if exceptions is None:
+            self.log.warning("too_many_exceptions", then="trees that differ so are no agreement")
+        return exceptions
 
     def distrust_store(self) -> None:
         """Forget what was seen to be in the local store: it may be as it was at an earlier time."""

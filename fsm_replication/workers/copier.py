@@ -44,11 +44,11 @@ from fsm_replication.workers.fetcher import (
 )
 from fsm_replication.workers.foreign_items import ForeignItems
 from fsm_replication.workers.foreign_walk import ForeignWalk
-from fsm_replication.workers.history import Gap, ask_info
+from fsm_replication.workers.history import Gap, ask_info, is_there
 from fsm_replication.workers.item_source import ItemSource, OwnItems
 from fsm_replication.workers.peer_tree import PeerTree
 
-__all__ = ("Copier", "GuardedTree", "make_comparer", "make_source", "make_walk")
+__all__ = ("Copier", "GuardedTree", "make_comparer", "make_source", "make_walk", "source_at")
 
 SCAN_COUNT: Final = 500
 # SCAN may find more than it was asked for, while the server's table of keys grows or shrinks.
@@ -109,10 +109,14 @@ def make_walk(context: LinkContext, lines: Lines, applier: Applier) -> ForeignWa
 
 def make_source(context: LinkContext, lines: Lines) -> ItemSource:
     """Return how the peer's items are found and read."""
-    payload_bytes = context.settings.limits.payload_bytes
+    return source_at(lines, context.peer.redis_prefix, context.settings.limits.payload_bytes)
+
+
+def source_at(lines: Lines, redis_prefix: str, payload_bytes: int) -> ItemSource:
+    """Return how the items of a peer are found and read, each of so many bytes of content at most."""
     if lines.foreign:
-        return ForeignItems(lines, context.peer.redis_prefix, payload_bytes)
-    return OwnItems(Keys(context.peer.redis_prefix), DataDecoder(payload_bytes))
+        return ForeignItems(lines, redis_prefix, payload_bytes)
+    return OwnItems(Keys(redis_prefix), DataDecoder(payload_bytes))
 
 
 class Copier:
@@ -203,10 +207,9 @@ class Copier:
         """Say whether a head that was noted is one of this stream: its server may be an older one."""
         if row.run_id == self._lines.abilities.run_id:
             return True
-        context, at = self._context, str(row.head.stream_id)
-        stream, timeout = Keys(context.peer.redis_prefix).stream, context.settings.timeouts.command
-        found = await self._lines.asking.skim("XRANGE", stream, at, at, timeout_sec=timeout)
-        return bool(found)
+        stream = Keys(self._context.peer.redis_prefix).stream
+        timeout = self._context.settings.timeouts.command
+        return await is_there(self._lines.asking, stream, row.head.stream_id, timeout)
 
     def _show(self) -> None:
         now = self._context.ports.clock.monotonic()
@@ -379,13 +382,9 @@ class Copier:
         await self._applier.tell_doubtful()
         cursor = Cursor(row.head, self._incarnation, row.run_id)
         store, now = context.ports.cursor_store, context.ports.wall_clock.now_ms()
-        exceptions = context.stale.excepting(
-            self._excepted.union(self._fetched.failed), self._undeleted
-        )
+        exceptions = context.excepting(self._excepted.union(self._fetched.failed), self._undeleted)
         whole = self._lines.has_tree and not (self._held_back or self._unreadable)
-        if exceptions is None:
-            context.log.warning("too_many_exceptions", then="trees that differ so are no agreement")
-            whole = False
+        whole = whole and exceptions is not None
         await store.finish_bootstrap(context.peer_id, cursor, now if whole else None)
         context.cursors.saved(context.peer_id, cursor)
         context.log.info(

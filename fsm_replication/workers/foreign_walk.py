@@ -16,10 +16,10 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Map
 from dataclasses import dataclass
 from typing import Final
 
-from fsm_replication.errors import InvalidKeyError, ProtocolError
+from fsm_replication.errors import ProtocolError
 from fsm_replication.foreign import DOTTED, SEGMENTS_MAX, leaf_hash, reserved
 from fsm_replication.heavy import take_turns
-from fsm_replication.items import Stamp, check_key
+from fsm_replication.items import Stamp, is_key
 from fsm_replication.redis_dotted import CHILDREN_MAX, DottedNode, DottedReader, child_path
 from fsm_replication.workers.comparer import ReadableTree
 
@@ -241,9 +241,5 @@ def _is_leaf_of(child: tuple[str, bytes], held: Stamp | None) -> bool:
 
 
 def is_fetchable(path: str) -> bool:
-    """Say whether a path can be the key of an item."""
-    try:
-        check_key(path)
-    except InvalidKeyError:
-        return False
-    return not reserved(path)
+    """Say whether a path can be the key of a foreign node's item."""
+    return is_key(path) and not reserved(path)

@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Final
 
-from fsm_replication.errors import InvalidKeyError
-from fsm_replication.items import DAY_MS, Stamp, check_key
+from fsm_replication.items import DAY_MS, Stamp, is_key
 from fsm_replication.ports import Agreement, Clock, WallClock
 
 __all__ = ("EXCEPTIONS_MAX", "KeyMemory", "StaleGuard")
 
-WINDOW_SEC: Final = 3600.0
+PASS_OVER_SEC: Final = 3600.0
 KEYS_KEPT: Final = 10_000
 # Where more keys than this cannot be taken, a comparison is no agreement: something else is wrong.
 EXCEPTIONS_MAX: Final = 1000
@@ -92,7 +91,8 @@ class StaleGuard:
         key is judged by now at the latest, also where it was never part of an agreement.
         """
         known, before = self.exceptions, self.agreed_at_ms
-        made = {key: known.get(key, before) for key in keys if _is_key(key)}
+        # A name in a peer's tree that can be no key can never be taken, today or later.
+        made = {key: known.get(key, before) for key in keys if is_key(key)}
         if len(made) > EXCEPTIONS_MAX:
             return None
         now = self._wall_clock.now_ms()
@@ -170,15 +170,6 @@ class StaleGuard:
         return tuple(self._held_back)
 
 
-def _is_key(name: str) -> bool:
-    # A name in a peer's tree that can be no key can never be taken, today or later.
-    try:
-        check_key(name)
-    except InvalidKeyError:
-        return False
-    return True
-
-
 class KeyMemory:
     """Keys that could not be fetched, or were refused: passed over for an hour."""
 
@@ -188,7 +179,7 @@ class KeyMemory:
 
     def add(self, keys: Iterable[str]) -> None:
         """Remember keys for an hour; the oldest of too many are forgotten."""
-        until = self._clock.monotonic() + WINDOW_SEC
+        until = self._clock.monotonic() + PASS_OVER_SEC
         for key in keys:
             self._until[key] = until
             self._until.move_to_end(key)

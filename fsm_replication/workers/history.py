@@ -21,7 +21,7 @@ from typing import Any, Final
 from fsm_replication.abilities import Abilities, Counts
 from fsm_replication.errors import PeerReplyError
 from fsm_replication.ports import BEFORE_ALL, Connection, Position, StreamId
-from fsm_replication.replies import count, raise_errors, reply_list, stream_id, unexpected
+from fsm_replication.replies import count, entries, raise_errors, reply_list, stream_id, unexpected
 
 __all__ = (
     "Gap",
@@ -31,6 +31,7 @@ __all__ = (
     "check_history",
     "find_gap",
     "find_newest",
+    "is_there",
     "learn_info",
     "parse_info",
 )
@@ -216,6 +217,20 @@ async def find_newest(
     (entry,) = reply_list(found, "XREVRANGE", 1)
     name, _ = reply_list(entry, "XREVRANGE", 2)
     return stream_id(name, "XREVRANGE")
+
+
+async def is_there(
+    connection: Connection, stream_key: str, at: StreamId, timeout_sec: float
+) -> bool:
+    """Say whether the stream still has the entry of an id.
+
+    :raises PeerReplyError: if the server answered with an error.
+    :raises ProtocolError: if the reply has another shape.
+    """
+    found = await connection.skim(
+        "XRANGE", stream_key, str(at), str(at), "COUNT", 1, timeout_sec=timeout_sec
+    )
+    return bool(entries(found, "XRANGE", 1))
 
 
 def check_history(

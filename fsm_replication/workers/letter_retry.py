@@ -18,13 +18,13 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any, Final
 
-from fsm_replication.batch import FUTURE, BatchBuilder
+from fsm_replication.batch import FUTURE
 from fsm_replication.dead_letters import RetryStats
 from fsm_replication.errors import EngineStoppedError, ReplicationError, StoreReopenedError
 from fsm_replication.log import get_logger
 from fsm_replication.ports import CursorStore, DeadLetter, Position, StreamId
 from fsm_replication.reports import PauseReason
-from fsm_replication.workers.applier import Applier, Blocked, Chunk, Unsettled
+from fsm_replication.workers.applier import Applier, Blocked, Chunk, Unsettled, make_applier
 from fsm_replication.workers.context import LinkContext
 
 __all__ = ("LetterRetry",)
@@ -154,18 +154,8 @@ class LetterRetry:
     async def _apply(
         self, context: LinkContext, foreign: bool, letters: Sequence[DeadLetter]
     ) -> RetryStats:
-        limits = context.settings.limits
-        builder = BatchBuilder(
-            context.peer_id,
-            payload_bytes=limits.payload_bytes,
-            part_bytes=limits.batch_bytes // 4,
-            now_ms=context.ports.wall_clock.now_ms,
-            coalesce=context.store.resolver.by_stamp,
-            foreign=foreign,
-            heavy=context.ports.heavy,
-        )
         # A store call that fails is not tried again: the letters stay, and so does the reason.
-        applier = Applier(context, builder, "", lambda: True)
+        applier = make_applier(context, foreign=foreign)
         given_up = await _given_up(context, applier, letters)
         letters = [letter for letter in letters if letter.id not in given_up]
         if letters:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 
-from fsm_replication.batch import BatchBuilder, Part
+from fsm_replication.batch import Part
 from fsm_replication.heavy import take_turns
 from fsm_replication.items import EMPTY_HASH, Stamp, SyncItem, next_stamp
 from fsm_replication.merkle import bucket_of, bucket_path
-from fsm_replication.workers.applier import Applier
+from fsm_replication.workers.applier import Applier, make_applier
 from fsm_replication.workers.comparer import Difference, Group
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import LinkContext
@@ -26,8 +26,6 @@ __all__ = (
     "PeerRepair",
     "StaleVerdict",
     "find_differences",
-    "make_applier",
-    "make_source",
     "repair_peer",
 )
 
@@ -124,18 +122,6 @@ class KeyDifference:
         return "peer"
 
 
-def make_applier(context: LinkContext) -> Applier:
-    """Return what applies repaired items; a store call that fails ends the pass."""
-    builder = BatchBuilder(
-        context.peer_id,
-        payload_bytes=context.settings.limits.payload_bytes,
-        part_bytes=context.settings.limits.batch_bytes // 4,
-        now_ms=context.ports.wall_clock.now_ms,
-        heavy=context.ports.heavy,
-    )
-    return Applier(context, builder, "", lambda: True)
-
-
 class _Pass:
     def __init__(
         self, context: LinkContext, lines: Lines, budget: Budget, verdict: StaleVerdict | None,
@@ -216,12 +202,10 @@ class _Pass:
                     break
         result.in_sync = not (result.differing or result.skipped)
         waiting = result.deferred or result.skipped or self._undecided
-        exceptions = context.stale.excepting(
+        exceptions = context.excepting(
             result.excepted.union(result.fetched.failed), self._undeleted
         )
-        if exceptions is None:
-            context.log.warning("too_many_exceptions", then="trees that differ so are no agreement")
-        elif not waiting:
+        if exceptions is not None and not waiting:
             result.complete = True
             await self._applier.tell_doubtful()
             await context.agree(replace(comparison, exceptions=exceptions))

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Final
 
-from fsm_replication.batch import BatchBuilder, Part
+from fsm_replication.batch import Part
 from fsm_replication.circuits import CircuitState
-from fsm_replication.config import LimitsConfig, Settings
+from fsm_replication.config import Settings
 from fsm_replication.errors import (
     ConnectionLostError,
     CursorStoreError,
@@ -49,7 +49,7 @@ from fsm_replication.ports import (
 from fsm_replication.replies import entries as entries_of
 from fsm_replication.reports import LinkFact, PauseReason, Reporter
 from fsm_replication.transport import too_slow
-from fsm_replication.workers.applier import Applier, Blocked, Unsettled
+from fsm_replication.workers.applier import Applier, Blocked, Unsettled, make_builder
 from fsm_replication.workers.chunks import ChunkQueue
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import LinkContext
@@ -61,6 +61,7 @@ from fsm_replication.workers.history import (
     ask_run_id,
     check_history,
     find_newest,
+    is_there,
 )
 from fsm_replication.workers.reader import Read, StreamReader
 from fsm_replication.workers.rounds import Rounds
@@ -160,7 +161,7 @@ class Tailer:
         self._priority = priority
         self._decided_by: tuple[object, ...] = ()
         self._limits = context.settings.limits
-        self._builder = self._make_builder(self._limits)
+        self._builder = make_builder(context, foreign=lines.foreign)
         self._keys = Keys(context.peer.redis_prefix)
         self._reader = StreamReader(self._keys.stream, context.current, lines.abilities)
         self._rounds = Rounds(context.ports.clock, context.progress)
@@ -180,18 +181,6 @@ class Tailer:
         self._gap: tuple[Gap | None, str] = (None, "")
         # How often the peer was copied since a read has reached the head with nothing missing.
         self._copies = 0
-
-    def _make_builder(self, limits: LimitsConfig) -> BatchBuilder:
-        context = self._context
-        return BatchBuilder(
-            context.peer_id,
-            payload_bytes=limits.payload_bytes,
-            part_bytes=limits.batch_bytes // 4,
-            now_ms=context.ports.wall_clock.now_ms,
-            coalesce=context.store.resolver.by_stamp,
-            foreign=self._lines.foreign,
-            heavy=context.ports.heavy,
-        )
 
     # What the link asks of it.
 
@@ -403,7 +392,7 @@ class Tailer:
         limits = context.settings.limits
         if limits != self._limits:
             self._limits = limits
-            self._builder = self._make_builder(limits)
+            self._builder = make_builder(context, foreign=self._lines.foreign)
             self._applier = None
         run_id = await self._get_run_id()
         asking = Applier(context, self._builder, "", self._is_interrupted)
@@ -474,14 +463,8 @@ class Tailer:
         return check_history(position, info, entry_is_there=entry_is_there, same_run=same_run)
 
     async def _is_there(self, position: Position) -> bool:
-        at = str(position.stream_id)
-        found = await self._lines.asking.skim(
-            "XRANGE",
-            self._keys.stream,
-            *(at, at, "COUNT", 1),
-            timeout_sec=self._context.settings.timeouts.command,
-        )
-        return bool(entries_of(found, "XRANGE", 1))
+        timeout = self._context.settings.timeouts.command
+        return await is_there(self._lines.asking, self._keys.stream, position.stream_id, timeout)
 
     async def _ask_info(self) -> StreamInfo:
         return await ask_info(
@@ -749,10 +732,10 @@ class Tailer:
         except ReplyTooLargeError:
             return await self._read_smaller(orders)
         read = self._reader.take(self._lines.reading, replies)
-        self._measure_read(read)
+        self._measure_read()
         return read
 
-    def _measure_read(self, read: Read) -> None:
+    def _measure_read(self) -> None:
         context = self._context
         metrics = context.metrics
         metrics.reads.inc()
