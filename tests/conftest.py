@@ -22,7 +22,7 @@ from fsm_replication.batch import BatchBuilder, Part, Selection
 from fsm_replication.config import CursorConfig, PeerConfig, ReplicationConfig, Settings
 from fsm_replication.engine import ReplicationEngine
 from fsm_replication.errors import ReplicationError
-from fsm_replication.items import LastWriterWins, SyncItem, content_hash
+from fsm_replication.items import EMPTY_HASH, LastWriterWins, SyncItem, content_hash
 from fsm_replication.layout import FORMAT, Keys, encode_value
 from fsm_replication.servers import (
     SERVER_VARIABLE,
@@ -64,6 +64,26 @@ def same_logging() -> Iterator[None]:
     logger.level, logger.propagate, logger.handlers[:], off = before
     logger.setLevel(logger.level)
     logging.disable(off)
+
+
+def now_ms() -> int:
+    """Return the time of day, in milliseconds since the epoch, which is every local Redis's too."""
+    return time.time_ns() // 1_000_000
+
+
+def put_of(key: str, at: int, content: bytes = b"content", version: int = 1) -> SyncItem:
+    """Return a live item of another node."""
+    return SyncItem(key, content, "binary", content_hash(content), version, at, False, "far")
+
+
+def delete_of(key: str, at: int, version: int = 1) -> SyncItem:
+    """Return a tombstone of another node."""
+    return SyncItem(key, b"", "binary", EMPTY_HASH, version, at, True, "far")
+
+
+def raw(server: RedisServer) -> redis.Redis:
+    """Return a plain client, to look at what the store does not show."""
+    return redis.Redis(port=server.port)
 
 
 # What pyproject.toml sets, unless the command line chooses tests by other marks.

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import sqlite3
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, closing
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import sqlite_store
-from conftest import DEADLINE_SEC, Nodes, until, until_async
+from conftest import DEADLINE_SEC, Nodes, now_ms, until, until_async
 from hypothesis import strategies as st
 from sqlite_store import SqliteStore
 from test_outbox import SOON_SEC, Fuse, Node, told
@@ -100,11 +99,6 @@ async def test_a_longer_ttl_makes_nothing_known_that_was_forgotten(tmp_path: Pat
     async with aged(5) as store:
         at = now_ms()
         assert HOUR_MS <= store.deletes_known_ms(at) <= HOUR_MS + at - begin
-
-
-def now_ms() -> int:
-    """Return the time of day."""
-    return time.time_ns() // 1_000_000
 
 
 # A second node ----------------------------------------------------------------------------------

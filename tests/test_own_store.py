@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
-from conftest import until, until_async
+from conftest import delete_of, now_ms, put_of, raw, until, until_async
 from rich.console import Console
 from sqlite_store import SqliteStore
 
@@ -20,7 +18,7 @@ from fsm_replication.cli.node import check_node
 from fsm_replication.config import CursorConfig, ReplicationConfig, StoreConfig
 from fsm_replication.engine import ReplicationEngine
 from fsm_replication.errors import ConfigError, StoreError, StoreReopenedError
-from fsm_replication.items import EMPTY_HASH, SyncItem, content_hash
+from fsm_replication.items import SyncItem
 from fsm_replication.layout import decode_item, encode_stamp
 from fsm_replication.merkle import OWN, MerkleTree, bucket_of
 from fsm_replication.ports import Agreement, Position, StreamId
@@ -54,26 +52,6 @@ COMMANDS = (
     "zrangebyscore", "time", "incrby",
 )  # fmt: skip
 LAST_ID = "18446744073709551615-18446744073709551615"
-
-
-def now_ms() -> int:
-    """Return the time of day, which is Redis's too."""
-    return int(time.time() * 1000)
-
-
-def put_of(key: str, at: int, content: bytes = b"content", version: int = 1) -> SyncItem:
-    """Return a live item of another node."""
-    return SyncItem(key, content, "binary", content_hash(content), version, at, False, "far")
-
-
-def delete_of(key: str, at: int, version: int = 1) -> SyncItem:
-    """Return a tombstone of another node."""
-    return SyncItem(key, b"", "binary", EMPTY_HASH, version, at, True, "far")
-
-
-def raw(server: RedisServer) -> redis.Redis:
-    """Return a plain client, to look at what the store does not show."""
-    return redis.Redis(port=server.port)
 
 
 def everything(client: Any) -> dict[bytes, Any]:

@@ -14,12 +14,12 @@ import msgspec
 import pytest
 import redis
 import zstandard
-from conftest import until
+from conftest import delete_of, now_ms, put_of, raw, until
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fsm_replication.errors import ConfigError, StoreError, StoreReopenedError
-from fsm_replication.items import EMPTY_HASH, NUMBER_MAX, Resolver, SyncItem, content_hash
+from fsm_replication.items import NUMBER_MAX, Resolver, SyncItem
 from fsm_replication.layout import encode_value
 from fsm_replication.merkle import OWN
 from fsm_replication.ports import Position, StreamId, SystemClock
@@ -37,26 +37,6 @@ AT = Position(StreamId(1_700_000_000_000, 7), 42)
 SECRET = "hunter2"
 # Examples of one test share a store; each takes keys of its own.
 fresh = map("example{}.".format, itertools.count())
-
-
-def now_ms() -> int:
-    """Return the time of day, which is Redis's too."""
-    return int(time.time() * 1000)
-
-
-def put_of(key: str, at: int, content: bytes = b"content", version: int = 1) -> SyncItem:
-    """Return a live item of another node."""
-    return SyncItem(key, content, "binary", content_hash(content), version, at, False, "far")
-
-
-def delete_of(key: str, at: int, version: int = 1) -> SyncItem:
-    """Return a tombstone of another node."""
-    return SyncItem(key, b"", "binary", EMPTY_HASH, version, at, True, "far")
-
-
-def raw(server: RedisServer) -> redis.Redis:
-    """Return a plain client, to look at what the store does not show."""
-    return redis.Redis(port=server.port)
 
 
 def entries(server: RedisServer, key: str = "cdc") -> list[list[bytes]]:

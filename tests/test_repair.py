@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEADLINE_SEC, Nodes, counts_entries, held, until, until_async
+from conftest import DEADLINE_SEC, Nodes, counts_entries, held, now_ms, until, until_async
 
 from fsm_replication import (
     EngineStoppedError,
@@ -46,11 +45,6 @@ from fsm_replication.transport import RedisConnection, RedisTransport
 WEEK_MS = 7 * 86_400_000
 BY_HAND = ColdPathConfig(interval_sec=3600)
 COLD_ONLY = Settings(hot_path=HotPathConfig(enabled=False), cold_path=BY_HAND)
-
-
-def now_ms() -> int:
-    """Return the time of day."""
-    return time.time_ns() // 1_000_000
 
 
 def put_of(key: str, content: bytes, at: int, version: int = 1) -> SyncItem:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import io
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from conftest import Nodes, peer_config, until_async
+from conftest import Nodes, now_ms, peer_config, until_async
 from rich.console import Console
 from test_backups import (
     CYCLE_SEC,
@@ -58,11 +57,6 @@ def item(
     """Return an item of node x, or with None a tombstone."""
     body = b"" if content is None else content
     return SyncItem(key, body, "binary", content_hash(body), version, at_ms, content is None, "x")
-
-
-def now_ms() -> int:
-    """Return the time of day."""
-    return time.time_ns() // 1_000_000
 
 
 class Longest:
@@ -179,6 +173,16 @@ def contents(mesh: LocalMesh) -> list[bytes | None]:
     return [None if item is None else item.content for item in held]
 
 
+async def read_then_restamp(mesh: LocalMesh) -> None:
+    """Let node b make a letter of a far entry, before that is restamped at node a."""
+    mesh.nodes["a"].store.put("k", b"first")
+    await both_agree(mesh)
+    far = write_far(mesh)
+    await until_it_is(lambda: health(mesh).dead_letters == 1, "the letter")
+    mend(mesh, far)
+    await until_it_is(lambda: contents(mesh) == [b"written since"] * 2, "the restamped key")
+
+
 @DIALECTS
 def test_a_reader_that_comes_a_day_late_undoes_no_restamp(dialect: Dialect) -> None:
     """If this fails the far entry of the stream wins in the end, and later writes are lost."""
@@ -207,12 +211,7 @@ def test_a_reader_that_was_there_goes_on_after_a_restamp(dialect: Dialect) -> No
 
     async def trace(mesh: LocalMesh) -> None:
         a = mesh.nodes["a"]
-        a.store.put("k", b"first")
-        await both_agree(mesh)
-        far = write_far(mesh)
-        await until_it_is(lambda: health(mesh).dead_letters == 1, "the letter")
-        mend(mesh, far)
-        await until_it_is(lambda: contents(mesh) == [b"written since"] * 2, "the restamped key")
+        await read_then_restamp(mesh)
         await mesh.stop("b")
         await mesh.start("b")
         await asyncio.sleep(3 * CYCLE_SEC)
@@ -228,12 +227,7 @@ def test_a_letter_that_is_tried_a_day_late_undoes_no_restamp() -> None:
 
     async def trace(mesh: LocalMesh) -> None:
         a = mesh.nodes["a"]
-        a.store.put("k", b"first")
-        await both_agree(mesh)
-        far = write_far(mesh)
-        await until_it_is(lambda: health(mesh).dead_letters == 1, "the letter")
-        mend(mesh, far)
-        await until_it_is(lambda: contents(mesh) == [b"written since"] * 2, "the restamped key")
+        await read_then_restamp(mesh)
         a_day_later(mesh)
         a.store.put("k", b"a day later")
         await until_it_is(lambda: contents(mesh) == [b"a day later"] * 2, "the later write")

@@ -7,7 +7,6 @@ import contextlib
 import random
 import select
 import socket
-import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import hiredis
 import pytest
 import pytest_asyncio
+from conftest import now_ms
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,11 +47,6 @@ from fsm_replication.transport import RedisTransport
 
 Arguments = tuple[bytes | str | int, ...]
 NOW_MS = 1_700_000_000_000
-
-
-def now_ms() -> int:
-    """Return the machine's time of day."""
-    return time.time_ns() // 1_000_000
 
 
 def sim() -> SimRedis:

@@ -1,11 +1,12 @@
 """The peer link's machine.
 
 Theory of operation. A link is directed: it reads one peer. It never ends by itself: whatever
-happens to the peer it goes round Connecting, Running, Disconnecting, Backoff for ever, and only
-what waiting cannot mend brings it to Failed: and errors that nobody expected, if they come again and
-again while working with this peer. They are defects of ours, and spoil this link alone. The group Running owns the connections and one tailer
-task; moves inside the group hand the tailer its next mode, which it takes up between batches, so
-no batch is ever cut in two by a change of mind.
+happens to the peer it goes round Connecting, Running, Disconnecting, Backoff for ever. Only what waiting
+cannot mend brings it to Failed, and errors that nobody expected, if they come again and again
+while working with this peer: they are defects of ours, and spoil this link alone.
+
+The group Running owns the connections and one tailer task; moves inside the group hand the tailer
+its next mode, which it takes up between batches, so no batch is ever cut in two by a change of mind.
 
 Every way into reading leads through Resuming, which loads the cursor, looks at the stream and
 decides afresh. There is thus one place where "what is next?" is answered, and a pause, a new

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Self
 
-__all__ = ("FaultProxy",)
+__all__ = ("FaultProxy", "until_first_ends")
 
 READ_BYTES: Final = 64 * 1024
 # Of each direction of a line; a sender that is ahead by more waits.
@@ -264,7 +264,7 @@ class _Line:
         server_writer: asyncio.StreamWriter | None = None
         try:
             server_reader, server_writer = await asyncio.open_connection(*to)
-            await _until_first_ends(
+            await until_first_ends(
                 self._take(client_reader, self._requests, self._take_requests),
                 self._take(server_reader, self._replies, self._take_replies),
                 self._give(self._requests, server_writer),
@@ -389,7 +389,7 @@ async def _abort(writer: asyncio.StreamWriter) -> None:
         await writer.wait_closed()
 
 
-async def _until_first_ends(*coroutines: Coroutine[Any, Any, None]) -> None:
+async def until_first_ends(*coroutines: Coroutine[Any, Any, None]) -> None:
     """Run all of them until one ends, and wait for the end of all."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:

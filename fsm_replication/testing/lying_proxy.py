@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Self
 
 import hiredis
 
+from fsm_replication.testing.fault_proxy import until_first_ends
+
 __all__ = ("Command", "HangUpError", "LyingProxy", "Raw", "Seen", "pack_reply", "truth")
 
 Command = Sequence[bytes]
@@ -149,19 +151,10 @@ class LyingProxy:
             server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._to)
             writers.append(server_writer)
             line = _Line(self)
-            tasks = [
-                asyncio.create_task(_pass_on(reader, server_writer, line.requests)),
-                asyncio.create_task(_pass_on(server_reader, writer, line.replies)),
-            ]
-            try:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.wait(tasks)
-            for task in tasks:
-                if not task.cancelled():
-                    task.result()
+            await until_first_ends(
+                _pass_on(reader, server_writer, line.requests),
+                _pass_on(server_reader, writer, line.replies),
+            )
         except (OSError, HangUpError):
             return  # To the client that is a connection which ends.
         finally:

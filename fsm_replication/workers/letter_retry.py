@@ -38,9 +38,9 @@ class LetterRetry:
     """Tries letters again, one request after the other.
 
     ``contexts`` returns the links' contexts by peer, ``block`` pauses a link for a reason, ``blame``
-    counts an unexpected error against one,
-    ``on_room`` is awaited when letters may have gone, ``start`` starts a worker of the engine, and
-    ``reopened`` has every link decide anew: the store may be another, or as it was before.
+    counts an unexpected error against one, ``on_room`` is awaited when letters may have gone,
+    ``start`` starts a worker of the engine, and ``reopened`` has every link decide anew: the store
+    may be another, or as it was before.
     """
 
     def __init__(
