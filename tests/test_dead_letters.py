@@ -641,10 +641,16 @@ Servers = Callable[[], RedisServer]
 EVIL = b"\x1b]0;owned\x07\x1b[2J\xe2\x80\xae"
 
 
-async def node_with_letters(servers: Servers, folder: Path) -> tuple[Path, RedisServer]:
+async def node_with_letters(
+    servers: Servers, folder: Path, *, peer_is_down: bool = False
+) -> tuple[Path, RedisServer]:
     """Configure node b, which does not run, with four letters of a and one of c."""
     away, mine = servers(), servers()
     path = write_config(folder, mine, ("a", away))
+    if peer_is_down:
+        away.stop()
+        asks_for_a_peer = path.read_text().replace("when_no_peer: run", "when_no_peer: fail")
+        path.write_text(asks_for_a_peer)
     store = SqliteCursorStore(ReplicationConfig.load(path).cursor.sqlite_path)
     await store.open()
     now = int(time.time() * 1000)
@@ -739,6 +745,18 @@ async def test_letters_of_a_stopped_node_are_tried_again(
     assert done.returncode == 1, "that a peer is not configured is a problem"
     assert "'c' is not configured" in done.stdout
     assert run("dead-letters", "retry", str(path), "3", "--peer", "a").returncode == 2
+    async with RedisSyncEngine(mine.url, node_id="b") as store:
+        assert await held(store, "k1", "k2") == {"k1": b"x" * 5000, "k2": b"x" * 5000}
+    assert await ids_left(path) == [1, 2, 5]
+
+
+async def test_letters_are_tried_again_while_no_peer_answers(
+    redis_servers: Servers, tmp_path: Path
+) -> None:
+    """If this fails a letter waits for its peer, though it holds all that is needed."""
+    path, mine = await node_with_letters(redis_servers, tmp_path, peer_is_down=True)
+    done = run("dead-letters", "retry", str(path), "--peer", "a", "--json")
+    assert json.loads(done.stdout)["applied"] == 2, done.stderr
     async with RedisSyncEngine(mine.url, node_id="b") as store:
         assert await held(store, "k1", "k2") == {"k1": b"x" * 5000, "k2": b"x" * 5000}
     assert await ids_left(path) == [1, 2, 5]

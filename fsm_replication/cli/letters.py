@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fsm_replication.cli.cursors import opened_cursors
-from fsm_replication.cli.repair import repairing_engine
+from fsm_replication.cli.repair import cold_only, repairing_engine
 from fsm_replication.cli.tables import utc_text
 from fsm_replication.config import ReplicationConfig
 from fsm_replication.dead_letters import RetryStats
@@ -130,7 +130,7 @@ async def retry_letters(
     """
     try:
         # Peers that are away do not matter: a letter holds all that is needed.
-        async with repairing_engine(config, ()) as engine:
+        async with repairing_engine(cold_only(config), ()) as engine:
             return await engine.dead_letters.retry(peer, ids=ids or None)
     except AlreadyRunningError as error:
         raise _runs(error, "engine.dead_letters.retry()") from None

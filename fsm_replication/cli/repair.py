@@ -39,6 +39,7 @@ from fsm_replication.workers.cold_path import RepairStats
 from fsm_replication.workers.explain import Explanation, explain_key
 
 __all__ = (
+    "cold_only",
     "explain_node",
     "explanation_table",
     "print_ledger",
@@ -54,8 +55,8 @@ _DECIDED: Final = tuple(
 )
 
 
-def _cold_only(config: ReplicationConfig, *, sqlite_path: str | None = None) -> ReplicationConfig:
-    """Return the configuration of an engine that only repairs, and only when asked."""
+def cold_only(config: ReplicationConfig, *, sqlite_path: str | None = None) -> ReplicationConfig:
+    """Return the configuration of an engine that does what it is asked for, and needs no peer."""
     settings = config.settings.model_copy(
         update={
             "hot_path": HotPathConfig(enabled=False),
@@ -111,7 +112,7 @@ async def repair_node(
         TimeElapsedColumn(),
     )
     try:
-        async with repairing_engine(_cold_only(config), peers) as engine:
+        async with repairing_engine(cold_only(config), peers) as engine:
             with Progress(*columns, console=console) as bars:
                 tasks = {
                     name: bars.add_task(escape(f"from {printable(name)}"), total=None)
@@ -145,7 +146,7 @@ async def show_differences(config: ReplicationConfig, peer: str | None, *, as_js
     well = True
     console, errors = Console(highlight=False), Console(stderr=True)
     # The cursor file belongs to the engine that may be running; a comparison needs none.
-    quiet = _cold_only(config, sqlite_path=":memory:")
+    quiet = cold_only(config, sqlite_path=":memory:")
     async with repairing_engine(quiet, _chosen(config, peer)) as engine:
         for name in _chosen(config, peer):
             newer = {"peer": 0, "local": 0}
