@@ -19,7 +19,7 @@ from fsm_replication.errors import AlreadyRunningError, ConfigError, Replication
 from fsm_replication.foreign import DOTTED
 from fsm_replication.items import LastWriterWins
 from fsm_replication.log import get_logger
-from fsm_replication.ports import SystemClock, SystemWallClock
+from fsm_replication.ports import PeerRecord, SystemClock, SystemWallClock
 from fsm_replication.printable import printable
 from fsm_replication.stores import (
     MemorySyncEngine,
@@ -218,23 +218,26 @@ async def _check_cursor(config: ReplicationConfig, console: Console) -> bool:
 
 async def _check_books(config: ReplicationConfig, console: Console) -> bool:
     """Say what waits for a person, as the cursor file tells it; False if that is the interlock."""
+    well = True
     try:
         async with opened_cursors(config, read_only=True) as store:
-            records = [(peer.node_id, await store.load(peer.node_id)) for peer in config.peers]
+            for peer in config.peers:
+                well = _show_books(peer.node_id, await store.load(peer.node_id), console) and well
     except ReplicationError as error:
         _doubt(console, f"cursors: {error}")
-        return True
-    well = True
-    for peer_id, record in records:
-        if record.interlock is not None and record.interlock.tripped:
-            well = False
-            _wrong(console, f"peer {peer_id}: the interlock: {record.interlock.tripped}")
-        if record.operator_pause:
-            _doubt(console, f"peer {peer_id}: paused by an operator")
-        if record.dead_letters:
-            _doubt(console, f"peer {peer_id}: {record.dead_letters} dead letters are kept")
-        if record.gaps:
-            _doubt(console, f"peer {peer_id}: {len(record.gaps)} gaps are open in the ledger")
+    return well
+
+
+def _show_books(peer_id: str, record: PeerRecord, console: Console) -> bool:
+    well = record.interlock is None or not record.interlock.tripped
+    if record.interlock is not None and not well:
+        _wrong(console, f"peer {peer_id}: the interlock: {record.interlock.tripped}")
+    if record.operator_pause:
+        _doubt(console, f"peer {peer_id}: paused by an operator")
+    if record.dead_letters:
+        _doubt(console, f"peer {peer_id}: {record.dead_letters} dead letters are kept")
+    if record.gaps:
+        _doubt(console, f"peer {peer_id}: {len(record.gaps)} gaps are open in the ledger")
     return well
 
 
