@@ -202,13 +202,17 @@ class Agreement:
 
     It belongs to the ``incarnation`` of the local store ("" where that is not known), as it was
     when the peer's stream was settled ``up_to`` an id. Each exception is a key that could not be
-    taken, with the time of the last agreement that it was part of: None if it never was.
+    taken, with the time of the last agreement that it was part of: None if it never was. ``head``
+    is where the peer's stream ended before it was compared, in the run ``run_id`` of its server:
+    entries up to there say nothing that the comparison did not see. None where that is not known.
     """
 
     at_ms: int
     incarnation: str = ""
     up_to: StreamId = BEFORE_ALL
     exceptions: Mapping[str, int | None] = field(default_factory=dict)
+    head: Position | None = None
+    run_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

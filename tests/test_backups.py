@@ -184,14 +184,22 @@ def test_a_marker_that_is_lost_alone_revives_nothing() -> None:
     on_virtual_time(trace)
 
 
-async def forgotten_deletes(mesh: LocalMesh) -> Any:
-    """Return a backup of a with ten items, and let everybody forget that they were deleted."""
+async def nothing() -> None:
+    """Do nothing."""
+
+
+async def forgotten_deletes(mesh: LocalMesh, then: Callable[[], Awaitable[None]] = nothing) -> Any:
+    """Return a backup of a with ten items, and let everybody forget that they were deleted.
+
+    ``then`` is awaited right after the backup was made.
+    """
     a = mesh.nodes["a"].store
     for key in DELETED:
         a.put(key, b"x")
     a.put("kept", b"x")
     await both_agree(mesh)
     backup = mesh.snapshot("a")
+    await then()
     for key in DELETED:
         a.delete(key)
     await both_agree(mesh)
@@ -313,6 +321,46 @@ def info_of(client: redis.Redis, section: str) -> dict[str, Any]:
     """Return a section of a server's INFO."""
     told: Any = client.info(section)
     return dict(told)
+
+
+def read_by_trees_alone(mesh: LocalMesh) -> None:
+    """Have b's next start leave the hot path out, as a repair of a stopped node does too."""
+    b = mesh.nodes["b"]
+    settings = b.config.settings.model_copy(update={"hot_path": HotPathConfig(enabled=False)})
+    b.config = b.config.model_copy(update={"settings": settings})
+
+
+@DIALECTS
+@pytest.mark.parametrize("writes", [0, 1, 60])
+@pytest.mark.parametrize("since", ["ever", "the backup", "the restore"])
+def test_a_restored_peer_revives_nothing_without_a_hot_path(
+    dialect: Dialect, since: str, writes: int
+) -> None:
+    """If this fails comparing trees takes back all deletes that a peer's backup does not know of."""
+
+    async def trace(mesh: LocalMesh) -> None:
+        if since == "ever":
+            read_by_trees_alone(mesh)
+
+        async def stay_away() -> None:
+            if since == "the backup":
+                await mesh.stop("b")
+                read_by_trees_alone(mesh)
+
+        backup = await forgotten_deletes(mesh, stay_away)
+        await mesh.stop("b")
+        mesh.servers["a"].load(backup)
+        mesh.nodes["a"].store.crashed()
+        for number in range(writes):
+            mesh.nodes["a"].store.put("new", b"%d" % number)
+        read_by_trees_alone(mesh)
+        await mesh.start("b")
+        await until_it_is(lambda: health(mesh).state is PeerState.STANDBY, "the link")
+        await asyncio.sleep(3 * CYCLE_SEC)
+        assert live(mesh, "b") == {"kept", "later"} | ({"new"} if writes else set())
+        assert set(engine_of(mesh).stale_keys("a")) == DELETED
+
+    on_virtual_time(trace, dialect)
 
 
 def test_a_peer_restored_during_a_copy_revives_nothing() -> None:

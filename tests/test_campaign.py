@@ -69,6 +69,13 @@ def test_seeds_keep_every_promise(full: bool) -> None:
         94,  # A node without items was emptied, and its peers waited for its marker for ever.
         1159,  # A link gave up just after its peer was mended.
         6950,  # A repair waited for a link to decide while its engine ended: KeyError.
+        4844,  # What was put and deleted before an agreement was read after it, and taken.
+        351,
+        535,
+        4957,  # Our clock was days ahead, and what came meanwhile was passed over as old.
+        710,  # Without a hot path nobody looked whether a peer had come back older.
+        3350,  # A peer whose ids ran ahead of its clock came back older.
+        6045,  # A delete was heard of late, and forgotten before a peer had heard of it.
     ],
 )
 def test_seeds_that_have_failed_before(seed: int) -> None:

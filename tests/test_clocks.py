@@ -174,6 +174,38 @@ def test_our_clock_days_ahead_stops_nothing() -> None:
     played(play)
 
 
+@pytest.mark.parametrize("trees", [True, False], ids=["trees", "no trees"])
+@pytest.mark.parametrize("before", [0, 1], ids=["bootstrapped", "tailed"])
+def test_what_our_clock_days_ahead_makes_old_waits_for_the_clocks(before: int, trees: bool) -> None:
+    """If this fails good entries are held back as if they were older than tombstones, for good."""
+
+    async def play() -> None:
+        pair = Pair(
+            tombstones={"ttl": "1d"},
+            cold_path={"enabled": trees, "interval_sec": 20},
+        )
+        pair.peer.put("early", b"1")
+        await pair.start()
+        if not before:
+            await pair.mesh.stop("b")
+            # What comes next is not in the stream any more.
+            pair.peer.put("trimmed", b"1")
+            pair.mesh.trim("a", 0)
+        pair.b.wall_clock.skew_ms = TWO_DAYS_MS
+        pair.peer.put("late", b"1")
+        if not before:
+            pair.mesh.trim("a", 0)
+            await pair.start(PeerState.PAUSED)
+        await pair.reach(pair.is_paused, 60)
+        assert not pair.holds("late")
+        pair.b.wall_clock.skew_ms = 0
+        await pair.reach(lambda: pair.holds(*pair.peer.items()), 60)
+        assert pair.engine.health_check().peers[0].stale_held_back == 0
+        await pair.mesh.close()
+
+    played(play)
+
+
 def test_a_clock_that_is_set_while_the_peer_is_asked_judges_anew() -> None:
     """If this fails what was read by the wrong clock is buried by the right one."""
 

@@ -30,7 +30,10 @@ from fsm_replication.ports import (
 from fsm_replication.testing import MemoryCursorStore
 
 NOTHING = PeerRecord()
-AGREED = Agreement(77, "i", StreamId(5, 1), {"too large": 60, "never fetched\x00": None})
+AGREED = Agreement(
+    77, "i", StreamId(5, 1), {"too large": 60, "never fetched\x00": None},
+    Position(StreamId(6, 2), 40), "run\udc80",
+)  # fmt: skip
 
 
 def cursor(ms: int, read: int | None = 1, incarnation: str = "i") -> Cursor:

@@ -505,6 +505,21 @@ class FixedWallClock:
         return self.ms
 
 
+def test_a_delete_that_was_heard_of_late_is_not_undone_by_a_peer_that_has_not() -> None:
+    """If this fails a key comes back as soon as the grace of its tombstone is over (G5)."""
+    now = 100 * HOUR_MS
+    guard = StaleGuard(10 * HOUR_MS, FixedWallClock(now))
+    late, fresh = now - 20 * HOUR_MS, now - HOUR_MS
+    guard.agreed(Agreement(now - HOUR_MS))
+    made = guard.excepting((), {"late": late, "fresh": fresh})
+    assert made == {"late": late, "fresh": fresh}
+    guard.agreed(Agreement(now, exceptions=made))
+    old = put_of("k", now - 30 * HOUR_MS).stamp
+    assert guard.holds_back("late", old, None)
+    assert not guard.holds_back("fresh", old, None)
+    assert not guard.holds_back("another", old, None)
+
+
 def test_an_old_agreement_stays_old_when_the_ttl_is_raised() -> None:
     """If this fails an item is revived whose delete was forgotten by the old ttl (G5)."""
     now = 10 * HOUR_MS

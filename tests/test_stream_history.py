@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -199,6 +200,17 @@ def test_a_position_that_was_decided_is_no_gap_twice() -> None:
     doubt = check_history(head, stream.info, entry_is_there=False)
     assert doubt is not None
     assert doubt.is_doubt
+
+
+def test_ids_ahead_of_the_clock_tell_a_restarted_server_nothing() -> None:
+    """If this fails a peer from a backup gives ids again, and passes for what was read before."""
+    now = 1000
+    info = replace(Stream(counts=True).info, last_id=StreamId(now + 1, 5), added=9)
+    for at, doubted in ((StreamId(now + 1, 3), True), (StreamId(now, 3), False)):
+        here = partial(check_history, Position(at, 7), info, entry_is_there=True, now_ms=now)
+        assert here(same_run=True) is None
+        found = here(same_run=False)
+        assert (found is not None and found.ids_tell_nothing) == doubted
 
 
 # What is believed -------------------------------------------------------------------------------

@@ -5,13 +5,14 @@ Texts may hold anything a ``str`` can, also NUL and lone surrogates: they come b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 
 from fsm_replication.letter_folding import same_as
 from fsm_replication.ports import (
+    Agreement,
     Cursor,
     DeadLetter,
     GapRow,
@@ -22,6 +23,8 @@ from fsm_replication.ports import (
 
 __all__ = (
     "INTEGER_MAX",
+    "agreement_of",
+    "agreement_row",
     "cursor_row",
     "from_text",
     "gap_of",
@@ -83,6 +86,35 @@ def position_of(stream_id: str, entries_read: int | None) -> Position:
     :raises ValueError: if ``stream_id`` is none.
     """
     return Position(StreamId.parse(stream_id), entries_read)
+
+
+def agreement_row(peer_id: str, agreement: Agreement) -> tuple[Any, ...]:
+    """Return the columns of an agreement, but for its exceptions."""
+    head = agreement.head
+    return (
+        to_text(peer_id),
+        agreement.at_ms,
+        to_text(agreement.incarnation),
+        str(agreement.up_to),
+        *((None, None) if head is None else (str(head.stream_id), to_number(head.entries_read))),
+        to_text(agreement.run_id),
+    )
+
+
+def agreement_of(row: Sequence[Any], exceptions: Mapping[str, int | None]) -> Agreement:
+    """Return an agreement of these columns without the peer's, and of its exceptions.
+
+    :raises ValueError: if an id is none.
+    """
+    at_ms, incarnation, up_to, head, head_read, run_id = row
+    return Agreement(
+        at_ms,
+        from_text(incarnation),
+        StreamId.parse(up_to),
+        exceptions,
+        None if head is None else position_of(head, head_read),
+        from_text(run_id),
+    )
 
 
 def cursor_row(peer_id: str, cursor: Cursor) -> tuple[Any, ...]:

@@ -64,6 +64,9 @@ _SCHEMA_3: Final = (
     "ALTER TABLE bootstraps ADD COLUMN run_id TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE peers ADD COLUMN agreed_with TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE peers ADD COLUMN agreed_up_to TEXT NOT NULL DEFAULT '0-0'",
+    "ALTER TABLE peers ADD COLUMN agreed_head TEXT",
+    "ALTER TABLE peers ADD COLUMN agreed_head_read INTEGER",
+    "ALTER TABLE peers ADD COLUMN agreed_run_id TEXT NOT NULL DEFAULT ''",
     # A link agrees with the store that its cursor belongs to.
     "UPDATE peers SET agreed_with = incarnation WHERE incarnation IS NOT NULL",
     """CREATE TABLE exceptions (
@@ -97,7 +100,8 @@ SCHEMA_VERSION: Final = len(_SCHEMAS)
 _VIEWS_OF_2: Final = (
     "PRAGMA temp_store = MEMORY",
     """CREATE TEMP VIEW peers AS SELECT *, '' AS run_id, coalesce(incarnation, '') AS agreed_with,
-    '0-0' AS agreed_up_to FROM main.peers""",
+    '0-0' AS agreed_up_to, NULL AS agreed_head, NULL AS agreed_head_read, '' AS agreed_run_id
+    FROM main.peers""",
     "CREATE TEMP VIEW bootstraps AS SELECT *, '' AS run_id FROM main.bootstraps",
     "CREATE TEMP VIEW exceptions AS SELECT '' AS peer_id, '' AS key, 0 AS agreed_at_ms WHERE 0",
     """CREATE TEMP VIEW interlocks AS SELECT '' AS peer_id, 0 AS saved_at_ms, '[]' AS falls,

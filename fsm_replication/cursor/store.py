@@ -9,6 +9,8 @@ from typing import Any, Final
 from fsm_replication.cursor.file import READ, CursorFile
 from fsm_replication.cursor.rows import (
     INTEGER_MAX,
+    agreement_of,
+    agreement_row,
     cursor_row,
     from_text,
     gap_of,
@@ -35,7 +37,6 @@ from fsm_replication.ports import (
     GapRow,
     InterlockRow,
     PeerRecord,
-    StreamId,
     SystemClock,
     dropped_letters,
 )
@@ -132,9 +133,13 @@ INSERT OR REPLACE INTO interlocks
 VALUES (?, ?, ?, ?, ?, ?)
 """
 _SET_AGREED: Final = """
-INSERT INTO peers (peer_id, agreed_at_ms, agreed_with, agreed_up_to) VALUES (?, ?, ?, ?)
+INSERT INTO peers (peer_id, agreed_at_ms, agreed_with, agreed_up_to, agreed_head,
+    agreed_head_read, agreed_run_id)
+VALUES (?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (peer_id) DO UPDATE SET agreed_at_ms = excluded.agreed_at_ms,
-    agreed_with = excluded.agreed_with, agreed_up_to = excluded.agreed_up_to
+    agreed_with = excluded.agreed_with, agreed_up_to = excluded.agreed_up_to,
+    agreed_head = excluded.agreed_head, agreed_head_read = excluded.agreed_head_read,
+    agreed_run_id = excluded.agreed_run_id
 """
 _FORGET_EXCEPTIONS: Final = "DELETE FROM exceptions WHERE peer_id = ?"
 _ADD_EXCEPTION: Final = "INSERT INTO exceptions (peer_id, key, agreed_at_ms) VALUES (?, ?, ?)"
@@ -322,7 +327,7 @@ class SqliteCursorStore:
         With ``heal_gaps`` its open gaps are closed in the same transaction, as healed by repair.
         """
         name, at_ms = to_text(peer_id), agreement.at_ms
-        row = (name, at_ms, to_text(agreement.incarnation), str(agreement.up_to))
+        row = agreement_row(peer_id, agreement)
         exceptions = [(name, to_text(key), at) for key, at in agreement.exceptions.items()]
 
         def work(db: sqlite3.Connection) -> None:
@@ -474,16 +479,15 @@ def _extend_gap(db: sqlite3.Connection, gap: GapRow) -> bool:
 def _agreement(db: sqlite3.Connection, peer_id: str | bytes) -> Agreement | None:
     one = (peer_id,)
     found = db.execute(
-        "SELECT agreed_at_ms, agreed_with, agreed_up_to FROM peers"
-        " WHERE peer_id = ? AND agreed_at_ms IS NOT NULL",
+        "SELECT agreed_at_ms, agreed_with, agreed_up_to, agreed_head, agreed_head_read,"
+        " agreed_run_id FROM peers WHERE peer_id = ? AND agreed_at_ms IS NOT NULL",
         one,
     ).fetchone()
     if found is None:
         return None
-    at_ms, incarnation, up_to = found
     rows = db.execute("SELECT key, agreed_at_ms FROM exceptions WHERE peer_id = ?", one)
     exceptions = {from_text(key): at for key, at in rows}
-    return Agreement(at_ms, from_text(incarnation), StreamId.parse(up_to), exceptions)
+    return agreement_of(found, exceptions)
 
 
 def _load(db: sqlite3.Connection, peer_id: str | bytes) -> PeerRecord:

@@ -216,6 +216,7 @@ _TROUBLES: Final = tuple(kind for kind, _ in _TROUBLE_LOTTERY)
 _TROUBLE_TICKETS: Final = tuple(tickets for _, tickets in _TROUBLE_LOTTERY)
 TROUBLE_SHARE: Final = 0.5
 TROUBLES_MAX: Final = 6
+RELIC_SHARE: Final = 0.1
 EXPIRE_SHARE: Final = 0.005
 WIPE_SHARE: Final = 0.2
 COLD_SHARE: Final = 0.5
@@ -253,6 +254,7 @@ def random_fate(seed: int) -> Fate:
     if apart.random() < WIPE_SHARE:
         steps.insert(apart.randint(0, len(steps)), ("wipe", apart.choice(names)))
     _add_troubles(steps, names, random.Random(f"troubles {seed}"))  # noqa: S311 - as above
+    _add_relic(steps, names, random.Random(f"relic {seed}"))  # noqa: S311 - as above
     kinds = random.Random(f"dialects {seed}")  # noqa: S311 - as above
     dialects = tuple(_random_dialect(kinds).name for _ in names)
     shape, hot = rng.choice(SHAPES), rng.random() > 0.1
@@ -290,6 +292,24 @@ def _add_troubles(steps: list[Step], names: str, rng: random.Random) -> None:
             steps.insert(at, (kind, node, other))
         else:
             steps.insert(at, (kind, node))
+
+
+def _add_relic(steps: list[Step], names: str, rng: random.Random) -> None:
+    """Let a node come back with a key that all have known to be deleted, and have forgotten; or not.
+
+    By chance alone these steps would hardly ever come in this order.
+    """
+    if rng.random() >= RELIC_SHARE:
+        return
+    node, reader, key = rng.choice(names), rng.choice(names), rng.choice(KEYS)
+    story: list[Step] = [("put", node, key, b"relic"), ("wait", LONG_SEC), ("backup", node)]
+    story += [("delete", node, key), ("wait", LONG_SEC), ("ages",), ("restore", node)]
+    if rng.random() < 0.5:
+        story.append(("put", node, rng.choice(KEYS), b"x"))
+    if rng.random() < 0.5:
+        story.insert(rng.randint(0, len(story)), ("reconfigure", reader, "hot"))
+    at = rng.randint(0, len(steps))
+    steps[at:at] = story
 
 
 def _random_dialect(rng: random.Random) -> Dialect:
@@ -363,7 +383,7 @@ class _Run:
                 now_sec=asyncio.get_running_loop().time,
                 fail=_end_run,
                 allowance=INTERLOCK_MIN * len(self.mesh.read_by(name)) if crowded else None,
-                revivals=fate.cold and not self._days_off,
+                revivals=fate.cold and not (self._days_off or _passes_on(fate.steps)),
             )
             self._backups[name] = self.mesh.snapshot(name)
         self._lost = self._wiped = False
@@ -749,8 +769,10 @@ class _Run:
         for _ in self.mesh.nodes:
             # What one node takes is as old for the next, which learns of it by then.
             await asyncio.sleep(2 * COLD_INTERVAL_SEC)
-            for name, node in self.mesh.nodes.items():
+            for name in self.mesh.nodes:
+                # What is taken at one node goes on to all that read it.
                 self._witness(name).word_on_what_is_old()
+            for node in self.mesh.nodes.values():
                 assert node.engine is not None
                 for peer in node.engine.health_check().peers:
                     if peer.stale_held_back and peer.connected:
@@ -781,7 +803,8 @@ class _Run:
         await self._look_at_links(began_ms)
         if not self._lost:
             for name, events in mesh.events().items():
-                most = len(self._written)
+                # A clock that jumps ahead makes young tombstones expire, so that a write comes again.
+                most = len(self._written) * (2 if self._days_off else 1)
                 _promise(events <= most, f"{name} emitted {events} events of {most} writes")
         for name in mesh.nodes:
             self._witness(name).begin_anew()
@@ -906,8 +929,11 @@ class _Run:
                 gone = gone or self._was_deleted_long_ago(item, now)
                 _promise(gone, f"{name} holds nothing of {key}, and {item} had survived")
                 continue
+            on_its_way = self._was_on_its_way(mine, item)
+            # Of what was deleted long ago a person may have had an older version taken.
+            old = (key, mine.stamp) in self._written and self._was_deleted_long_ago(item, now)
             _promise(
-                mine.stamp == item.stamp or spent or self._was_on_its_way(mine, item),
+                mine.stamp == item.stamp or spent or on_its_way or old,
                 f"{name} holds {mine} of {key}, and {item} had survived",
             )
         extra = [held[key] for key in held.keys() - expected.keys()]
@@ -938,6 +964,23 @@ class _Run:
                 if key not in latest or latest[key].stamp < item.stamp:
                     latest[key] = item
         return latest
+
+
+def _passes_on(steps: Sequence[Step]) -> bool:
+    """Say whether a node begins anew where something old may come back.
+
+    It takes all that its peers hold, as whoever has no record of them does (G5), and passes it on.
+    """
+    backed_up: set[str] = set()
+    is_new = is_old = False
+    for kind, *args in steps:
+        if kind == "backup":
+            backed_up.add(args[0])
+        elif kind in ("wipe", "unread") or (kind == "restore" and args[0] not in backed_up):
+            is_new = True
+        elif kind in _LONG:
+            is_old = True
+    return is_new and is_old
 
 
 def _has_given_up(engine: ReplicationEngine) -> bool:

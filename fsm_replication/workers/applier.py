@@ -25,6 +25,7 @@ from fsm_replication.items import Stamp, SyncItem
 from fsm_replication.ports import Cursor, DeadLetter, Position, StreamId
 from fsm_replication.reports import PauseReason
 from fsm_replication.stores.protocol import ApplyResult, Outcome, Received
+from fsm_replication.stream import Entry
 from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.interlock import Claim, deepest_fall
 from fsm_replication.workers.store_call import call_store
@@ -138,8 +139,8 @@ class Applier:
             selection = await self._select(chunk)
         if selection.candidates and (builder.foreign or (self._check_first and builder.coalesce)):
             await self._drop_current(selection)
-        if self._context.stale.active or distrust_old:
-            await self._hold_back(selection, distrust_old)
+        if self._context.stale.active or distrust_old or self._predates_agreement(chunk):
+            await self._hold_back(selection, chunk, distrust_old)
         parts = builder.materialise(selection)
         first = await anext(parts)
         if first.items:
@@ -166,8 +167,10 @@ class Applier:
         timeout = self._context.settings.timeouts.command
         await self._context.peer_clock.ask_since(seen_at, timeout)
 
-    def check_clock(self, ours_ms: int) -> None:
-        """See that something may be judged to be far ahead of our time of day, ``ours_ms``.
+    def check_clock(
+        self, ours_ms: int, looks: str = "lies more than a day ahead of our time"
+    ) -> None:
+        """See that by our time of day, ``ours_ms``, it may be judged how something ``looks``.
 
         :raises Blocked: if the peer's clock is more than a day off from that.
         """
@@ -175,9 +178,16 @@ class Applier:
         if peer_clock.is_day_off(ours_ms):
             raise Blocked(
                 PauseReason.CLOCK,
-                f"{peer_clock.tell()}, and what it sends lies more than a day ahead of our time:"
-                " set the clock that is wrong",
+                f"{peer_clock.tell()}, and what it sends {looks}: set the clock that is wrong",
             )
+
+    def check_age(self) -> None:
+        """See that items may be judged to be old.
+
+        :raises Blocked: if our clock and the peer's are more than a day apart.
+        """
+        now = self._context.ports.wall_clock.now_ms()
+        self.check_clock(now, "looks older than tombstones are kept")
 
     async def _drop_current(self, selection: Selection) -> None:
         context = self._context
@@ -192,30 +202,49 @@ class Applier:
             held = await self.call(context.reads, lambda: context.store.stamps(keys))
         self._builder.drop_current(selection, held)
 
-    async def _hold_back(self, selection: Selection, distrust_old: bool) -> None:
-        """Take out old items that are absent here; the trees bring them once a person agrees."""
-        context = self._context
-        floor = context.stale.floor_ms
+    def _predates_agreement(self, chunk: Chunk) -> bool:
+        agreed_up_to = self._context.stale.agreed_up_to
+        return agreed_up_to is not None and chunk.first_ms <= agreed_up_to.ms
+
+    async def _hold_back(self, selection: Selection, chunk: Chunk, distrust_old: bool) -> None:
+        """Take out old items that are absent here; the trees bring them once a person agrees.
+
+        Those that the last comparison would have brought, if the peer still held them, are not even
+        listed: what deleted them may be forgotten by now, or stands in the stream after them.
+
+        :raises Blocked: if our clock and the peer's are more than a day apart.
+        """
+        context, stale = self._context, self._context.stale
+        floor, agreed_up_to = stale.floor_ms, stale.agreed_up_to
+
+        def was_compared(entry: Entry) -> bool:
+            if agreed_up_to is None or entry.key in stale.exceptions:
+                return False
+            return StreamId.parse(chunk.entries[entry.index][0]) <= agreed_up_to
+
         old = [
             e
             for e in selection.candidates
             if not e.deleted
             and e.updated_at < floor
-            and (distrust_old or context.stale.suspects(e.key))
+            and (distrust_old or stale.suspects(e.key) or was_compared(e))
         ]
         if not old:
             return
         held = await self.call(
             context.reads, lambda: context.store.stamps([entry.key for entry in old])
         )
+        if None in held and not distrust_old:
+            await self.ask_time_since(chunk.seen_at)
         for entry, ours in zip(old, held, strict=True):
             theirs = Stamp(
                 entry.updated_at, entry.version, False, entry.digest or b"", entry.content_type
             )
-            if context.stale.holds_back(entry.key, theirs, ours):
-                context.stale.note(entry.key, theirs)
+            if stale.holds_back(entry.key, theirs, ours):
+                self.check_age()
+                stale.note(entry.key, theirs)
                 selection.held_back.add(entry.index)
-            elif distrust_old and ours is None:
+            elif ours is None:
                 selection.held_back.add(entry.index)
         selection.candidates = [
             e for e in selection.candidates if e.index not in selection.held_back

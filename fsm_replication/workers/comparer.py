@@ -8,7 +8,7 @@ number of leaves. A leaf carries its order tuple, so what is older there is neve
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
 from fsm_replication.errors import BadEntryError
@@ -57,8 +57,9 @@ class Group:
     """The differences of some buckets, of which ``last`` is the path of the last.
 
     ``skipped`` counts whole buckets that could not be read, ``unreadable`` names the keys whose
-    leaves could not, ``undeleted`` those that we have deleted and the peer not yet. ``newer_here`` holds, where it was asked for, key, our order tuple and theirs
-    of what is newer here.
+    leaves could not, ``undeleted`` those that we have deleted, and when, and the peer not yet.
+    ``newer_here`` holds, where it was asked for, key, our order tuple and theirs of what is newer
+    here.
     """
 
     last: str
@@ -66,7 +67,7 @@ class Group:
     skipped: int
     newer_here: Sequence[tuple[str, Stamp, Stamp | None]] = ()
     unreadable: Sequence[str] = ()
-    undeleted: Sequence[str] = ()
+    undeleted: Mapping[str, int] = field(default_factory=dict)
 
 
 def is_wanted(theirs: Stamp, ours: Stamp | None, *, by_stamp: bool) -> bool:
@@ -95,6 +96,7 @@ class Comparer:
     ) -> None:
         self._by_stamp = by_stamp
         self.skipped = 0
+        self.their_root = b""
         self._ours = ours
         self._theirs = theirs
         self._stamps = stamps
@@ -108,10 +110,10 @@ class Comparer:
         Buckets that are empty at the peer are left out, unless ``both`` sides are looked into.
         """
         layout, ours = self._layout, self._ours
-        their_root = await self._theirs.root(layout)
+        self.their_root = await self._theirs.root(layout)
         if ours is not None:
             mine = await ours.root(layout) if our_root is None else our_root
-            if mine == their_root:
+            if mine == self.their_root:
                 return []
         paths = [""]
         for _ in range(2):
@@ -186,7 +188,7 @@ class _Look:
         self.newer_here: list[tuple[str, Stamp, Stamp | None]] = []
         self.unknown: list[tuple[str, Stamp]] = []
         self.unreadable: list[str] = []
-        self.undeleted: list[str] = []
+        self.undeleted: dict[str, int] = {}
 
     async def compare(self, theirs: Mapping[str, bytes], ours: Mapping[str, bytes]) -> None:
         """Look at the leaves of one bucket on both sides."""
@@ -212,7 +214,7 @@ class _Look:
     def judge(self, key: str, theirs: Stamp, ours: Stamp | None) -> None:
         """Note which side of a key is newer."""
         if ours is not None and ours.deleted and not theirs.deleted and ours > theirs:
-            self.undeleted.append(key)
+            self.undeleted[key] = ours.updated_at
         if is_wanted(theirs, ours, by_stamp=self._by_stamp):
             self.newer.append(Difference(key, theirs, ours))
         elif self._both and ours is not None and theirs != ours:

@@ -19,7 +19,7 @@ from fsm_replication.errors import (
 from fsm_replication.foreign import DOTTED
 from fsm_replication.layout import FORMAT, Keys
 from fsm_replication.merkle import OWN, PARTITIONS
-from fsm_replication.ports import Connection, Transport
+from fsm_replication.ports import Connection, Position, Transport
 from fsm_replication.redaction import Secrets
 from fsm_replication.replies import count, table
 from fsm_replication.reports import LinkFact, Reporter
@@ -48,13 +48,18 @@ FIELD_CHARS_MAX: Final = 200
 
 @dataclass(slots=True)
 class Lines:
-    """A link's two connections: one for stream reads, which may block, one for all else."""
+    """A link's two connections: one for stream reads, which may block, one for all else.
+
+    ``compared`` is the root of the peer's tree when it was last compared over them without a hot
+    path, and where its stream ended then.
+    """
 
     reading: Connection
     asking: Connection
     foreign: bool
     marker: Mapping[bytes, bytes]
     abilities: Abilities = field(default_factory=Abilities)
+    compared: tuple[bytes, Position] | None = None
 
     @property
     def has_tree(self) -> bool:

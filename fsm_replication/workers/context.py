@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from structlog.stdlib import BoundLogger
@@ -237,7 +237,7 @@ class LinkContext:
         )
 
     def excepting(
-        self, keys: Iterable[str], undeleted: Iterable[str]
+        self, keys: Iterable[str], undeleted: Mapping[str, int]
     ) -> dict[str, int | None] | None:
         """Return the exceptions of an agreement, see :class:`StaleGuard`; None where there is none."""
         exceptions = self.stale.excepting(keys, undeleted)

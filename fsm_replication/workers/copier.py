@@ -44,8 +44,9 @@ from fsm_replication.workers.fetcher import (
 )
 from fsm_replication.workers.foreign_items import ForeignItems
 from fsm_replication.workers.foreign_walk import ForeignWalk
-from fsm_replication.workers.history import Gap, ask_info, is_there
+from fsm_replication.workers.history import Gap
 from fsm_replication.workers.item_source import ItemSource, OwnItems
+from fsm_replication.workers.peer_history import PeerHistory
 from fsm_replication.workers.peer_tree import PeerTree
 
 __all__ = ("Copier", "GuardedTree", "make_comparer", "make_source", "make_walk", "source_at")
@@ -135,6 +136,7 @@ class Copier:
         self._lines = lines
         self._applier = applier
         self._source = source
+        self._history = PeerHistory(context, lines)
         self._fetcher = Fetcher(context, applier, source, "bootstrap")
         self._incarnation = incarnation
         self._interrupted = interrupted
@@ -147,7 +149,7 @@ class Copier:
         self._comparison = Agreement(0)
         # Keys that this copy leaves out, as far as an agreement may.
         self._excepted: set[str] = set()
-        self._undeleted: set[str] = set()
+        self._undeleted: dict[str, int] = {}
         self._logged_at = 0.0
 
     async def run(self, gap: Gap | None, why: str) -> Position | None:
@@ -156,6 +158,12 @@ class Copier:
             self._began_at = self._context.ports.clock.monotonic()
             self._row = await self._begin(gap, why)
         self._comparison = self._context.beginning()
+        if self._context.store.tree is None:
+            # Some buckets may have been copied long ago, when the copy began.
+            head, run_id = self._row.head, self._row.run_id
+            self._comparison = replace(self._comparison, head=head, run_id=run_id)
+        else:
+            self._comparison = await self._history.with_head(self._comparison)
         if self._lines.foreign:
             done = await self._walk_foreign()
         elif self._lines.has_tree:
@@ -172,13 +180,7 @@ class Copier:
         if row is not None and row.incarnation == self._incarnation and await self._is_ours(row):
             context.log.info("bootstrap_resumed", head=str(row.head.stream_id))
             return row
-        stream = Keys(context.peer.redis_prefix).stream
-        info = await ask_info(
-            self._lines.asking,
-            stream,
-            context.settings.timeouts.command,
-            self._lines.abilities,
-        )
+        info = await self._history.info()
         # What came to a stream that was empty is there to be read, whatever else may be missing.
         head = info.start if gap is not None and gap.all_is_new else info.head
         if self._lines.foreign and info.first_id is not None:
@@ -207,9 +209,7 @@ class Copier:
         """Say whether a head that was noted is one of this stream: its server may be an older one."""
         if row.run_id == self._lines.abilities.run_id:
             return True
-        stream = Keys(self._context.peer.redis_prefix).stream
-        timeout = self._context.settings.timeouts.command
-        return await is_there(self._lines.asking, stream, row.head.stream_id, timeout)
+        return await self._history.has(row.head.stream_id)
 
     def _show(self) -> None:
         now = self._context.ports.clock.monotonic()
@@ -273,6 +273,7 @@ class Copier:
         guard = self._context.stale
         if not guard.holds_back(found.key, found.theirs, found.ours):
             return False
+        self._applier.check_age()
         guard.note(found.key, found.theirs)
         if found.key in guard.exceptions:
             self._excepted.add(found.key)

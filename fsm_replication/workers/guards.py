@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Final
 
 from fsm_replication.items import DAY_MS, Stamp, is_key
-from fsm_replication.ports import Agreement, Clock, WallClock
+from fsm_replication.ports import Agreement, Clock, StreamId, WallClock
 
 __all__ = ("EXCEPTIONS_MAX", "KeyMemory", "StaleGuard")
 
 PASS_OVER_SEC: Final = 3600.0
+NOTHING_UNDELETED: Final[Mapping[str, int]] = MappingProxyType({})
 KEYS_KEPT: Final = 10_000
 # Where more keys than this cannot be taken, a comparison is no agreement: something else is wrong.
 EXCEPTIONS_MAX: Final = 1000
@@ -75,6 +77,12 @@ class StaleGuard:
             self._held_back = OrderedDict(left)
             self.count = len(left)
 
+    @property
+    def agreed_up_to(self) -> StreamId | None:
+        """Up to where the last agreement has seen what the peer's stream tells; None if not known."""
+        head = None if self._agreement is None else self._agreement.head
+        return None if head is None else head.stream_id
+
     def forget(self) -> None:
         """Be as on a link that never agreed: the local store is another one."""
         self.agreed(None)
@@ -82,23 +90,23 @@ class StaleGuard:
         self.count = 0
 
     def excepting(
-        self, keys: Iterable[str], undeleted: Iterable[str] = ()
+        self, keys: Iterable[str], undeleted: Mapping[str, int] = NOTHING_UNDELETED
     ) -> dict[str, int | None] | None:
         """Return the exceptions of an agreement on all but these keys; None if they are too many.
 
         Each keeps the time of the last agreement that it was part of. The peer still holds what is
-        ``undeleted``, and our delete of it may be forgotten before the peer has heard of it: such a
-        key is judged by now at the latest, also where it was never part of an agreement.
+        ``undeleted``, by key with the time of our delete, which may be forgotten before the peer has
+        heard of it, and sooner than a ttl from now if we have heard of it late ourselves: such a key
+        is judged by that time at the latest, also where it was never part of an agreement.
         """
         known, before = self.exceptions, self.agreed_at_ms
         # A name in a peer's tree that can be no key can never be taken, today or later.
         made = {key: known.get(key, before) for key in keys if is_key(key)}
         if len(made) > EXCEPTIONS_MAX:
             return None
-        now = self._wall_clock.now_ms()
-        for key in undeleted:
-            at = known.get(key)
-            made[key] = at if at is not None else now if before is None else before
+        for key, deleted_ms in undeleted.items():
+            dates = (known.get(key), before, deleted_ms)
+            made[key] = min(at for at in dates if at is not None)
         return made if len(made) <= EXCEPTIONS_MAX + KEYS_KEPT else None
 
     def as_of(self, at_ms: int) -> Agreement | None:

@@ -48,7 +48,8 @@ class Gap:
 
     ``is_doubt`` says that perhaps none are missing, ``is_contradiction`` that the stream's counts
     and its entries cannot both be right, ``all_is_new`` that nothing of the stream was ever read.
-    ``is_trim`` says that trimming explains it; where it does not, the peer may have come back older.
+    ``is_trim`` says that trimming explains it; where it does not, the peer may have come back older,
+    and ``ids_tell_nothing`` says that its ids do not tell how old.
     """
 
     missed: int | None
@@ -57,6 +58,7 @@ class Gap:
     is_contradiction: bool = False
     all_is_new: bool = False
     is_trim: bool = False
+    ids_tell_nothing: bool = False
 
     def __str__(self) -> str:
         return self.reason if self.missed is None else f"{self.missed} {self.reason}"
@@ -234,16 +236,25 @@ async def is_there(
 
 
 def check_history(
-    position: Position, info: StreamInfo, *, entry_is_there: bool, same_run: bool = True
+    position: Position,
+    info: StreamInfo,
+    *,
+    entry_is_there: bool,
+    same_run: bool = True,
+    now_ms: int | None = None,
 ) -> Gap | None:
     """Say whether ``position`` is in this stream's history and nothing after it was trimmed.
 
     None means that reading can go on from there. Unless it is the ``same_run`` of the server in
-    which the position was held, what is counted says nothing about it.
+    which the position was held, what is counted says nothing about it. Where ids run ahead of the
+    peer's time, ``now_ms``, because its clock was, an older server gives those again that it lacks.
     """
+    at = position.stream_id
+    if not same_run and now_ms is not None and at.ms > now_ms:
+        reason = "the server was started again, and the ids in its stream are ahead of its clock"
+        return Gap(None, reason, is_doubt=True, ids_tell_nothing=True)
     if entry_is_there:
         return None
-    at = position.stream_id
     if at > info.last_id:
         return Gap(None, OTHER_STREAM)
     before_first = info.first_id is None or at < info.first_id

@@ -85,6 +85,11 @@ class PeerClock:
             return "the peer does not tell its time"
         return f"its clock is {abs(skew):,.1f} s {'ahead of' if skew > 0 else 'behind'} ours"
 
+    def now_ms(self) -> int:
+        """Return the peer's time of day; ours, where it does not tell it."""
+        ours_ms = self._wall_clock.now_ms()
+        return ours_ms + round((self._skew_sec(ours_ms) or 0.0) * 1000)
+
     # Asking.
 
     def now(self) -> float:

@@ -19,6 +19,7 @@ from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.copier import make_comparer, make_source, make_walk
 from fsm_replication.workers.fetcher import Fetched, Fetcher
 from fsm_replication.workers.item_source import ItemSource
+from fsm_replication.workers.peer_history import PeerHistory
 
 __all__ = (
     "Budget",
@@ -138,7 +139,7 @@ class _Pass:
         self.result = PeerRepair()
         # Old items that are held back, and no exceptions of the agreement so far.
         self._undecided = 0
-        self._undeleted: set[str] = set()
+        self._undeleted: dict[str, int] = {}
 
     async def run_foreign(self) -> PeerRepair:
         """Walk a foreign node's tree; it holds no deletes, so nothing can be agreed upon."""
@@ -184,6 +185,8 @@ class _Pass:
         comparison = context.beginning()
         comparer = make_comparer(context, self._lines, self._applier)
         buckets = await comparer.differing_buckets(our_root)
+        history = PeerHistory(context, self._lines)
+        comparison = await history.with_head(comparison, comparer.their_root)
         result.skipped = comparer.skipped
         # The part before the last key of the pass before comes last: the walk wraps.
         begin = after[0] if after is not None else ""
@@ -231,6 +234,7 @@ class _Pass:
             ):
                 wanted.append(found)
             else:
+                self._applier.check_age()
                 stale.append(found)
         if after is not None:
             wanted.sort(key=lambda found: _place(found.key) <= after)

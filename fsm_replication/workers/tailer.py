@@ -39,12 +39,10 @@ from fsm_replication.layout import Keys
 from fsm_replication.ports import (
     BEFORE_ALL,
     LEAST_BYTES_PER_SEC,
-    LONG_AGO_MS,
     Cursor,
     GapRow,
     PeerRecord,
     Position,
-    StreamId,
 )
 from fsm_replication.replies import entries as entries_of
 from fsm_replication.reports import LinkFact, PauseReason, Reporter
@@ -57,12 +55,9 @@ from fsm_replication.workers.copier import Copier, make_source
 from fsm_replication.workers.history import (
     Gap,
     StreamInfo,
-    ask_info,
     ask_run_id,
-    check_history,
-    find_newest,
-    is_there,
 )
+from fsm_replication.workers.peer_history import PeerHistory
 from fsm_replication.workers.reader import Read, StreamReader
 from fsm_replication.workers.rounds import Rounds
 
@@ -163,6 +158,7 @@ class Tailer:
         self._limits = context.settings.limits
         self._builder = make_builder(context, foreign=lines.foreign)
         self._keys = Keys(context.peer.redis_prefix)
+        self._history = PeerHistory(context, lines)
         self._reader = StreamReader(self._keys.stream, context.current, lines.abilities)
         self._rounds = Rounds(context.ports.clock, context.progress)
         self._queue = ChunkQueue(context)
@@ -340,6 +336,7 @@ class Tailer:
         context.progress.gaps_open = len(record.gaps)
         cursor = context.cursors.get(context.peer_id) or record.cursor
         await self._take_over(record, cursor)
+        await self._look_for_older_peer(record, cursor)
         if not context.settings.hot_path.enabled:
             orders.report(LinkFact.NO_HOT_PATH, "hot_path.enabled is false")
             return None
@@ -347,7 +344,7 @@ class Tailer:
             return self._must_copy(orders, None, "the bootstrap goes on")
         row = record.bootstrap
         if row is not None and row.incarnation == self._incarnation:
-            await self._look_for_older_peer(row.head, row.run_id)
+            await self._history.look_for_older_peer(row.head, row.run_id)
             if row.walk:
                 # What was copied so far may have been lost with the local store since.
                 await context.ports.cursor_store.save_walk(context.peer_id, "")
@@ -378,6 +375,24 @@ class Tailer:
             await context.forget_store()
             return
         context.stale.agreed(agreement)
+
+    async def _look_for_older_peer(self, record: PeerRecord, cursor: Cursor | None) -> None:
+        """Where nothing is read from the stream, or was not, see whether the peer came back older."""
+        agreement, row = self._context.stale.agreement, record.bootstrap
+        if agreement is None:
+            return
+        read: list[tuple[Position, str]] = []
+        if cursor is not None:
+            read.append((cursor.position, cursor.run_id))
+        if row is not None:
+            read.append((row.head, row.run_id))
+        compared = [] if agreement.head is None else [(agreement.head, agreement.run_id)]
+        if not (read or compared):
+            return
+        # The others may have been trimmed since: where this one is there, that tells nothing.
+        newest = max(read + compared, key=lambda one: one[0].stream_id)
+        if newest in compared or not self._context.settings.hot_path.enabled:
+            await self._history.look_for_older_peer(*newest)
 
     async def _note_older_store(self, applied: Position) -> None:
         """Handle a store that lost what it had of a peer's stream after ``applied``."""
@@ -430,13 +445,13 @@ class Tailer:
             known.setdefault(applied.stream_id, applied)
         positions = [known[at] for at in sorted(known)]
         # In this order: what is trimmed between the questions is seen by the last.
-        there = [await self._is_there(at) for at in positions]
-        info = await self._ask_info()
+        there = [await self._history.has(at.stream_id) for at in positions]
+        info = await self._history.info()
         found = [
-            self._check(at, cursor.run_id, info, entry_is_there=held)
+            self._history.check(at, cursor.run_id, info, entry_is_there=held)
             for at, held in zip(positions, there, strict=True)
         ]
-        await self._note_older_peer(found[-1], positions[-1].stream_id, info)
+        await self._history.note_older_peer(found[-1], positions[-1].stream_id, info)
         position, gap = positions[0], next(filter(None, found), None)
         if gap is None and cursor.run_id != self._lines.abilities.run_id:
             # From now on this run of the server vouches for it.
@@ -453,68 +468,11 @@ class Tailer:
         self._context.progress.read = self._context.progress.settled = position
         self._report_distance(orders, position, info)
 
-    def _check(
-        self, position: Position, run_id: str, info: StreamInfo, *, entry_is_there: bool
-    ) -> Gap | None:
-        abilities = self._lines.abilities
-        same_run = run_id == abilities.run_id
-        # A server that was seen without a stream has counted all that came since.
-        same_run = same_run or (position.stream_id == BEFORE_ALL and abilities.seen_empty)
-        return check_history(position, info, entry_is_there=entry_is_there, same_run=same_run)
-
-    async def _is_there(self, position: Position) -> bool:
-        timeout = self._context.settings.timeouts.command
-        return await is_there(self._lines.asking, self._keys.stream, position.stream_id, timeout)
-
-    async def _ask_info(self) -> StreamInfo:
-        return await ask_info(
-            self._lines.asking,
-            self._keys.stream,
-            self._context.settings.timeouts.command,
-            self._lines.abilities,
-        )
-
     async def _read_from(self, position: Position) -> None:
         """Read on from a position that was decided; what is asked for already is not taken."""
         if self._outstanding is not None:
             await self._reopen_reading()
         self._reader.position = position
-
-    async def _look_for_older_peer(self, position: Position, run_id: str) -> None:
-        """Before a copy that is made for another reason, see whether the peer came back older."""
-        if self._context.stale.agreement is None:
-            return
-        held = await self._is_there(position)
-        info = await self._ask_info()
-        gap = self._check(position, run_id, info, entry_is_there=held)
-        await self._note_older_peer(gap, position.stream_id, info)
-
-    async def _note_older_peer(self, gap: Gap | None, at: StreamId, info: StreamInfo) -> None:
-        """Let no agreement be younger than the peer, where trimming does not explain a gap.
-
-        The peer is then as old as the newest entry that it still has of those we have read. Ids of
-        later entries tell nothing: they may have been written since it came back.
-        """
-        context, guard = self._context, self._context.stale
-        if gap is None or gap.is_trim or guard.agreed_at_ms is None:
-            return
-        oldest = info.last_id if info.first_id is None else info.first_id
-        if at == BEFORE_ALL and oldest.ms >= guard.agreed_at_ms:
-            return  # Its stream was empty when we agreed, and everything in it came later.
-        newest: StreamId | None = info.last_id
-        if at < info.last_id:
-            timeout = context.settings.timeouts.command
-            newest = await find_newest(self._lines.asking, self._keys.stream, at, timeout)
-        as_of_ms = LONG_AGO_MS if newest is None else newest.ms
-        agreement = guard.as_of(as_of_ms)
-        if newest == at or agreement is None:
-            return
-        context.log.warning(
-            "peer_came_back_older", why=str(gap), agreed_at_ms=guard.agreed_at_ms, as_of_ms=as_of_ms
-        )
-        guard.agreed(agreement)
-        store = context.ports.cursor_store
-        await store.set_agreed(context.peer_id, agreement, heal_gaps=False)
 
     def _must_copy_for(self, gap: Gap) -> bool:
         """Say whether to copy the peer; if not, the gap is left to the cold path.
@@ -603,7 +561,7 @@ class Tailer:
         self._reader.position = head
         self._copies += 1
         context.progress.go_on_from(head)
-        self._report_distance(orders, head, await self._ask_info())
+        self._report_distance(orders, head, await self._history.info())
 
     async def _enter_copy_slot(self, orders: _Orders) -> bool:
         """Wait for the turn to copy; False if the mode changed first."""
@@ -667,7 +625,8 @@ class Tailer:
         """Handle a gap before what was read; False if reading cannot go on behind it now."""
         await self._work_off(orders)
         if read.info is not None:
-            await self._note_older_peer(gap, self._reader.position.stream_id, read.info)
+            at = self._reader.position.stream_id
+            await self._history.note_older_peer(gap, at, read.info)
         if self._must_copy_for(gap):
             self._must_copy(orders, gap, str(gap))
             return False
@@ -768,7 +727,7 @@ class Tailer:
         timeout = context.settings.timeouts.command
         ahead = await self._reader.look_ahead(self._lines.reading, timeout)
         if ahead is None:
-            return self._reader.at_end(await self._ask_info())
+            return self._reader.at_end(await self._history.info())
         await self._work_off(orders)
         if self._queue:
             return None
