@@ -122,10 +122,10 @@ MUTANTS: Final = (
         "tests/test_backups.py",
     ),
     Mutant(
-        "a peer that came back older is not looked for without a hot path",
-        "workers/tailer.py",
-        "        if newest in compared or not self._context.settings.hot_path.enabled:\n",
-        "        if newest in compared and self._context.settings.hot_path.enabled:\n",
+        "an agreement does not know how far its peer had come",
+        "workers/peer_history.py",
+        "        return replace(comparison, head=head, run_id=lines.abilities.run_id)\n",
+        "        return comparison\n",
         "tests/test_backups.py",
     ),
     Mutant(

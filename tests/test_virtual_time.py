@@ -92,6 +92,30 @@ def test_a_timeout_comes_when_it_is_due() -> None:
     assert run(scenario) == 1030
 
 
+def test_time_gets_over_what_is_closer_than_it_can_tell() -> None:
+    """If this fails waits for the last fraction of a microsecond keep each other from ending."""
+
+    async def wait_until(due: float, turns_later: int) -> float:
+        loop = asyncio.get_running_loop()
+        for _ in range(turns_later):
+            await asyncio.sleep(0)
+        while (rest := due - loop.time()) > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(rest):
+                    await asyncio.Event().wait()
+        return loop.time()
+
+    async def main() -> list[float]:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualTimeLoop)
+        loop.at_turn(1000, lambda: loop.fail(AssertionError("time stands still")))
+        # A sum of floats that falls short.
+        await asyncio.sleep(1350 - 3e-10)
+        return await asyncio.gather(*(wait_until(1350, turns) for turns in range(4)))
+
+    assert run(main) == [1350] * 4
+
+
 def test_a_deadlock_names_who_waits() -> None:
     """If this fails a simulation that stands still hangs, or does not say where."""
     cancelled = []

@@ -43,9 +43,13 @@ class DeadlockError(Exception):
 class _JumpingSelector(selectors.BaseSelector):
     """Asks another selector without waiting; what would be waited is handed to ``jump``."""
 
-    def __init__(self, jump: Callable[[float | None], None], turn: Callable[[], None]) -> None:
+    def __init__(
+        self, jump: Callable[[float | None], None], creep: Callable[[], None],
+        turn: Callable[[], None],
+    ) -> None:  # fmt: skip
         self._real = selectors.DefaultSelector()
         self._jump = jump
+        self._creep = creep
         self._turn = turn
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
@@ -53,6 +57,8 @@ class _JumpingSelector(selectors.BaseSelector):
         ready = self._real.select(0)
         if not ready and (timeout is None or timeout > 0):
             self._jump(timeout)
+        else:
+            self._creep()
         return ready
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
@@ -80,13 +86,16 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     ``start_ms`` is the time of day at 0, in ms since the epoch.
     """
 
+    # Of asyncio's own loop: the timers, as a heap.
+    _scheduled: list[asyncio.TimerHandle]
+
     def __init__(self, start_ms: int = 0) -> None:
         self.start_ms = start_ms
         self._now = 0.0
         self._turns = 0
         self._at_turn: dict[int, Callable[[], None]] = {}
         self._failure: Exception | None = None
-        super().__init__(_JumpingSelector(self._jump, self._turn))
+        super().__init__(_JumpingSelector(self._jump, self._creep, self._turn))
         # With the machine's own, a nanosecond, a timer after 97 days would never be due.
         self._clock_resolution = RESOLUTION_SEC
 
@@ -128,6 +137,17 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
             waiting = sorted(map(_describe, asyncio.all_tasks(self)))
             raise DeadlockError(tuple(waiting))
         self._now += seconds
+
+    def _creep(self) -> None:
+        """Go to a timer that is so close that it fires now.
+
+        Those whom such timers wake while others are ready, and who find that a clock has not got
+        there yet, would set the next ones, and time would stand still.
+        """
+        if self._scheduled:
+            first = self._scheduled[0].when()
+            if self._now < first <= self._now + RESOLUTION_SEC:
+                self._now = first
 
 
 def _describe(task: asyncio.Task[Any]) -> str:
