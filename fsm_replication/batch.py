@@ -28,6 +28,7 @@ from fsm_replication.heavy import HeavyWork, InTurn
 from fsm_replication.items import (
     DAY_MS,
     EMPTY_HASH,
+    MINUTE_MS,
     NUMBER_MAX,
     Stamp,
     SyncItem,
@@ -47,7 +48,6 @@ from fsm_replication.stream import (
 
 __all__ = ("FUTURE", "TURN_BYTES", "BatchBuilder", "Decoding", "Part", "RawEntry", "Selection")
 
-MINUTE_MS: Final = 60_000
 # Why an entry that is stamped more than a day ahead becomes a dead letter.
 FUTURE: Final = "future"
 TURN_BYTES: Final = 1024 * 1024

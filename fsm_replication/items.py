@@ -20,6 +20,7 @@ __all__ = (
     "DAY_MS",
     "EMPTY_HASH",
     "KEY_BYTES_MAX",
+    "MINUTE_MS",
     "NUMBER_MAX",
     "LastWriterWins",
     "Resolver",
@@ -39,6 +40,7 @@ KEY_BYTES_MAX: Final = 1024
 NUMBER_MAX: Final = 2**53 - 1
 # What is stamped further ahead than that is refused by every node whose clock is right.
 DAY_MS: Final = 86_400_000
+MINUTE_MS: Final = 60_000
 CONTENT_TYPES: Final = frozenset({"binary", "json"})
 # Finds what is no JSON, and makes no objects of what is.
 _JSON: Final = msgspec.json.Decoder(msgspec.Raw)

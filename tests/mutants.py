@@ -124,7 +124,7 @@ MUTANTS: Final = (
     Mutant(
         "an agreement does not know how far its peer had come",
         "workers/peer_history.py",
-        "        return replace(comparison, head=head, run_id=lines.abilities.run_id)\n",
+        "        return replace(comparison, head=head, run_id=self._lines.abilities.run_id)\n",
         "        return comparison\n",
         "tests/test_backups.py",
     ),
@@ -138,15 +138,15 @@ MUTANTS: Final = (
     Mutant(
         "ids that run ahead of a clock are believed after a restart",
         "workers/history.py",
-        "now_ms is not None and at.ms > now_ms:",
-        "now_ms is not None and at.ms < 0:",
+        "latest_ms is not None and at.ms > latest_ms:",
+        "latest_ms is not None and at.ms < 0:",
         "tests/test_stream_history.py",
     ),
     Mutant(
         "what our own clock makes old is held back for good",
         "workers/applier.py",
         "                self.check_age()\n",
-        "",
+        "                pass\n",
         "tests/test_clocks.py",
     ),
     Mutant(
@@ -201,7 +201,8 @@ MUTANTS: Final = (
     Mutant(
         "a key that the peer lacks is deleted",
         "workers/repair.py",
-        "        buckets = await comparer.differing_buckets(our_root)\n",
+        "        buckets = await comparer.differing_buckets(our_root)\n"
+        "        assert comparison.head is not None\n",
         "        everything = await comparer.differing_buckets(both=True)\n"
         "        async for group in comparer.groups(everything, both=True):\n"
         "            gone = Part()\n"
@@ -213,7 +214,8 @@ MUTANTS: Final = (
         "                    )\n"
         "                    gone.wire.append(None)\n"
         '            await self._applier.hand_over(gone, None, "repair")\n'
-        "        buckets = await comparer.differing_buckets(our_root)\n",
+        "        buckets = await comparer.differing_buckets(our_root)\n"
+        "        assert comparison.head is not None\n",
         "tests/test_repair.py",
     ),
     Mutant(

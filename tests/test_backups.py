@@ -43,6 +43,7 @@ from fsm_replication.testing.sim_dialects import REDIS_6_2, REDIS_7_0, Dialect
 from fsm_replication.testing.sim_redis import SimRedis
 from fsm_replication.testing.virtual_time import run
 from fsm_replication.transport import RedisTransport
+from fsm_replication.workers.comparer import Comparer
 from fsm_replication.workers.guards import EXCEPTIONS_MAX, StaleGuard
 from fsm_replication.workers.history import ask_run_id
 
@@ -361,6 +362,114 @@ def test_a_restored_peer_revives_nothing_without_a_hot_path(
         assert set(engine_of(mesh).stale_keys("a")) == DELETED
 
     on_virtual_time(trace, dialect)
+
+
+def written_long_ago(key: str) -> SyncItem:
+    """Return an item that a third node has made long ago."""
+    return SyncItem(key, b"x", "binary", content_hash(b"x"), 1, START_MS - round(5000 * TTL_SEC))
+
+
+@pytest.mark.parametrize("skew_ms", [0, -5000])
+def test_seconds_between_clocks_make_no_peer_older(skew_ms: int) -> None:
+    """If this fails a peer that was started again has its old items held back, for good."""
+
+    async def trace(mesh: LocalMesh) -> None:
+        a = mesh.nodes["a"]
+        await both_agree(mesh)
+        for number in range(20):
+            a.store.put("k", b"%d" % number)
+            await asyncio.sleep(0.1)
+        mesh.restore("a", mesh.snapshot("a"))
+        a.wall_clock.skew_ms = skew_ms
+        await a.store.apply_many([written_long_ago("old")])
+        await until_it_is(lambda: "old" in live(mesh, "b"), "what is old but new here")
+        assert (health(mesh).agreed_at or 0) > LONG_AGO_MS
+
+    on_virtual_time(trace)
+
+
+@pytest.mark.parametrize("info", [True, False], ids=["run_id", "no run_id"])
+def test_ids_ahead_of_a_clock_cost_no_copy_for_each_connection(info: bool) -> None:
+    """If this fails a peer whose clock was wrong once is copied again and again."""
+
+    async def trace(mesh: LocalMesh) -> None:
+        a = mesh.nodes["a"]
+        if not info:
+            refuse_info(mesh.servers["a"])
+        a.wall_clock.skew_ms = 3_600_000
+        a.store.put("k", b"ahead")
+        a.wall_clock.skew_ms = 0
+        await both_agree(mesh)
+        before = copies(mesh)
+        for number in range(5):
+            mesh.cut("b", "a")
+            await asyncio.sleep(1)
+            mesh.heal("b", "a")
+            a.store.put("other", b"%d" % number)
+            await asyncio.sleep(CYCLE_SEC)
+        assert at_head(mesh)
+        assert (copies(mesh) - before, health(mesh).gaps_open) == (0, 0)
+
+    on_virtual_time(trace)
+
+
+@pytest.mark.parametrize("cold", [True, False], ids=["a cycle", "by hand"])
+def test_what_comes_while_trees_are_compared_is_read_after_it(
+    cold: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails entries that a comparison has not seen are passed over as if it had (G1)."""
+    compare = Comparer.differing_buckets
+    keys = {"old0", "old1", "old2"}
+
+    async def trace(mesh: LocalMesh) -> None:
+        a, b = mesh.nodes["a"].store, mesh.nodes["b"]
+        part = ColdPathConfig(enabled=cold, interval_sec=20)
+        settings = b.config.settings.model_copy(update={"cold_path": part})
+        b.config = b.config.model_copy(update={"settings": settings})
+        for name in "ab":
+            await mesh.start(name)
+        await until_it_is(lambda: at_head(mesh), "the head")
+        left = sorted(keys)
+
+        async def slowly(
+            self: Comparer, our_root: bytes | None = None, *, both: bool = False
+        ) -> list[str]:
+            found = await compare(self, our_root, both=both)
+            b.store.delay_sec = 0.3 if left else 0.0
+            while left:
+                await a.apply_many([written_long_ago(left.pop())])
+                await asyncio.sleep(0.05)
+            return found
+
+        monkeypatch.setattr(Comparer, "differing_buckets", slowly)
+        if not cold:
+            await engine_of(mesh).repair("a")
+        await until_it_is(lambda: not left, "a comparison")
+        b.store.delay_sec = 0.0
+        # Before the next cycle.
+        await asyncio.sleep(10)
+        assert keys <= live(mesh, "b")
+
+    on_virtual_time(trace)
+
+
+def test_a_backup_that_comes_while_the_line_stands_revives_nothing() -> None:
+    """If this fails REPLICAOF a backup is not noticed by a node that reads no stream."""
+
+    async def trace(mesh: LocalMesh) -> None:
+        read_by_trees_alone(mesh)
+        backup = await forgotten_deletes(mesh)
+        await until_it_is(lambda: health(mesh).state is PeerState.STANDBY, "the link")
+        mesh.servers["a"].replicate(backup)
+        mesh.nodes["a"].store.crashed()
+        for number in range(60):
+            mesh.nodes["a"].store.put("new", b"%d" % number)
+        mesh.trim("a", 1)
+        await asyncio.sleep(3 * CYCLE_SEC)
+        assert not DELETED & live(mesh, "b")
+        assert set(engine_of(mesh).stale_keys("a")) == DELETED
+
+    on_virtual_time(trace)
 
 
 def test_a_peer_restored_during_a_copy_revives_nothing() -> None:

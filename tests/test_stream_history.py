@@ -207,7 +207,7 @@ def test_ids_ahead_of_the_clock_tell_a_restarted_server_nothing() -> None:
     now = 1000
     info = replace(Stream(counts=True).info, last_id=StreamId(now + 1, 5), added=9)
     for at, doubted in ((StreamId(now + 1, 3), True), (StreamId(now, 3), False)):
-        here = partial(check_history, Position(at, 7), info, entry_is_there=True, now_ms=now)
+        here = partial(check_history, Position(at, 7), info, entry_is_there=True, latest_ms=now)
         assert here(same_run=True) is None
         found = here(same_run=False)
         assert (found is not None and found.ids_tell_nothing) == doubted

@@ -229,6 +229,10 @@ COUNTING: Final = (REDIS_7_0, REDIS_8_0, VALKEY_8_1)
 _MAY_END: Final = (CursorStoreError, DrainTimeoutError, NoPeerError)
 # After these what was deleted may be forgotten, or come back.
 _LONG: Final = frozenset({"ages", "restore"})
+# These keep a node from agreeing with its peers.
+_KEEPS_APART: Final = frozenset(
+    {"pause", "stop", "cut", "hang", "reject", "break", "full", "slow", "disk", "corrupt", "days"}
+)
 # After these a stream may begin anew.
 _BREAKS: Final = frozenset({"lose", "drop", "wipe", "restore"})
 
@@ -972,15 +976,20 @@ def _passes_on(steps: Sequence[Step]) -> bool:
     It takes all that its peers hold, as whoever has no record of them does (G5), and passes it on.
     """
     backed_up: set[str] = set()
-    is_new = is_old = False
+    new: set[str] = set()
+    is_old = False
     for kind, *args in steps:
         if kind == "backup":
             backed_up.add(args[0])
         elif kind in ("wipe", "unread") or (kind == "restore" and args[0] not in backed_up):
-            is_new = True
+            if is_old:
+                return True
+            new.add(args[0])
         elif kind in _LONG:
             is_old = True
-    return is_new and is_old
+    # One that was kept from agreeing with its peers before is as new as ever.
+    kept = {args[0] for kind, *args in steps if kind in _KEEPS_APART}
+    return is_old and bool(new & kept)
 
 
 def _has_given_up(engine: ReplicationEngine) -> bool:

@@ -182,12 +182,13 @@ class Applier:
             )
 
     def check_age(self) -> None:
-        """See that items may be judged to be old.
+        """See that items may be judged to be old: without a cold path nothing brings them later.
 
         :raises Blocked: if our clock and the peer's are more than a day apart.
         """
-        now = self._context.ports.wall_clock.now_ms()
-        self.check_clock(now, "looks older than tombstones are kept")
+        if not self._context.settings.cold_path.enabled:
+            now = self._context.ports.wall_clock.now_ms()
+            self.check_clock(now, "looks older than tombstones are kept")
 
     async def _drop_current(self, selection: Selection) -> None:
         context = self._context
@@ -209,8 +210,8 @@ class Applier:
     async def _hold_back(self, selection: Selection, chunk: Chunk, distrust_old: bool) -> None:
         """Take out old items that are absent here; the trees bring them once a person agrees.
 
-        Those that the last comparison would have brought, if the peer still held them, are not even
-        listed: what deleted them may be forgotten by now, or stands in the stream after them.
+        So are those that the last comparison would have brought if the peer still held them: what
+        deleted them may be forgotten by now, or stands in the stream after them.
 
         :raises Blocked: if our clock and the peer's are more than a day apart.
         """
@@ -234,18 +235,18 @@ class Applier:
         held = await self.call(
             context.reads, lambda: context.store.stamps([entry.key for entry in old])
         )
-        if None in held and not distrust_old:
+        if None in held and not (distrust_old or context.settings.cold_path.enabled):
             await self.ask_time_since(chunk.seen_at)
         for entry, ours in zip(old, held, strict=True):
-            theirs = Stamp(
-                entry.updated_at, entry.version, False, entry.digest or b"", entry.content_type
-            )
-            if stale.holds_back(entry.key, theirs, ours):
+            if ours is not None:
+                continue
+            if not distrust_old:
                 self.check_age()
+            if not distrust_old or stale.suspects(entry.key):
+                digest = entry.digest or b""
+                theirs = Stamp(entry.updated_at, entry.version, False, digest, entry.content_type)
                 stale.note(entry.key, theirs)
-                selection.held_back.add(entry.index)
-            elif ours is None:
-                selection.held_back.add(entry.index)
+            selection.held_back.add(entry.index)
         selection.candidates = [
             e for e in selection.candidates if e.index not in selection.held_back
         ]

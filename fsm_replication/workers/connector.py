@@ -50,8 +50,8 @@ FIELD_CHARS_MAX: Final = 200
 class Lines:
     """A link's two connections: one for stream reads, which may block, one for all else.
 
-    ``compared`` is the root of the peer's tree when it was last compared over them without a hot
-    path, and where its stream ended then.
+    ``compared`` is the root of the peer's tree when it was last compared over them, and where its
+    stream ended before that.
     """
 
     reading: Connection

@@ -157,13 +157,12 @@ class Copier:
         if self._row is None:
             self._began_at = self._context.ports.clock.monotonic()
             self._row = await self._begin(gap, why)
-        self._comparison = self._context.beginning()
         if self._context.store.tree is None:
             # Some buckets may have been copied long ago, when the copy began.
             head, run_id = self._row.head, self._row.run_id
-            self._comparison = replace(self._comparison, head=head, run_id=run_id)
+            self._comparison = replace(self._context.beginning(), head=head, run_id=run_id)
         else:
-            self._comparison = await self._history.with_head(self._comparison)
+            self._comparison = await self._history.begin_comparison()
         if self._lines.foreign:
             done = await self._walk_foreign()
         elif self._lines.has_tree:

@@ -241,16 +241,17 @@ def check_history(
     *,
     entry_is_there: bool,
     same_run: bool = True,
-    now_ms: int | None = None,
+    latest_ms: int | None = None,
 ) -> Gap | None:
     """Say whether ``position`` is in this stream's history and nothing after it was trimmed.
 
     None means that reading can go on from there. Unless it is the ``same_run`` of the server in
-    which the position was held, what is counted says nothing about it. Where ids run ahead of the
-    peer's time, ``now_ms``, because its clock was, an older server gives those again that it lacks.
+    which the position was held, what is counted says nothing about it. Nor does the entry, where its
+    id is later than ``latest_ms``, because the peer's clock was ahead: a server from a backup gives
+    those ids again that it lacks.
     """
     at = position.stream_id
-    if not same_run and now_ms is not None and at.ms > now_ms:
+    if not same_run and latest_ms is not None and at.ms > latest_ms:
         reason = "the server was started again, and the ids in its stream are ahead of its clock"
         return Gap(None, reason, is_doubt=True, ids_tell_nothing=True)
     if entry_is_there:

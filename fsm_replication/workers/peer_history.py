@@ -8,7 +8,9 @@ older*, and no agreement counts as younger than what it still has (G5).
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Final
 
+from fsm_replication.items import MINUTE_MS
 from fsm_replication.layout import Keys
 from fsm_replication.ports import BEFORE_ALL, LONG_AGO_MS, Agreement, Position, StreamId
 from fsm_replication.workers.connector import Lines
@@ -17,12 +19,15 @@ from fsm_replication.workers.history import (
     Gap,
     StreamInfo,
     ask_info,
+    ask_run_id,
     check_history,
     find_newest,
     is_there,
 )
 
 __all__ = ("PeerHistory",)
+
+_NOT_TOLD: Final = "not told: "
 
 
 class PeerHistory:
@@ -50,6 +55,22 @@ class PeerHistory:
             self._lines.asking, self._stream, self._timeout_sec, self._lines.abilities
         )
 
+    async def run_id(self, *, anew: bool = False) -> str:
+        """Return the run of the peer's server, or a name that is good for this connection alone.
+
+        It is asked for once, and ``anew``: a server may take another's data while a line stands.
+        """
+        abilities = self._lines.abilities
+        if not abilities.run_id or (anew and self._tells_its_run):
+            told = await ask_run_id(self._lines.asking, self._timeout_sec)
+            number = self._context.ports.random.getrandbits(64)
+            abilities.run_id = told or f"{_NOT_TOLD}{number:016x}"
+        return abilities.run_id
+
+    @property
+    def _tells_its_run(self) -> bool:
+        return not self._lines.abilities.run_id.startswith(_NOT_TOLD)
+
     def check(
         self, position: Position, run_id: str, info: StreamInfo, *, entry_is_there: bool
     ) -> Gap | None:
@@ -58,41 +79,37 @@ class PeerHistory:
         same_run = run_id == abilities.run_id
         # A server that was seen without a stream has counted all that came since.
         same_run = same_run or (position.stream_id == BEFORE_ALL and abilities.seen_empty)
+        # Where each connection is another run, that would be a doubt with each.
+        latest_ms = self._latest_ms(position.stream_id) if self._tells_its_run else None
         return check_history(
-            position,
-            info,
-            entry_is_there=entry_is_there,
-            same_run=same_run,
-            now_ms=self._context.peer_clock.now_ms(),
+            position, info, entry_is_there=entry_is_there, same_run=same_run, latest_ms=latest_ms
         )
 
-    async def with_head(self, comparison: Agreement, root: bytes | None = None) -> Agreement:
-        """Return what a comparison may come to, with where the peer's stream ends.
-
-        ``root`` is that of the peer's tree, where it was just asked for: as long as it stays the same
-        nothing has come to a peer at rest.
-        """
-        progress, lines = self._context.progress, self._lines
-        if self._context.settings.hot_path.enabled:
-            lines.compared = None
-            # Whoever reads at the head knows it.
-            is_at_head = progress.unread_events == 0 and progress.pending_events == 0
-            head = progress.settled if is_at_head and root is not None else None
-            if head is None:
-                head = (await self.info()).head
-        elif lines.compared is not None and lines.compared[0] == root:
-            head = lines.compared[1]
-        else:
-            head = await self._head_of_one_not_older()
-            lines.compared = None if root is None else (root, head)
-        return replace(comparison, head=head, run_id=lines.abilities.run_id)
-
-    async def _head_of_one_not_older(self) -> Position:
-        """Return where the stream ends; nobody reads it, so that it is also looked at for its age."""
+    def _latest_ms(self, at: StreamId) -> int:
+        """Return what an id that is there is not later than, if the peer's clock was about right."""
+        now, theirs = self._context.ports.wall_clock.now_ms(), self._context.peer_clock.now_ms()
         known = self._context.stale.agreement
-        if known is None or known.head is None:
-            return (await self.info()).head
-        return (await self.look_for_older_peer(known.head, known.run_id)).head
+        if known is not None and known.head is not None and at <= known.head.stream_id:
+            # It was there when we agreed.
+            theirs = min(theirs, known.at_ms + theirs - now)
+        return theirs + MINUTE_MS
+
+    async def begin_comparison(self) -> Agreement:
+        """Return what a comparison that begins now may come to, with where the peer's stream ends."""
+        context, progress = self._context, self._context.progress
+        comparison, known = context.beginning(), context.stale.agreement
+        head = None
+        if not context.settings.hot_path.enabled:
+            # Nobody reads the stream: so it is looked at for its age.
+            await self.run_id(anew=True)
+            if known is not None and known.head is not None:
+                head = (await self.look_for_older_peer(known.head, known.run_id)).head
+        elif progress.lag_events(context.ports.clock.monotonic()) == 0:
+            # Whoever reads at the head knows it.
+            head = progress.settled
+        if head is None:
+            head = (await self.info()).head
+        return replace(comparison, head=head, run_id=self._lines.abilities.run_id)
 
     async def look_for_older_peer(self, position: Position, run_id: str) -> StreamInfo:
         """See whether the peer came back older than ``position``; returns what its stream tells."""
@@ -127,13 +144,14 @@ class PeerHistory:
             newest = await find_newest(self._lines.asking, self._stream, at, self._timeout_sec)
         if newest == at:
             return
-        if newest is None or newest.ms > context.peer_clock.now_ms():
+        if newest is None or newest.ms > self._latest_ms(newest):
             as_of_ms = LONG_AGO_MS
         else:
             as_of_ms = newest.ms
         agreement = guard.as_of(as_of_ms)
         if agreement is None:
             return
+        agreement = replace(agreement, head=None)
         context.log.warning(
             "peer_came_back_older", why=str(gap), agreed_at_ms=known.at_ms, as_of_ms=as_of_ms
         )

@@ -12,8 +12,9 @@ from fsm_replication.batch import Part
 from fsm_replication.heavy import take_turns
 from fsm_replication.items import EMPTY_HASH, Stamp, SyncItem, next_stamp
 from fsm_replication.merkle import bucket_of, bucket_path
+from fsm_replication.ports import Agreement
 from fsm_replication.workers.applier import Applier, make_applier
-from fsm_replication.workers.comparer import Difference, Group
+from fsm_replication.workers.comparer import Comparer, Difference, Group
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.copier import make_comparer, make_source, make_walk
@@ -182,11 +183,7 @@ class _Pass:
 
     async def run(self, our_root: bytes | None, after: tuple[str, str] | None) -> PeerRepair:
         context, result = self._context, self.result
-        comparison = context.beginning()
-        comparer = make_comparer(context, self._lines, self._applier)
-        buckets = await comparer.differing_buckets(our_root)
-        history = PeerHistory(context, self._lines)
-        comparison = await history.with_head(comparison, comparer.their_root)
+        comparison, comparer, buckets = await self._begin(our_root)
         result.skipped = comparer.skipped
         # The part before the last key of the pass before comes last: the walk wraps.
         begin = after[0] if after is not None else ""
@@ -214,6 +211,27 @@ class _Pass:
             await context.agree(replace(comparison, exceptions=exceptions))
         return result
 
+    async def _begin(self, our_root: bytes | None) -> tuple[Agreement, Comparer, list[str]]:
+        """Find the buckets that differ, and what comparing them may come to."""
+        context, lines = self._context, self._lines
+        history = PeerHistory(context, lines)
+        compared, lines.compared = lines.compared, None
+        if compared is not None and not context.settings.hot_path.enabled:
+            comparer = make_comparer(context, lines, self._applier)
+            buckets = await comparer.differing_buckets(our_root)
+            if comparer.their_root == compared[0]:
+                # Nothing has come to a peer at rest: one question is enough.
+                lines.compared = compared
+                head, run_id = compared[1], lines.abilities.run_id
+                return replace(context.beginning(), head=head, run_id=run_id), comparer, buckets
+        # In this order: what comes to the stream meanwhile is not taken for compared.
+        comparison = await history.begin_comparison()
+        comparer = make_comparer(context, lines, self._applier)
+        buckets = await comparer.differing_buckets(our_root)
+        assert comparison.head is not None
+        lines.compared = comparer.their_root, comparison.head
+        return comparison, comparer, buckets
+
     async def _take(self, group: Group, after: tuple[str, str] | None) -> None:
         context, result = self._context, self.result
         result.skipped += group.skipped
@@ -234,7 +252,6 @@ class _Pass:
             ):
                 wanted.append(found)
             else:
-                self._applier.check_age()
                 stale.append(found)
         if after is not None:
             wanted.sort(key=lambda found: _place(found.key) <= after)

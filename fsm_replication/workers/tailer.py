@@ -55,7 +55,6 @@ from fsm_replication.workers.copier import Copier, make_source
 from fsm_replication.workers.history import (
     Gap,
     StreamInfo,
-    ask_run_id,
 )
 from fsm_replication.workers.peer_history import PeerHistory
 from fsm_replication.workers.reader import Read, StreamReader
@@ -390,7 +389,7 @@ class Tailer:
         if not (read or compared):
             return
         # The others may have been trimmed since: where this one is there, that tells nothing.
-        newest = max(read + compared, key=lambda one: one[0].stream_id)
+        newest = max(compared + read, key=lambda one: one[0].stream_id)
         if newest in compared or not self._context.settings.hot_path.enabled:
             await self._history.look_for_older_peer(*newest)
 
@@ -409,7 +408,7 @@ class Tailer:
             self._limits = limits
             self._builder = make_builder(context, foreign=self._lines.foreign)
             self._applier = None
-        run_id = await self._get_run_id()
+        run_id = await self._history.run_id()
         asking = Applier(context, self._builder, "", self._is_interrupted)
         incarnation = await asking.call(context.reads, context.store.incarnation)
         if self._applier is None or incarnation != self._incarnation:
@@ -423,15 +422,6 @@ class Tailer:
             )
             self._copier = None
         return self._applier
-
-    async def _get_run_id(self) -> str:
-        """Return the run of the peer's server, or a name that is good for this connection alone."""
-        context, abilities = self._context, self._lines.abilities
-        if not abilities.run_id:
-            timeout = context.settings.timeouts.command
-            told = await ask_run_id(self._lines.asking, timeout)
-            abilities.run_id = told or f"not told: {context.ports.random.getrandbits(64):016x}"
-        return abilities.run_id
 
     async def _decide_by_stream(
         self, orders: _Orders, cursor: Cursor, applied: Position | None
