@@ -745,10 +745,10 @@ async def _holds(store: RedisSyncEngine, key: str) -> bool:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
-    "hot", [pytest.param(True, marks=pytest.mark.slow), False], ids=["tailing", "standby"]
+    "how", [pytest.param("tailing", marks=pytest.mark.slow), "standby", "asked"]
 )
 async def test_what_was_taken_of_a_foreign_peer_is_taken_again_after_a_restore(
-    nodes: Nodes, redis_server: RedisServer, new_redis_server: Callable[..., RedisServer], hot: bool
+    nodes: Nodes, redis_server: RedisServer, new_redis_server: Callable[..., RedisServer], how: str
 ) -> None:
     """If this fails a restored store lacks a foreign peer's items, and nothing ever brings them."""
     own = new_redis_server()
@@ -758,23 +758,58 @@ async def test_what_was_taken_of_a_foreign_peer_is_taken_again_after_a_restore(
     foreign.write_tree()
     foreign.publish("k.0", b"x")
     settings = Settings(
-        hot_path=HotPathConfig(enabled=hot), cold_path=ColdPathConfig(interval_sec=0.2)
+        hot_path=HotPathConfig(enabled=how == "tailing"),
+        cold_path=ColdPathConfig(interval_sec=3600 if how == "asked" else 0.2),
     )
+
+    async def ask(engine: ReplicationEngine) -> None:
+        if how == "asked":
+            await engine.repair()
+
     async with RedisSyncEngine(own.url, node_id="b") as store:
         await store._call("SAVE")
         shutil.copy(own.folder / "dump.rdb", own.folder / "backup.rdb")
         async with nodes.engine(
             peer_config(redis_server), store=store, settings=settings
         ) as engine:
+            await until(lambda: engine.health_check().peers[0].connected)
+            await ask(engine)
             await until_async(lambda: store.get("k.59"))
+            await ask(engine)
             await until(lambda: engine.health_check().peers[0].synced)
             # Several cycles find nothing to be done: the peer does not stir any more.
             settled = engine._links["a"].context.settled
             await until(lambda: len(settled) > 0)
             _restore(own, "backup.rdb")
-            await until_async(lambda: _holds(store, "k.59"))
+
+            async def is_back() -> bool:
+                await ask(engine)
+                return await _holds(store, "k.59")
+
+            await until_async(is_back)
             assert all(await store.get_many([f"k.{number}" for number in range(60)]))
     foreign.client.close()
+
+
+def test_what_was_read_for_a_store_is_not_written_to_another() -> None:
+    """If this fails a store that was emptied gets the end of a stream, and never its beginning."""
+
+    async def trace(mesh: LocalMesh) -> None:
+        a, b = mesh.nodes["a"].store, mesh.nodes["b"]
+        part = ColdPathConfig(enabled=False)
+        settings = b.config.settings.model_copy(update={"cold_path": part})
+        b.config = b.config.model_copy(update={"settings": settings})
+        a.put("early", b"x")
+        await mesh.start("b")
+        await until_it_is(lambda: live(mesh, "b") == {"early"}, "what was there")
+        b.store.accepting_writes = False
+        a.put("late", b"x")
+        await until_it_is(lambda: health(mesh).state is PeerState.PAUSED, "a chunk that waits")
+        mesh.wipe("b")
+        b.store.accepting_writes = True
+        await until_it_is(lambda: live(mesh, "b") == {"early", "late"}, "all that the peer holds")
+
+    on_virtual_time(trace)
 
 
 # Keys that cannot be taken (G13) ------------------------------------------------------------------

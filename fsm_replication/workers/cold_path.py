@@ -294,6 +294,7 @@ class ColdPath:
     ) -> RepairStats:
         stats = RepairStats()
         self._root = None
+        await self._look_at_store()
         for target in self._targets():
             name = target.context.peer_id
             if peer_id not in (None, name):
