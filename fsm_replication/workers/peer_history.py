@@ -134,16 +134,16 @@ class PeerHistory:
         oldest = info.last_id if info.first_id is None else info.first_id
         if at == BEFORE_ALL and oldest.ms >= known.at_ms:
             return  # Its stream was empty when we agreed, and everything in it came later.
-        head = BEFORE_ALL if known.head is None else known.head.stream_id
-        if at < head <= info.last_id and await self.has(head):
-            return  # What came later is there.
-        newest: StreamId | None = info.last_id
-        if gap.ids_tell_nothing:
-            newest = None
-        elif at < info.last_id:
-            newest = await find_newest(self._lines.asking, self._stream, at, self._timeout_sec)
-        if newest == at:
-            return
+        newest: StreamId | None = None
+        if not gap.ids_tell_nothing:
+            head = BEFORE_ALL if known.head is None else known.head.stream_id
+            if at < head <= info.last_id and await self.has(head):
+                return  # What came later is there.
+            newest = info.last_id
+            if at < newest:
+                newest = await find_newest(self._lines.asking, self._stream, at, self._timeout_sec)
+            if newest == at:
+                return
         if newest is None or newest.ms > self._latest_ms(newest):
             as_of_ms = LONG_AGO_MS
         else:
