@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Iterator
 from itertools import islice
 from typing import Final
@@ -22,6 +23,7 @@ EVENTS: Final = 200_000
 KEYS: Final = 100_000
 PEER_ID: Final = "writer"
 TTL_MS: Final = 7 * 86_400_000
+HOUR_MS: Final = 3_600_000
 PUTS_PER_DELETE: Final = 9
 ENTRIES_PER_FLIGHT: Final = 1000
 TIMEOUT_SEC: Final = 30.0
@@ -70,9 +72,11 @@ def make_event(number: int, rng: random.Random, at_ms: int, *, deletes: bool = T
 
 def _commands(events: int, *, deletes: bool) -> Iterator[tuple[bytes, ...]]:
     rng = random.Random(20)  # noqa: S311 - the same stream in every run is the point
+    # What is older than tombstones are kept, and absent, would be held back.
+    begin_ms = time.time_ns() // 1_000_000 - HOUR_MS
     compressor = zstandard.ZstdCompressor(level=3)
     for number in range(events):
-        item = make_event(number, rng, 1_700_000_000_000 + number, deletes=deletes)
+        item = make_event(number, rng, begin_ms + number, deletes=deletes)
         data = None if item.deleted else encode_data(item.content, compressor)
         fields = encode_fields(item, data)
         stream_id = f"{item.updated_at}-0".encode()
