@@ -73,9 +73,12 @@ def test_seeds_keep_every_promise(full: bool) -> None:
         351,
         535,
         4957,  # Our clock was days ahead, and what came meanwhile was passed over as old.
-        710,  # Without a hot path nobody looked whether a peer had come back older.
-        3350,  # A peer whose ids ran ahead of its clock came back older.
-        6045,  # A delete was heard of late, and forgotten before a peer had heard of it.
+        # Without a hot path nobody looked whether a peer had come back older.
+        pytest.param(710, marks=pytest.mark.slow),
+        # A peer whose ids ran ahead of its clock came back older.
+        pytest.param(3350, marks=pytest.mark.slow),
+        # A delete was heard of late, and forgotten before a peer had heard of it.
+        pytest.param(6045, marks=pytest.mark.slow),
     ],
 )
 def test_seeds_that_have_failed_before(seed: int) -> None:
