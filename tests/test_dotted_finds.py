@@ -103,6 +103,7 @@ async def test_a_removal_killed_half_way_is_finished(
     node.client.close()
 
 
+@pytest.mark.slow
 async def test_a_lease_lost_while_a_wide_node_is_read_is_not_taken_back(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -242,6 +242,8 @@ async def test_a_store_emptied_while_peers_are_quiet_is_copied_and_not_repaired_
         written = {f"k{n}": b"%d" % n for n in range(300)}
         await far.put_many(written)
         await until_async(lambda: holds(store, written))
+        # Until the first copy is done there is no cursor, and that would be why.
+        await reaches(engine, PeerState.TAILING)
         mine.client.flushall()
         await until_async(lambda: holds(store, written))
         whys = [r.why for r in engine.journal if r.dest is PeerState.BOOTSTRAPPING]

@@ -628,8 +628,12 @@ async def test_a_scan_that_never_ends_is_an_error(
 
 @pytest.mark.parametrize(
     ("ms", "added"),
-    [(1, 0), (600_000, 0), (1, 1), (0, 100_000)],
-    ids=["little", "far", "one more", "many more"],
+    [
+        pytest.param(1, 0, id="little"),
+        pytest.param(600_000, 0, id="far", marks=pytest.mark.slow),
+        pytest.param(1, 1, id="one more", marks=pytest.mark.slow),
+        pytest.param(0, 100_000, id="many more"),
+    ],
 )
 async def test_a_head_that_is_never_reached_is_not_run_after(
     nodes: Nodes, source: Source, ms: int, added: int
