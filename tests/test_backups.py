@@ -324,11 +324,16 @@ def info_of(client: redis.Redis, section: str) -> dict[str, Any]:
     return dict(told)
 
 
+def configure_b(mesh: LocalMesh, **parts: Any) -> None:
+    """Have b's next start go by other parts of its settings."""
+    b = mesh.nodes["b"]
+    settings = b.config.settings.model_copy(update=parts)
+    b.config = b.config.model_copy(update={"settings": settings})
+
+
 def read_by_trees_alone(mesh: LocalMesh) -> None:
     """Have b's next start leave the hot path out, as a repair of a stopped node does too."""
-    b = mesh.nodes["b"]
-    settings = b.config.settings.model_copy(update={"hot_path": HotPathConfig(enabled=False)})
-    b.config = b.config.model_copy(update={"settings": settings})
+    configure_b(mesh, hot_path=HotPathConfig(enabled=False))
 
 
 @DIALECTS
@@ -423,9 +428,7 @@ def test_what_comes_while_trees_are_compared_is_read_after_it(
 
     async def trace(mesh: LocalMesh) -> None:
         a, b = mesh.nodes["a"].store, mesh.nodes["b"]
-        part = ColdPathConfig(enabled=cold, interval_sec=20)
-        settings = b.config.settings.model_copy(update={"cold_path": part})
-        b.config = b.config.model_copy(update={"settings": settings})
+        configure_b(mesh, cold_path=ColdPathConfig(enabled=cold, interval_sec=20))
         for name in "ab":
             await mesh.start(name)
         await until_it_is(lambda: at_head(mesh), "the head")
@@ -796,9 +799,7 @@ def test_what_was_read_for_a_store_is_not_written_to_another() -> None:
 
     async def trace(mesh: LocalMesh) -> None:
         a, b = mesh.nodes["a"].store, mesh.nodes["b"]
-        part = ColdPathConfig(enabled=False)
-        settings = b.config.settings.model_copy(update={"cold_path": part})
-        b.config = b.config.model_copy(update={"settings": settings})
+        configure_b(mesh, cold_path=ColdPathConfig(enabled=False))
         a.put("early", b"x")
         await mesh.start("b")
         await until_it_is(lambda: live(mesh, "b") == {"early"}, "what was there")

@@ -82,7 +82,8 @@ class Comparer:
 
     ``stamps`` returns what is held for keys that our tree does not hold: a tombstone that expired
     has left the tree but still wins as long as it is kept. Where ``by_stamp`` is false a resolver
-    looks at contents, and of two live items that differ the older is needed too.
+    looks at contents, and of two live items that differ the older is needed too. ``their_root`` is
+    the root of the peer's tree as it was asked for last.
     """
 
     def __init__(

@@ -157,12 +157,12 @@ class Copier:
         if self._row is None:
             self._began_at = self._context.ports.clock.monotonic()
             self._row = await self._begin(gap, why)
-        if self._context.store.tree is None:
-            # Some buckets may have been copied long ago, when the copy began.
+        if self._lines.has_tree and self._context.store.tree is not None:
+            self._comparison = await self._history.begin_comparison()
+        else:
+            # Without trees nothing is agreed; without ours some buckets may have been copied long ago.
             head, run_id = self._row.head, self._row.run_id
             self._comparison = replace(self._context.beginning(), head=head, run_id=run_id)
-        else:
-            self._comparison = await self._history.begin_comparison()
         if self._lines.foreign:
             done = await self._walk_foreign()
         elif self._lines.has_tree:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Final
 
 from fsm_replication.items import DAY_MS, Stamp, is_key
@@ -19,7 +18,6 @@ from fsm_replication.ports import Agreement, Clock, StreamId, WallClock
 __all__ = ("EXCEPTIONS_MAX", "KeyMemory", "StaleGuard")
 
 PASS_OVER_SEC: Final = 3600.0
-NOTHING_UNDELETED: Final[Mapping[str, int]] = MappingProxyType({})
 KEYS_KEPT: Final = 10_000
 # Where more keys than this cannot be taken, a comparison is no agreement: something else is wrong.
 EXCEPTIONS_MAX: Final = 1000
@@ -90,7 +88,7 @@ class StaleGuard:
         self.count = 0
 
     def excepting(
-        self, keys: Iterable[str], undeleted: Mapping[str, int] = NOTHING_UNDELETED
+        self, keys: Iterable[str], undeleted: Mapping[str, int]
     ) -> dict[str, int | None] | None:
         """Return the exceptions of an agreement on all but these keys; None if they are too many.
 

@@ -33,7 +33,8 @@ _NOT_TOLD: Final = "not told: "
 class PeerHistory:
     """The history of one peer's stream, asked over one pair of connections.
 
-    Every call raises PeerError or NetworkError as its questions are answered.
+    Every call raises PeerError or NetworkError as its questions are answered; one that notes that the
+    peer came back older raises CursorStoreError if that cannot be kept.
     """
 
     def __init__(self, context: LinkContext, lines: Lines) -> None:

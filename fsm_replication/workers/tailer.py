@@ -52,10 +52,7 @@ from fsm_replication.workers.chunks import ChunkQueue
 from fsm_replication.workers.connector import Lines
 from fsm_replication.workers.context import LinkContext
 from fsm_replication.workers.copier import Copier, make_source
-from fsm_replication.workers.history import (
-    Gap,
-    StreamInfo,
-)
+from fsm_replication.workers.history import Gap, StreamInfo
 from fsm_replication.workers.peer_history import PeerHistory
 from fsm_replication.workers.reader import Read, StreamReader
 from fsm_replication.workers.rounds import Rounds
