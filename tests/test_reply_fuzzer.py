@@ -18,14 +18,19 @@ async def test_distorted_replies_cost_nobody_but_their_link() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(330)
 async def test_distorted_replies_to_every_command() -> None:
     """If this fails there is a command whose reply is not checked for its shape."""
-    done = await fuzz(90, seed=5, arrival_sec=20)
-    assert not done.findings, done.findings[0]
-    # What stands in a transaction is distorted as the reply to its own command. SCAN and STRLEN are asked
-    # for once in a copy, and met by chance: tests/test_replies.py has them.
+    # What stands in a transaction is distorted as the reply to its own command. SCAN is asked for once
+    # in a copy, and met by chance: tests/test_replies.py has it.
     asked = {"AUTH", "SELECT", "PING", "CLIENT", "HGETALL", "EXISTS", "XINFO", "XREAD", "XRANGE",
-             "TIME", "INFO", "GET", "GETRANGE", "HLEN", "HMGET", "ZCARD", "ZRANGE",
+             "TIME", "INFO", "GET", "GETRANGE", "HLEN", "HMGET", "ZCARD", "ZRANGE", "STRLEN",
              "MEMORY", "JSON.GET"}  # fmt: skip
-    assert asked <= set(done.distorted)
+    # On what a lie falls is for the machine to decide too, so one run may miss a command that is rare.
+    for seed in (5, 6, 7):
+        done = await fuzz(90, seed=seed, arrival_sec=20)
+        assert not done.findings, done.findings[0]
+        asked -= done.distorted.keys()
+        if not asked:
+            return
+    pytest.fail(f"never distorted: {asked}")

@@ -21,7 +21,7 @@ import random
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -245,19 +245,17 @@ def _distort(rng: random.Random, value: Any) -> Any:
     return rng.choice(_CHANGES)(rng, value)
 
 
-# What a link asks for while it connects and copies, and maybe never again.
-_AT_FIRST: Final = (b"", b"SCAN", b"STRLEN")
-
-
 @dataclass
 class Distorter:
     """A lie for a :class:`LyingProxy`: what the seed makes of one command's replies.
 
+    ``earlier`` has how many replies to each command that was asked were distorted in earlier rounds.
     ``chosen`` is the command whose replies are distorted, "" for any. ``told`` has the last of them.
     """
 
     rng: random.Random
     before: Callable[[Command, Any], Any] = lambda _command, reply: reply
+    earlier: Mapping[bytes, int] = field(default_factory=dict)
     chosen: bytes | None = None
     share: float = 0.5
     seen: Counter[bytes] = field(default_factory=Counter)
@@ -296,10 +294,12 @@ class Distorter:
 
     def choose(self) -> None:
         """Distort another command's replies from now on; those that had few have precedence."""
-        names = sorted(self.seen, key=lambda name: (self.counts[name], name))
+        asked = self.earlier.keys() | self.seen.keys()
+        names = sorted(
+            asked, key=lambda name: (self.earlier.get(name, 0) + self.counts[name], name)
+        )
         if not names:
-            # What a link asks for first, and maybe never again.
-            self.chosen, self.share = self.rng.choice(_AT_FIRST), 0.5
+            self.chosen, self.share = b"", 0.5
             return
         if self.rng.random() < 0.15:
             self.chosen, self.share = b"", 0.05
@@ -409,6 +409,8 @@ def _foreign(command: Command, reply: Any) -> Any:
 
 
 _PEERS: Final = {"by tree": _as("by tree"), "by scan": _as("by scan", b""), "foreign": _foreign}
+# How many replies of each peer were distorted in earlier rounds, by the command they answer.
+_Earlier = Mapping[str, Mapping[bytes, int]]
 
 
 def _random(*seeds: object) -> random.Random:
@@ -430,12 +432,15 @@ def _settings() -> Settings:
 class _Round:
     """One engine between an honest peer and some that lie."""
 
-    def __init__(self, number: int, seed: int, servers: _Servers, arrival_sec: float) -> None:
+    def __init__(
+        self, number: int, seed: int, servers: _Servers, arrival_sec: float, earlier: _Earlier
+    ) -> None:
         self._number = number
         self._arrival_sec = arrival_sec
         self._servers = servers
         self._distorters = {
-            name: Distorter(_random(seed, number, name), before) for name, before in _PEERS.items()
+            name: Distorter(_random(seed, number, name), before, earlier[name])
+            for name, before in _PEERS.items()
         }
         self._rng = _random(seed, number)
         self._store = MemorySyncEngine(node_id="reader")
@@ -450,6 +455,11 @@ class _Round:
         for one in self._distorters.values():
             counts.update({name.decode("ascii", "replace"): n for name, n in one.counts.items()})
         return counts
+
+    def distorted_of(self, name: str) -> Counter[bytes]:
+        """How many replies to each command this peer was asked for were distorted."""
+        one = self._distorters[name]
+        return Counter({command: one.counts[command] for command in one.seen})
 
     def _found(self, what: str) -> None:
         told = [f"{name}: {line}" for name, one in self._distorters.items() for line in one.told]
@@ -478,6 +488,8 @@ class _Round:
 
     async def _run(self, seconds: float) -> None:
         engine = self._engine()
+        # Some commands are asked for while a link connects and copies, and maybe never again.
+        self._choose()
         try:
             await engine.start()
             await engine.wait_for_state(
@@ -507,11 +519,10 @@ class _Round:
         try:
             while not is_over() and engine.is_running and not self.findings:
                 turn += 1
-                for distorter in self._distorters.values():
-                    distorter.choose()
                 await self._write(self._servers.liar, f"k.{turn % _KEYS}")
                 await self._arrives(engine, f"honest.{turn % _KEYS}")
                 await asyncio.sleep(0.1)
+                self._choose()
         finally:
             asking.cancel()
             await asyncio.wait((asking,))
@@ -521,6 +532,10 @@ class _Round:
         for name, count in self._commands().items():
             if count - seen[name] > COMMANDS_PER_SEC * max(seconds, lasted):
                 self._found(f"{name!r} was asked {count - seen[name]} times in {lasted:.1f} s")
+
+    def _choose(self) -> None:
+        for distorter in self._distorters.values():
+            distorter.choose()
 
     def _commands(self) -> dict[str, int]:
         return {name: sum(one.seen.values()) for name, one in self._distorters.items()}
@@ -646,10 +661,13 @@ async def fuzz(
     done = Fuzzed()
     async with _Servers() as servers:
         resident, began = 0, time.monotonic()
+        earlier: dict[str, Counter[bytes]] = {name: Counter() for name in _PEERS}
         while time.monotonic() - began < seconds and len(done.findings) < findings_max:
-            one = _Round(done.rounds, seed, servers, arrival_sec)
+            one = _Round(done.rounds, seed, servers, arrival_sec, earlier)
             await one.run(min(round_sec, seconds))
             done.rounds += 1
+            for name, counts in earlier.items():
+                counts.update(one.distorted_of(name))
             done.distorted += one.distorted
             done.slowest_arrival_sec = max(done.slowest_arrival_sec, one.slowest_sec)
             done.findings += one.findings
