@@ -851,13 +851,21 @@ class _Run:
 
     def _spoiled(self) -> frozenset[str]:
         """Return the keys that some node holds, and others must not or cannot take."""
-        far = START_MS + asyncio.get_running_loop().time() * 1000 + DAY_MS
-        return frozenset(
+        now = START_MS + asyncio.get_running_loop().time() * 1000
+        spoiled = {
             key
             for held in self.mesh.holdings()
             for key, item in held.items()
-            if item.updated_at > far or len(item.content) > PAYLOAD_BYTES
-        )
+            if item.updated_at > now + DAY_MS or len(item.content) > PAYLOAD_BYTES
+        }
+        if self._days_off and not self._cold:
+            # A server whose clock jumps days ahead forgets deletes before others have heard of them.
+            spoiled |= {
+                key
+                for key, item in self._survivors().items()
+                if not item.deleted and self._was_deleted_long_ago(item, now)
+            }
+        return frozenset(spoiled)
 
     async def _look_at_links(self, since_ms: float) -> None:
         """See that every link says that all is well, whatever single keys are spoiled (G13)."""
