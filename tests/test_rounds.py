@@ -484,26 +484,32 @@ async def test_a_stream_shorter_than_a_round_trip_is_read_on(nodes: Nodes, sourc
     async with reading(nodes, source) as site:
         await site.tailing()
         site.line.delay(to_server_sec=0.02, to_client_sec=0.02)
-        applied, before, progress = [0], len(site.proxy.seen), site.progress
-        began, number = time.monotonic(), 0
-        while time.monotonic() < began + seconds:
+        before, progress, number = len(site.proxy.seen), site.progress, 0
+
+        def applied() -> int:
+            return progress.events_applied + progress.events_deduped
+
+        async def write() -> None:
+            nonlocal number
             number += 1
             await source.write(*keys, content=b"%d" % number, maxlen=10)
-            if time.monotonic() > began + len(applied) * seconds / 4:
-                applied.append(progress.events_applied + progress.events_deduped)
             await asyncio.sleep(0.02)
-        sent, rows, copies = len(site.proxy.seen) - before, await site.rows(), site.bootstraps()
-        told = (
-            f"{applied} applied of {progress.events_read} read, {rows} rows, {copies} bootstraps,"
-            f" {sent} commands"
-        )
+
+        began = time.monotonic()
+        while time.monotonic() < began + seconds:
+            await write()
+        done, read, copies = applied(), progress.events_read, site.bootstraps()
+        sent, rows = len(site.proxy.seen) - before, await site.rows()
+        told = f"{done} applied of {read} read, {rows} rows, {copies} bootstraps, {sent} commands"
         health = site.health
         assert health.stream_too_short or health.gaps_open or copies > 1, told
         assert 1 <= rows <= 10, told
         assert sent <= seconds * COPYING + 3 * len(keys) * copies, told
-        # A bootstrap or two may come first.
-        assert all(a < b for a, b in itertools.pairwise(applied[1:])), told
-        assert applied[-1] >= progress.events_read // 2, told
+        assert done >= read // 2, told
+        # It goes on, whatever bootstraps and waits come first.
+        async with asyncio.timeout(20):
+            while applied() <= done:
+                await write()
         await site.tailing()
         if source.has_tree:
             await site.engine.repair()
