@@ -21,7 +21,7 @@ import random
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -249,17 +249,17 @@ def _distort(rng: random.Random, value: Any) -> Any:
 class Distorter:
     """A lie for a :class:`LyingProxy`: what the seed makes of one command's replies.
 
-    ``earlier`` has how many replies to each command that was asked were distorted in earlier rounds.
-    ``chosen`` is the command whose replies are distorted, "" for any. ``told`` has the last of them.
+    ``seen`` and ``counts`` have, over all rounds, how often each command was asked and how many of its
+    replies were distorted. ``chosen`` is the command whose replies are distorted, "" for any. ``told``
+    has the last of them.
     """
 
     rng: random.Random
-    before: Callable[[Command, Any], Any] = lambda _command, reply: reply
-    earlier: Mapping[bytes, int] = field(default_factory=dict)
+    before: Callable[[Command, Any], Any]
+    seen: Counter[bytes]
+    counts: Counter[bytes]
     chosen: bytes | None = None
     share: float = 0.5
-    seen: Counter[bytes] = field(default_factory=Counter)
-    counts: Counter[bytes] = field(default_factory=Counter)
     told: deque[str] = field(default_factory=lambda: deque(maxlen=20))
 
     def __call__(self, command: Command, reply: Any) -> Any:
@@ -294,10 +294,7 @@ class Distorter:
 
     def choose(self) -> None:
         """Distort another command's replies from now on; those that had few have precedence."""
-        asked = self.earlier.keys() | self.seen.keys()
-        names = sorted(
-            asked, key=lambda name: (self.earlier.get(name, 0) + self.counts[name], name)
-        )
+        names = sorted(self.seen, key=lambda name: (self.counts[name], name))
         if not names:
             self.chosen, self.share = b"", 0.5
             return
@@ -408,9 +405,9 @@ def _foreign(command: Command, reply: Any) -> Any:
     return [] if command[0] == b"HGETALL" and command[1] == b"fsm:node" else reply
 
 
+# Of each peer, what its distorters have seen and distorted over all rounds.
+_Tallies = Mapping[str, tuple[Counter[bytes], Counter[bytes]]]
 _PEERS: Final = {"by tree": _as("by tree"), "by scan": _as("by scan", b""), "foreign": _foreign}
-# How many replies of each peer were distorted in earlier rounds, by the command they answer.
-_Earlier = Mapping[str, Mapping[bytes, int]]
 
 
 def _random(*seeds: object) -> random.Random:
@@ -433,33 +430,21 @@ class _Round:
     """One engine between an honest peer and some that lie."""
 
     def __init__(
-        self, number: int, seed: int, servers: _Servers, arrival_sec: float, earlier: _Earlier
+        self, number: int, seed: int, servers: _Servers, arrival_sec: float, tallies: _Tallies
     ) -> None:
         self._number = number
         self._arrival_sec = arrival_sec
         self._servers = servers
         self._distorters = {
-            name: Distorter(_random(seed, number, name), before, earlier[name])
+            name: Distorter(_random(seed, number, name), before, *tallies[name])
             for name, before in _PEERS.items()
         }
+        self._lies_before = self._lies()
         self._rng = _random(seed, number)
         self._store = MemorySyncEngine(node_id="reader")
         self.proxies = {name: LyingProxy(servers.lied_about.port) for name in _PEERS}
         self.findings: list[Finding] = []
         self.slowest_sec = 0.0
-
-    @property
-    def distorted(self) -> Counter[str]:
-        """How many replies to which command were distorted."""
-        counts: Counter[str] = Counter()
-        for one in self._distorters.values():
-            counts.update({name.decode("ascii", "replace"): n for name, n in one.counts.items()})
-        return counts
-
-    def distorted_of(self, name: str) -> Counter[bytes]:
-        """How many replies to each command this peer was asked for were distorted."""
-        one = self._distorters[name]
-        return Counter({command: one.counts[command] for command in one.seen})
 
     def _found(self, what: str) -> None:
         told = [f"{name}: {line}" for name, one in self._distorters.items() for line in one.told]
@@ -512,7 +497,9 @@ class _Round:
         def is_over() -> bool:
             lasted = loop.time() - began
             # On a busy machine it may take a while until a lie is told at all.
-            return lasted > seconds and (bool(self.distorted) or lasted > self._arrival_sec)
+            return lasted > seconds and (
+                self._lies() > self._lies_before or lasted > self._arrival_sec
+            )
 
         asking = asyncio.create_task(self._ask(engine))
         turn = 0
@@ -539,6 +526,9 @@ class _Round:
 
     def _commands(self) -> dict[str, int]:
         return {name: sum(one.seen.values()) for name, one in self._distorters.items()}
+
+    def _lies(self) -> int:
+        return sum(one.counts.total() for one in self._distorters.values())
 
     async def _write(self, store: RedisSyncEngine, key: str) -> bytes:
         content = b"%d" % self._rng.getrandbits(200) * self._rng.choice((1, 1, 20))
@@ -606,6 +596,14 @@ class _Round:
             await asyncio.sleep(0.02)
 
 
+def _by_command(counts: Iterable[Counter[bytes]]) -> Counter[str]:
+    """Add what was distorted of several peers."""
+    added: Counter[str] = Counter()
+    for one in counts:
+        added.update({name.decode("ascii", "replace"): number for name, number in one.items()})
+    return added
+
+
 class _Servers:
     """Two real servers, with a node on each; use it as an async context manager."""
 
@@ -661,14 +659,12 @@ async def fuzz(
     done = Fuzzed()
     async with _Servers() as servers:
         resident, began = 0, time.monotonic()
-        earlier: dict[str, Counter[bytes]] = {name: Counter() for name in _PEERS}
+        tallies: _Tallies = {name: (Counter(), Counter()) for name in _PEERS}
         while time.monotonic() - began < seconds and len(done.findings) < findings_max:
-            one = _Round(done.rounds, seed, servers, arrival_sec, earlier)
+            one = _Round(done.rounds, seed, servers, arrival_sec, tallies)
             await one.run(min(round_sec, seconds))
             done.rounds += 1
-            for name, counts in earlier.items():
-                counts.update(one.distorted_of(name))
-            done.distorted += one.distorted
+            done.distorted = _by_command(counts for _, counts in tallies.values())
             done.slowest_arrival_sec = max(done.slowest_arrival_sec, one.slowest_sec)
             done.findings += one.findings
             # What is loaded and cached in the first round is there to stay.
